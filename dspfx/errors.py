@@ -1,0 +1,37 @@
+"""Everything dspfx raises on purpose: one base class, few subclasses, messages that say what to do."""
+
+
+class DspfxError(Exception):
+    """Base of every error that dspfx raises on purpose."""
+
+
+class TraceError(DspfxError):
+    """The model could not be turned into a graph; the message names the place."""
+
+
+class PrepareError(DspfxError):
+    """The model or its example inputs cannot be prepared."""
+
+
+class MaskError(DspfxError):
+    """A mask names an unknown layer, has the wrong shape, or is not made of groups."""
+
+
+class BudgetError(DspfxError):
+    """A budget is out of range or cannot be reached; the message says what can."""
+
+
+class ConvertError(DspfxError):
+    """The model cannot be converted, for example because it was never prepared."""
+
+
+class EquivalenceError(DspfxError):
+    """Masked and compact model differ; the message names the first node that does."""
+
+
+class LearnError(DspfxError):
+    """Group learning was given an optimiser, a loss or settings it cannot work with."""
+
+
+class DataError(DspfxError):
+    """A data set is missing or damaged; the message says where it was looked for."""

@@ -1,0 +1,122 @@
+"""`get_masks` and `set_masks`: what a prepared model is pruned to, as plain tensors."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dspfx.errors import ConvertError, MaskError
+from dspfx.gates import ChannelGate, gated_layers
+from dspfx.module import PreparedModule
+from dspfx.passes.liveness import Liveness, ReadLists, liveness
+from dspfx.passes.values import ChannelAnalysis, Gate, Mix
+from dspfx.prepare import analyse_prepared, fitting_inputs
+
+
+def get_masks(prepared: PreparedModule) -> dict[str, Tensor]:
+    """The masks of all gated layers: name -> bool `[O, C/groups]`, copies.
+
+    Raises:
+        ConvertError: `prepared` does not come from `dspfx.prepare`.
+    """
+    require_prepared(prepared)
+    return {name: layer.gate.mask.clone() for name, layer in gated_layers(prepared).items()}
+
+
+def set_masks(prepared: PreparedModule, masks: Mapping[str, Tensor]) -> None:
+    """Prune `prepared` to `masks`; layers that are not named keep the mask they have.
+
+    Dead means zero: a filter whose inputs are all masked or dead is dead itself, its output
+    exactly zero behind the norm that follows, and so on through the graph. `get_masks` returns
+    the masks with these consequences drawn.
+
+    Args:
+        prepared: changed in place: masks, channel gates, and the groups of the named layers.
+        masks: name of a gated layer -> bool `[O, C/groups]`, with at most G different rows that
+            are not all False, G being the groups the model was prepared with.
+
+    Raises:
+        MaskError: an unknown layer, a wrong shape or type, or more than G groups; nothing is
+            changed then.
+        ConvertError: `prepared` does not come from `dspfx.prepare`.
+    """
+    require_prepared(prepared)
+    groups = _validated(prepared, masks)
+    analysis = analyse_prepared(prepared, fitting_inputs(prepared), prepared.frozen)
+    reads = current_reads(prepared, analysis, masks)
+    apply_reads(prepared, analysis, liveness(analysis, reads))
+    for name, group in groups.items():
+        gated_layers(prepared)[name].gate.assign(group)
+
+
+def current_reads(
+    prepared: PreparedModule, analysis: ChannelAnalysis, masks: Mapping[str, Tensor] | None = None
+) -> dict[str, ReadLists]:
+    """What the gated layers read under `masks`, else under the masks they have."""
+    given = masks or {}
+    layers = gated_layers(prepared)
+    return {
+        op.layer: ReadLists.masked(
+            op, given.get(op.layer, layers[op.layer].gate.mask).cpu().numpy()
+        )
+        for op in analysis.ops.values()
+        if isinstance(op, Mix) and op.gated
+    }
+
+
+def apply_reads(prepared: PreparedModule, analysis: ChannelAnalysis, live: Liveness) -> None:
+    """Write masks and channel gates, consequences drawn, into `prepared`."""
+    layers = gated_layers(prepared)
+    masks: dict[str, Tensor] = {}
+    for node, op in analysis.ops.items():
+        if isinstance(op, Mix) and op.gated:
+            own = live.reads[op.layer]
+            closed = ReadLists(own.row, live.reads_live(node, op)).mask(op)
+            mask = torch.from_numpy(closed)
+            # a layer that is called twice reads what either call finds alive
+            masks[op.layer] = mask | masks.get(op.layer, torch.zeros_like(mask))
+        elif isinstance(op, Gate):
+            gate = prepared.get_submodule(op.gate)
+            assert isinstance(gate, ChannelGate)
+            gate.set_alive(torch.from_numpy(~live.zero[node]))
+    for name, mask in masks.items():
+        layers[name].gate.set_mask(mask)
+
+
+def require_prepared(module: object) -> None:
+    """Raise `ConvertError` unless `module` comes from `dspfx.prepare`."""
+    if not isinstance(module, PreparedModule):
+        raise ConvertError(
+            f"{type(module).__name__} was never prepared; call dspfx.prepare(model) first"
+        )
+
+
+def _validated(prepared: PreparedModule, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The group of every filter, int `[O]`, that each of `masks` implies."""
+    layers = gated_layers(prepared)
+    groups: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        if name not in layers:
+            raise MaskError(
+                f"'{name}' is no gated layer; gated are {', '.join(list(layers)[:8])}"
+                + (" ..." if len(layers) > 8 else "")
+            )
+        gate = layers[name].gate
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise MaskError(f"the mask of '{name}' must be a bool tensor")
+        if mask.shape != gate.mask.shape:
+            raise MaskError(
+                f"the mask of '{name}' has shape {tuple(mask.shape)}; filters x input channels of "
+                f"the layer are {tuple(gate.mask.shape)}"
+            )
+        rows, group = mask.unique(dim=0, return_inverse=True)
+        read = rows.any(1)
+        if int(read.sum()) > len(gate.logits):
+            raise MaskError(
+                f"the mask of '{name}' has {int(read.sum())} groups of filters with different "
+                f"inputs, the model was prepared for {len(gate.logits)}; prepare it with "
+                f"PrepareConfig(groups={int(read.sum())})"
+            )
+        number = torch.where(read, read.cumsum(0) - 1, 0)
+        groups[name] = number[group]
+    return groups

@@ -1,0 +1,135 @@
+"""The two kinds of `GraphModule` that dspfx returns, and how they are copied and pickled.
+
+`fx.GraphModule` keeps one graph and only the submodules it names. Ours keep one graph for each
+mode, every submodule, parameter and buffer of the root under its own name, and the few plain
+attributes that the next verb needs. All of it survives `deepcopy` and `pickle`.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+from torch import fx, nn
+
+
+# where a module keeps what it owns
+_STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+class TwoModeModule(fx.GraphModule):
+    """A `GraphModule` with one graph for evaluation and one for training, often the same."""
+
+    carried: ClassVar[tuple[str, ...]] = ()
+    graphs: dict[bool, fx.Graph]
+
+    def __init__(self, root: nn.Module, graphs: dict[bool, fx.Graph], name: str) -> None:
+        super().__init__(root, graphs[root.training], name)
+        # adopt the whole root: modules no graph names, aliases, and the original order of keys
+        vars(self).update({kind: copy.copy(vars(root)[kind]) for kind in _STATE})
+        self.graphs = graphs
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch every submodule to `mode`, and to the graph of that mode."""
+        super().train(mode)
+        if self.graph is not self.graphs[mode]:
+            self.graph = self.graphs[mode]
+        return self
+
+    def replace_graphs(self, graphs: dict[bool, fx.Graph]) -> None:
+        """Take over new graphs over the same submodules."""
+        self.graphs = graphs
+        self.graph = graphs[self.training]
+
+    @contextmanager
+    def evaluation_view(self) -> Iterator[fx.GraphModule]:
+        """The evaluation graph over the same submodules, all in evaluation mode for a while."""
+        modes = {module: module.training for module in self.modules()}
+        view = fx.GraphModule(self, self.graphs[False])
+        try:
+            yield view.eval()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            self.graphs[False].owning_module = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        state = {kind: copy.deepcopy(vars(self)[kind], memo) for kind in _STATE}
+        evaluation = copy.deepcopy(self.graphs[False])
+        same = self.graphs[True] is self.graphs[False]
+        training = evaluation if same else copy.deepcopy(self.graphs[True])
+        carried = {name: copy.deepcopy(getattr(self, name), memo) for name in self.carried}
+        graphs = {False: evaluation, True: training}
+        return self._rebuild(state, self.training, graphs, carried)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # plain GraphModules know how to pickle a graph; pickle keeps what they share shared
+        distinct = list(dict.fromkeys(self.graphs.values()))
+        plain = [fx.GraphModule(self, graph, type(self).__name__) for graph in distinct]
+        for graph in distinct:
+            graph.owning_module = self
+        state = {kind: vars(self)[kind] for kind in _STATE}
+        carried = {name: getattr(self, name) for name in self.carried}
+        return _unpickle, (self._kind(), plain, state, self.training, carried)
+
+    @classmethod
+    def _kind(cls) -> "type[TwoModeModule]":
+        """The class as written: fx gives every instance a class of its own."""
+        return next(c for c in cls.__mro__ if c.__module__ == __name__)
+
+    @classmethod
+    def _rebuild(
+        cls,
+        state: dict[str, Any],
+        training: bool,
+        graphs: dict[bool, fx.Graph],
+        carried: dict[str, Any],
+    ) -> Any:
+        root = nn.Module()
+        vars(root).update(state)
+        root.training = training
+        kind = cls._kind()
+        module = kind.__new__(kind)
+        TwoModeModule.__init__(module, root, graphs, cls.__name__)
+        for name, value in carried.items():
+            setattr(module, name, value)
+        return module
+
+
+def _unpickle(
+    kind: type[TwoModeModule],
+    plain: list[fx.GraphModule],
+    state: dict[str, Any],
+    training: bool,
+    carried: dict[str, Any],
+) -> Any:
+    graphs = {False: plain[0].graph, True: plain[-1].graph}
+    return kind._rebuild(state, training, graphs, carried)
+
+
+class PreparedModule(TwoModeModule):
+    """What `dspfx.prepare` returns: the user's model, traced and gated.
+
+    Attributes:
+        example_inputs: positional inputs of the shapes the model was prepared for.
+        frozen: names of the layers that keep all their filters and inputs.
+        notes: what was decided without the user, for the report.
+    """
+
+    carried = ("example_inputs", "frozen", "notes")
+    example_inputs: tuple[Any, ...]
+    frozen: frozenset[str]
+    notes: tuple[str, ...]
+
+
+class CompactModule(TwoModeModule):
+    """What `dspfx.convert` returns: an ordinary inference graph of standard operators.
+
+    Attributes:
+        example_inputs: positional inputs of the shapes the model was prepared for.
+        summary: what became of every layer, see `dspfx.report`.
+    """
+
+    carried = ("example_inputs", "summary")
+    example_inputs: tuple[Any, ...]
+    summary: Any

@@ -1,0 +1,464 @@
+"""Which channels of which values are the same thing: the graph, run on labels.
+
+Every channel of every layer's output is given a number, an atom. The graph is then interpreted
+once with the example inputs; beside the real tensors, three facts are carried along:
+
+1. **Channel-producing layers** (convolution, linear) read the channels of their input and make
+   new atoms.
+2. **Channelwise operators** (norms, pooling, depthwise convolution) and **elementwise** ones pass
+   atoms on; atoms that meet in an elementwise operator are coupled, by union-find.
+3. **Data movement** is executed for real, on a tensor that numbers the elements of its inputs.
+   What comes out says which element went where; where whole channels moved, the operator is a
+   gather of channels or works on every channel alike, whatever its name.
+4. **Anything else** is opaque: it gets its inputs at full width and makes new atoms.
+
+Whether a zero channel stays zero is found by running the operator on zeros.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node, map_arg
+
+from dspfx.gates import GATED, ChannelGate, FilterGate
+from dspfx.passes import operators
+from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
+from dspfx.passes.values import (
+    BoolArray,
+    ChannelAnalysis,
+    Channelwise,
+    Constant,
+    Declined,
+    Elementwise,
+    Gate,
+    Gather,
+    IntArray,
+    Mix,
+    Op,
+    Query,
+    Restored,
+    Source,
+    Value,
+)
+
+CONVOLUTIONS = (*GATED, *GATED.values())
+
+
+def analyse(
+    root: fx.GraphModule, inputs: tuple[Any, ...], frozen: frozenset[str] = frozenset()
+) -> ChannelAnalysis:
+    """Analyse the graph of `root`, which must be in evaluation mode, on example `inputs`.
+
+    Args:
+        root: only run, never changed.
+        inputs: positional inputs; a batch of two or more tells batch and channels apart.
+        frozen: names of the layers that keep all their filters and input channels.
+    """
+    analyser = _Analyser(root, frozen)
+    with torch.no_grad():
+        analyser.run(*inputs)
+    return analyser.result()
+
+
+class _Analyser(fx.Interpreter):
+    def __init__(self, root: fx.GraphModule, frozen: frozenset[str]) -> None:
+        super().__init__(root)
+        self.root = root
+        self.frozen = frozen
+        self.ops: dict[Node, Op] = {}
+        self.values: dict[Node, Value] = {}
+        self.coupling = _UnionFind()
+        self.ids = ElementIds(self.values)
+
+    def result(self) -> ChannelAnalysis:
+        used: set[Node] = set()
+        declined: list[Declined] = []
+        for node, op in reversed(self.ops.items()):
+            if node in used or node.op == "output":
+                used.update(op.operands)
+                if isinstance(op, Restored) and op.reason:
+                    declined.append(Declined(node.name, op.reason))
+        return ChannelAnalysis(self.ops, self.values, self.coupling.classes(), tuple(reversed(declined)))
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        op = self._classify(n, result)
+        if op is not None:
+            self.ops[n] = op
+            if isinstance(result, Tensor) and n not in self.values:
+                self._new_atoms(n, result, 1 if result.dim() > 1 else None)
+        return result
+
+    def _classify(self, node: Node, result: Any) -> Op | None:
+        if node.op == "placeholder":
+            return Source(()) if isinstance(result, Tensor) else None
+        if node.op == "get_attr":
+            return self._constant(node, result)
+        operands = self._operands(node)
+        if node.op == "output":
+            return Restored(operands, "")
+        if not operands:
+            return self._size_or_nothing(node, result)
+        if not isinstance(result, Tensor):
+            return self._size(node, operands) or self._parts(node, operands)
+        key = operators.key(node, self.root)
+        for keys, rule in _RULES:
+            if key in keys:
+                return rule(self, node, operands, result) or self._opaque(node, operands)
+        return self._opaque(node, operands)
+
+    def _operands(self, node: Node) -> tuple[Node, ...]:
+        """The inputs of `node` that carry tensors, each once."""
+        return tuple(
+            n
+            for n in node.all_input_nodes
+            if n in self.ops and not isinstance(self.ops[n], Query)
+        )
+
+    def _new_atoms(self, node: Node, result: Tensor, dim: int | None) -> None:
+        count = 0 if dim is None else result.shape[dim]
+        self.values[node] = Value(tuple(result.shape), dim, self.coupling.new(count))
+
+    def _pass_atoms(self, node: Node, result: Tensor, dim: int, atoms: IntArray) -> None:
+        self.values[node] = Value(tuple(result.shape), dim, atoms)
+
+    def _opaque(self, node: Node, operands: tuple[Node, ...]) -> Restored:
+        name = _readable(operators.key(node, self.root))
+        return Restored(operands, f"{name} is not known to keep channels apart")
+
+    def _constant(self, node: Node, result: Any) -> Op | None:
+        if not isinstance(result, Tensor):
+            return None
+        self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
+        return Constant(())
+
+    # -- sizes -------------------------------------------------------------------------------
+
+    def _size(self, node: Node, operands: tuple[Node, ...]) -> Op | None:
+        """A size of a tensor; a channel count becomes the constant that it always was."""
+        key = operators.key(node, self.root)
+        is_shape = key is getattr and node.args[1] in ("shape", "device", "dtype", "ndim")
+        if not (is_shape or key in operators.SIZES or key in ("get_device", "is_floating_point")):
+            return None
+        value = self.values.get(operands[0])
+        if value is None:
+            return Restored(operands, "")
+        asked = node.args[1] if key == "size" and len(node.args) > 1 else node.kwargs.get("dim")
+        if isinstance(asked, int) and value.shape:
+            on_channels = asked % len(value.shape) == value.dim
+            return Query(operands, value.shape[asked] if on_channels else None)
+        if key == "numel":
+            return Restored(operands, "")
+        if key == "size" or (key is getattr and node.args[1] == "shape"):
+            return self._whole_shape(node, operands, value)
+        return Query(operands, None)
+
+    def _whole_shape(self, node: Node, operands: tuple[Node, ...], value: Value) -> Op:
+        """A whole `size()` is fine as long as it is only taken apart, away from the channels."""
+        for user in node.users:
+            taken = user.args[1] if user.target is operator.getitem else None
+            if isinstance(taken, int):
+                continue
+            dims = range(len(value.shape))[taken] if isinstance(taken, slice) else None
+            if dims is None or value.dim in dims:
+                return Restored(operands, "")
+        return Query(operands, None)
+
+    def _size_or_nothing(self, node: Node, result: Any) -> Op | None:
+        """An item of a `size()`: a constant where it counts channels."""
+        whole = node.args[0] if node.target is operator.getitem else None
+        query = self.ops.get(whole) if isinstance(whole, Node) else None
+        if isinstance(query, Query) and isinstance(node.args[1], int):
+            value = self.values[query.operands[0]]
+            if node.args[1] % len(value.shape) == value.dim:
+                return Query(query.operands, int(result))
+            return None
+        if isinstance(result, Tensor):
+            self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
+            return Restored((), "")
+        return None
+
+    # -- operators ---------------------------------------------------------------------------
+
+    def _mix(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        name = str(node.target)
+        layer: Any = self.root.get_submodule(name)
+        if len(operands) != 1 or type(layer.weight) is not nn.Parameter:
+            return None
+        linear = isinstance(layer, nn.Linear)
+        dim = result.dim() - 1 if linear else 1
+        value = self.values.get(operands[0])
+        if value is None or len(value.shape) != result.dim():
+            return None
+        filters, width = layer.weight.shape[:2]
+        groups = 1 if linear else layer.groups
+        taps = layer.weight[0, 0].numel()
+        positions = result[0].numel() // filters
+        if not linear and groups == filters == value.channels > 1 and value.dim == 1:
+            return self._depthwise(node, operands, result, taps * positions)
+        self._new_atoms(node, result, dim)
+        bias = np.zeros(filters, bool)
+        if layer.bias is not None:
+            bias = _numpy(layer.bias.detach() != 0) | isinstance(layer, tuple(GATED.values()))
+        gated = isinstance(getattr(layer, "gate", None), FilterGate)
+        frozen = name in self.frozen
+        return Mix(
+            *(operands, name, filters, width * groups, groups, taps, positions),
+            *(bias, layer.bias is not None, gated),
+            restored=value.dim != dim or frozen,
+            frozen=frozen,
+        )
+
+    def _depthwise(
+        self, node: Node, operands: tuple[Node, ...], result: Tensor, macs: int
+    ) -> Op | None:
+        layer = self.root.get_submodule(str(node.target))
+        if str(node.target) in self.frozen:
+            return None
+        parameters = sum(p[0].numel() for p in layer.parameters(recurse=False))
+        self._pass_atoms(node, result, 1, self.values[operands[0]].atoms)
+        zeros = self._on_zeros(node, operands, result, 1)
+        return Channelwise(operands, 1, zeros, macs, parameters, layer=str(node.target))
+
+    def _channelwise(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        value = self.values.get(operands[0])
+        if len(operands) != 1 or value is None or value.dim != 1 or result.dim() < 2:
+            return None
+        if result.shape[1] != value.channels:
+            return None
+        self._pass_atoms(node, result, 1, value.atoms)
+        zeros = self._on_zeros(node, operands, result, 1)
+        parameters = 0
+        if node.op == "call_module":
+            own = self.root.get_submodule(str(node.target)).parameters(recurse=False)
+            parameters = sum(p.numel() for p in own if p.numel() == value.channels)
+            parameters //= value.channels
+        norm = operators.key(node, self.root) in operators.NORMS
+        return Channelwise(operands, 1, zeros, 0, parameters, norm)
+
+    def _gate(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        norm = self.ops[operands[0]]
+        value = self.values[operands[0]]
+        assert value.dim is not None
+        self._pass_atoms(node, result, value.dim, value.atoms)
+        return Gate(operands, str(node.target), norm.operands[0])
+
+    def _reduction(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        """A mean or the like over positions; over channels it mixes them."""
+        value = self.values.get(operands[0])
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        if len(operands) != 1 or value is None or value.dim is None or dims is None:
+            return None
+        if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
+            return None
+        rank = len(value.shape)
+        reduced = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+        if value.dim in reduced or 0 in reduced:
+            return None
+        kept = result.dim() == rank
+        dim = value.dim if kept else value.dim - sum(d < value.dim for d in reduced)
+        self._pass_atoms(node, result, dim, value.atoms)
+        return Channelwise(operands, 1, self._on_zeros(node, operands, result, dim))
+
+    def _elementwise(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        key = operators.key(node, self.root)
+        if key == "to" and len(operands) > 1:
+            return None
+        dims = {self._aligned_dim(self.values.get(n), result) for n in operands} - {None}
+        if len(dims) != 1:
+            return None
+        (dim,) = dims
+        assert dim is not None
+        spans = [self._spans(operand, result, dim) for operand in operands]
+        if None in spans:
+            return None
+        spanning = [n for n, span in zip(operands, spans, strict=True) if span]
+        self._pass_atoms(node, result, dim, self._couple(spanning, result.shape[dim]))
+        plain = not node.kwargs and len(node.args) == len(operands) == 2
+        skips_left = plain and key in operators.ADDITIONS
+        skips_right = plain and key in operators.ADDITIONS | operators.SUBTRACTIONS
+        return Elementwise(
+            operands,
+            tuple(bool(span) for span in spans),
+            self._zero_of_zeros(node),
+            key in operators.MULTIPLICATIONS,
+            (skips_left, skips_right) if plain else (False,) * len(operands),
+        )
+
+    def _aligned_dim(self, value: Value | None, result: Tensor) -> int | None:
+        """The dimension of the result that the channels of an operand lie along."""
+        if value is None or value.dim is None:
+            return None
+        return value.dim + result.dim() - len(value.shape)
+
+    def _spans(self, operand: Node, result: Tensor, dim: int) -> bool | None:
+        """Whether an operand has the result's channels; None if they cannot be told apart."""
+        value = self.values.get(operand)
+        if value is None:
+            return None
+        own = dim - result.dim() + len(value.shape)
+        if own < 0 or value.shape[own] != result.shape[dim]:
+            return False
+        if value.dim == own or isinstance(self.ops[operand], Constant):
+            return True
+        return False if value.shape[own] == 1 else None
+
+    def _couple(self, operands: list[Node], channels: int) -> IntArray:
+        met = [self.values[n].atoms for n in operands if not isinstance(self.ops[n], Constant)]
+        if not met:
+            return self.coupling.new(channels)
+        for other in met[1:]:
+            self.coupling.unite(met[0], other)
+        return met[0]
+
+    def _move(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        moved = self._run_on_ids(node, operands)
+        if not isinstance(moved, Tensor) or moved.shape != result.shape:
+            return None
+        move = self.ids.move(moved)
+        if move.dim is not None and move.roots:
+            source_dims = {self.values[root].dim for root in move.roots}
+            if move.whole_channels and source_dims == {move.dim}:
+                return self._gathered(node, result, move, move.dim)
+            if self._runs_on_fewer(node, operands, move):
+                return self._rearranged(node, result, move, move.dim)
+        self.ids.keep(node, moved)
+        self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
+        return Restored(operands, "its result does not keep whole channels together")
+
+    def _gathered(self, node: Node, result: Tensor, move: Move, dim: int) -> Op:
+        atoms = np.zeros(len(move.index), np.int64)
+        for k, root in enumerate(move.roots):
+            here = move.source == k
+            atoms[here] = self.values[root].atoms[move.index[here]]
+        padding = move.source < 0
+        atoms[padding] = self.coupling.new(int(padding.sum()))
+        self._pass_atoms(node, result, dim, atoms)
+        return Gather(move.roots, move.source, move.index)
+
+    def _runs_on_fewer(self, node: Node, operands: tuple[Node, ...], move: Move) -> bool:
+        """Whether the operator, sizes rewritten, does on some channels what it does on all."""
+        if operands != move.roots or len(move.roots) != 1 or move.repeat is None:
+            return False
+        key = operators.key(node, self.root)
+        if key in operators.SIZED:
+            return len(operators.sizes(node)) == move.rank
+        if key is operator.getitem:
+            items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            return all(i is None or i is ... or isinstance(i, int | slice) for i in items)
+        return key in operators.SIZE_FREE or key in operators.SQUEEZES
+
+    def _rearranged(self, node: Node, result: Tensor, move: Move, dim: int) -> Op:
+        (root,), repeat = move.roots, move.repeat
+        assert repeat is not None
+        self._pass_atoms(node, result, dim, np.repeat(self.values[root].atoms, repeat))
+        return Channelwise((root,), repeat, np.full(result.shape[dim], move.pads_zeros_only))
+
+    def _parts(self, node: Node, operands: tuple[Node, ...]) -> Op:
+        """A split or chunk: its parts are found by the `getitem` that takes them."""
+        if operators.key(node, self.root) in operators.MOVEMENT:
+            parts = self._run_on_ids(node, operands)
+            if isinstance(parts, tuple | list):
+                self.ids.keep(node, tuple(parts))
+                return Restored(operands, "its parts are used whole")
+        return self._opaque(node, operands)
+
+    def _run_on_ids(self, node: Node, operands: tuple[Node, ...]) -> Any:
+        """The node, executed on the numbered elements of its tensors; None if it refuses."""
+        moving = [n for n in operands if not self._is_index(n)]
+        if not self.ids.knows(moving):
+            return None
+        args = map_arg(node.args, lambda n: self.ids.of(n) if n in moving else self.env[n])
+        kwargs = map_arg(node.kwargs, lambda n: self.ids.of(n) if n in moving else self.env[n])
+        if operators.key(node, self.root) is torch.nn.functional.pad:
+            args, kwargs = _pad_with_ids(args, kwargs)
+        try:
+            return getattr(self, node.op)(node.target, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return None
+
+    def _is_index(self, node: Node) -> bool:
+        real = self.env[node]
+        constant = isinstance(self.ops.get(node), Constant)
+        return constant and isinstance(real, Tensor) and not real.is_floating_point()
+
+    # -- zeros -------------------------------------------------------------------------------
+
+    def _on_zeros(
+        self, node: Node, operands: tuple[Node, ...], result: Tensor, dim: int
+    ) -> BoolArray:
+        """Bool `[C]`: the channels of `result` that are zero where the operand is."""
+        zeros = torch.zeros_like(self.env[operands[0]])
+        args = map_arg(node.args, lambda n: zeros if n is operands[0] else self.env[n])
+        kwargs = map_arg(node.kwargs, lambda n: zeros if n is operands[0] else self.env[n])
+        out = getattr(self, node.op)(node.target, args, kwargs)
+        return _numpy((out == 0).movedim(dim, 0).flatten(1).all(1))
+
+    def _zero_of_zeros(self, node: Node) -> bool:
+        """Whether an elementwise operator gives zero where all its tensors are zero."""
+
+        def zero(n: Node) -> Any:
+            real = self.env[n]
+            return torch.zeros_like(real.flatten()[:1]) if isinstance(real, Tensor) else real
+
+        args, kwargs = map_arg(node.args, zero), map_arg(node.kwargs, zero)
+        return bool((getattr(self, node.op)(node.target, args, kwargs) == 0).all())
+
+
+_Rule = Callable[[_Analyser, Node, tuple[Node, ...], Tensor], Op | None]
+_RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
+    (frozenset((*CONVOLUTIONS, nn.Linear)), _Analyser._mix),
+    (frozenset((ChannelGate,)), _Analyser._gate),
+    (operators.CHANNELWISE, _Analyser._channelwise),
+    (operators.REDUCTIONS, _Analyser._reduction),
+    (operators.ELEMENTWISE, _Analyser._elementwise),
+    (operators.MOVEMENT, _Analyser._move),
+)
+
+
+class _UnionFind:
+    """Atoms and the classes they are coupled into; roots are found with path halving."""
+
+    def __init__(self) -> None:
+        self.parent: list[int] = []
+
+    def new(self, count: int) -> IntArray:
+        first = len(self.parent)
+        self.parent.extend(range(first, first + count))
+        return np.arange(first, first + count)
+
+    def find(self, atom: int) -> int:
+        parent = self.parent
+        while parent[atom] != atom:
+            parent[atom] = parent[parent[atom]]
+            atom = parent[atom]
+        return atom
+
+    def unite(self, left: IntArray, right: IntArray) -> None:
+        for a, b in zip(left.tolist(), right.tolist(), strict=True):
+            self.parent[self.find(b)] = self.find(a)
+
+    def classes(self) -> IntArray:
+        return np.array([self.find(a) for a in range(len(self.parent))], np.int64)
+
+
+def _numpy(tensor: Tensor) -> BoolArray:
+    array: BoolArray = tensor.cpu().numpy()
+    return array
+
+
+def _pad_with_ids(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """`F.pad`'s arguments, padding with the number that stands for the padded value."""
+    value = kwargs.get("value", args[3] if len(args) > 3 else None)
+    number = PADDED_ZERO if not value else PADDED_VALUE
+    mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
+    pad = kwargs.get("pad", args[1] if len(args) > 1 else None)
+    return (args[0], pad, mode, number if mode == "constant" else None), {}
+
+
+def _readable(key: operators.Key) -> str:
+    return key if isinstance(key, str) else getattr(key, "__name__", str(key))

@@ -1,0 +1,387 @@
+"""The compaction pass: emits the graph that a `CompactionPlan` describes.
+
+1. Values hold only the channels the plan gives them; operands are aligned to what is wanted by a
+   slice where the channels are contiguous, else by one `index_select`; missing channels are zero.
+2. Layers are rebuilt from their masked weights, one grouped convolution for each part of the plan,
+   batch norms folded in. Nothing is shared with the prepared model.
+3. Channelwise modules are cut to their channels; gates disappear where nothing is dead.
+4. Sizes that count channels become constants, and the sizes of reshapes follow the width.
+5. Every other operator is copied, out of place.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+
+from dspfx.gates import ChannelGate, FilterGate
+from dspfx.passes import operators
+from dspfx.passes.plan import CompactionPlan, LayerPlan, Order
+from dspfx.passes.values import (
+    ChannelAnalysis,
+    Channelwise,
+    Constant,
+    Elementwise,
+    Gate,
+    Gather,
+    IntArray,
+    Mix,
+    Op,
+    Query,
+)
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """A compact graph over its own modules.
+
+    Attributes:
+        root: holds the modules and buffers that the graph names.
+        graph: the graph.
+        nodes: for every original node, the compact node that stands for it.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    nodes: dict[Node, Node] = field(repr=False)
+
+
+def compact(source: fx.GraphModule, analysis: ChannelAnalysis, plan: CompactionPlan) -> Compacted:
+    """Emit the compact graph of `source`, which is only read."""
+    emitter = _Emitter(source, analysis, plan)
+    for node in source.graph.nodes:
+        emitter.emit(node)
+    return emitter.finish()
+
+
+class _Emitter:
+    def __init__(
+        self, source: fx.GraphModule, analysis: ChannelAnalysis, plan: CompactionPlan
+    ) -> None:
+        self.source = source
+        self.analysis = analysis
+        self.plan = plan
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.env: dict[Node, Any] = {}
+        self.aligned: dict[tuple[Node, bytes], Node] = {}
+
+    def finish(self) -> Compacted:
+        fx.GraphModule(self.root, self.graph)  # purity of calls is asked of the owner
+        _remove_unused(self.graph, self.root)
+        self.graph.lint()
+        alive = set(self.graph.nodes)
+        folded = {old for old, layer in self.plan.layers.items() if layer.norm is not None}
+        nodes = {o: n for o, n in self.env.items() if n in alive and o not in folded}
+        return Compacted(self.root.eval(), self.graph, nodes)
+
+    def emit(self, node: Node) -> None:
+        op = self.analysis.ops.get(node)
+        if op is not None and not isinstance(op, Query) and node not in self.plan.order:
+            return  # nobody needs it
+        match op:
+            case Query(constant=int(size)):
+                self.env[node] = size
+            case Mix():
+                self.env[node] = self._layer(node, op)
+            case Channelwise():
+                self.env[node] = self._channelwise(node, op)
+            case Gate():
+                self.env[node] = self._gate(node, op)
+            case Elementwise():
+                self.env[node] = self._elementwise(node, op)
+            case Gather():
+                self.env[node] = self._gather(node, op)
+            case Constant():
+                self._put(str(node.target), _get(self.source, str(node.target)))
+                self.env[node] = self._copy(node, {})
+            case _:
+                if all(n in self.env for n in node.all_input_nodes):
+                    self.env[node] = self._copy(node, self._operands(node, op))
+
+    # -- operands ----------------------------------------------------------------------------
+
+    def _operands(self, node: Node, op: Op | None) -> dict[Node, Node]:
+        """The operands of `node`, aligned to what it wants."""
+        if op is None or isinstance(op, Query):
+            return {}
+        wants = self.plan.wants[node]
+        left_out = self.plan.left_out.get(node, (False,) * len(wants))
+        return {
+            operand: self._align(operand, wanted)
+            for operand, wanted, out in zip(op.operands, wants, left_out, strict=True)
+            if not out
+        }
+
+    def _align(self, node: Node, wanted: Order) -> Node:
+        """The tensor of `node` with exactly the channels `wanted`, -1 giving a zero channel."""
+        value = self.analysis.values.get(node)
+        if isinstance(self.analysis.ops[node], Constant):
+            return self._cut_constant(node, wanted)
+        if value is None or value.dim is None:
+            return self.env[node]  # type: ignore[no-any-return]
+        everything = np.arange(value.channels)
+        wanted = everything if wanted is None else wanted
+        held = self.plan.order[node]
+        held = everything if held is None else held
+        if np.array_equal(held, wanted):
+            return self.env[node]  # type: ignore[no-any-return]
+        key = (node, wanted.tobytes())
+        if key not in self.aligned:
+            place = np.full(value.channels + 1, len(held))  # the last one is for -1
+            place[held] = np.arange(len(held))
+            self.aligned[key] = self._select(self.env[node], value.dim, place[wanted], len(held))
+        return self.aligned[key]
+
+    def _select(self, x: Node, dim: int, positions: IntArray, held: int) -> Node:
+        """Channels of `x` by position; position `held`, one past the end, is a zero channel."""
+        call = self.graph.call_function
+        first, count = int(positions[0]), len(positions)
+        if np.array_equal(positions, np.arange(held)):
+            return x
+        if np.array_equal(positions, np.arange(first, first + count)) and first + count <= held:
+            return call(torch.narrow, (x, dim, first, count))
+        if (positions == held).any():
+            zero = call(torch.zeros_like, (call(torch.narrow, (x, dim, 0, 1)),))
+            x = call(torch.cat, ([x, zero], dim))
+        index = torch.from_numpy(positions).to(_device(self.source))
+        return call(torch.index_select, (x, dim, self._buffer("channels", index)))
+
+    def _cut_constant(self, node: Node, wanted: Order) -> Node:
+        """A parameter used directly, cut along its one dimension that is as long as asked."""
+        whole = _get(self.source, str(node.target))
+        if wanted is None:
+            return self.env[node]  # type: ignore[no-any-return]
+        dim = _constant_dim(self.analysis, self.plan, node, whole)
+        cut = whole.detach().index_select(dim, torch.from_numpy(wanted).to(whole.device))
+        return self._buffer(str(node.target).replace(".", "_"), cut)
+
+    # -- operators ---------------------------------------------------------------------------
+
+    def _copy(self, node: Node, operands: dict[Node, Node]) -> Node:
+        """The same call on other operands, out of place, its module private to the new graph."""
+        new = self.graph.node_copy(node, lambda n: operands.get(n, self.env[n]))
+        operators.out_of_place(new)
+        if node.op == "call_module":
+            module = _private(self.source.get_submodule(str(node.target)))
+            new.target = self._put(str(node.target), module)
+        return new
+
+    def _layer(self, node: Node, op: Mix) -> Node:
+        (x,) = self._operands(node, op).values()
+        layer: Any = self.source.get_submodule(op.layer)
+        plan = self.plan.layers[node]
+        weight, bias = _folded(self.source, layer, plan)
+        held = self.plan.wants[node][0]
+        held = np.arange(op.channels) if held is None else held
+        place = np.zeros(op.channels, np.int64)
+        place[held] = np.arange(len(held))
+        linear = isinstance(layer, nn.Linear)
+        dim = -1 if linear else 1
+        outputs = []
+        for number, part in enumerate(plan.parts):
+            positions = place[part.inputs.reshape(-1)]
+            module = _rebuild(layer, op, part, weight, bias)
+            name = op.layer if len(plan.parts) == 1 else f"{op.layer}.{number}"
+            own = self._select(x, dim, positions, len(held))
+            outputs.append(self.graph.call_module(self._put(name, module), (own,)))
+        if len(outputs) == 1:
+            return outputs[0]
+        return self.graph.call_function(torch.cat, (outputs, dim))
+
+    def _channelwise(self, node: Node, op: Channelwise) -> Node:
+        if node in self.plan.folded:
+            return self.env[op.operands[0]]  # type: ignore[no-any-return]
+        (wanted,) = self.plan.wants[node]
+        assert wanted is not None
+        new = self._copy(node, self._operands(node, op))
+        channels = self.analysis.values[op.operands[0]].channels
+        if node.op == "call_module" and len(wanted) and not _is_whole(wanted, channels):
+            _cut(self.root.get_submodule(str(new.target)), wanted, channels)
+        key = operators.key(node, self.source)
+        value = self.analysis.values[node]
+        if key in operators.SIZED:
+            sizes = [self.env[s] if isinstance(s, Node) else s for s in operators.sizes(node)]
+            assert value.dim is not None
+            sizes[value.dim] = len(wanted) * op.repeat
+            new.args, new.kwargs = (new.args[0], tuple(sizes)), {}
+        elif key in operators.SQUEEZES and len(node.args) == 1 and not node.kwargs:
+            before = self.analysis.values[op.operands[0]]
+            ones = [d for d, n in enumerate(before.shape) if n == 1 and d != before.dim]
+            new.args = (new.args[0], tuple(ones))
+        return new
+
+    def _gate(self, node: Node, op: Gate) -> Node:
+        gate = self.source.get_submodule(op.gate)
+        assert isinstance(gate, ChannelGate)
+        (x,) = self._operands(node, op).values()
+        (wanted,) = self.plan.wants[node]
+        assert wanted is not None
+        alive = gate.alive.cpu()[torch.from_numpy(wanted)]
+        if alive.all():
+            return x
+        shape = [1] * len(self.analysis.values[node].shape)
+        shape[gate.dim] = -1
+        mask = self._buffer("alive", alive.reshape(shape).to(gate.alive.device))
+        return self.graph.call_function(torch.where, (mask, x, 0.0))
+
+    def _elementwise(self, node: Node, op: Elementwise) -> Node:
+        operands = self._operands(node, op)
+        if len(operands) < len(op.operands):
+            (term,) = operands.values()
+            return term
+        return self._copy(node, operands)
+
+    def _gather(self, node: Node, op: Gather) -> Node:
+        dim = self.analysis.values[node].dim
+        pieces = [
+            self._align(operand, wanted)
+            for operand, wanted in zip(op.operands, self.plan.wants[node], strict=True)
+            if wanted is not None and len(wanted)
+        ]
+        return pieces[0] if len(pieces) == 1 else self.graph.call_function(torch.cat, (pieces, dim))
+
+    # -- modules and buffers -----------------------------------------------------------------
+
+    def _put(self, name: str, value: nn.Module | Tensor) -> str:
+        """Register a module or tensor under `name`, or that with a number where it is taken."""
+        *path, leaf = name.split(".")
+        parent = self.root
+        for part in path:
+            if not isinstance(getattr(parent, part, None), nn.Module):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        free, number = leaf, 1
+        while hasattr(parent, free):
+            free, number = f"{leaf}_{number}", number + 1
+        if isinstance(value, nn.Module):
+            parent.add_module(free, value)
+        else:
+            parent.register_buffer(free, value.detach().clone())
+        return ".".join((*path, free))
+
+    def _buffer(self, name: str, value: Tensor) -> Node:
+        return self.graph.get_attr(self._put(f"_{name}", value))
+
+
+def _private(module: nn.Module) -> nn.Module:
+    own = copy.deepcopy(module)
+    if hasattr(own, "inplace"):
+        own.inplace = False
+    return own.requires_grad_(False)
+
+
+def _is_whole(wanted: IntArray, channels: int) -> bool:
+    return np.array_equal(wanted, np.arange(channels))
+
+
+def _cut(module: nn.Module, wanted: IntArray, channels: int) -> None:
+    """Keep the `wanted` channels of a channelwise module's parameters and buffers."""
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers())}
+    for name, tensor in tensors.items():
+        if tensor.dim() and len(tensor) == channels:
+            kept = tensor.detach()[torch.from_numpy(wanted).to(tensor.device)].clone()
+            own = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
+            setattr(module, name, own)
+    for count in ("num_features", "num_parameters", "in_channels", "out_channels", "groups"):
+        if getattr(module, count, None) == channels:
+            setattr(module, count, len(wanted))
+
+
+def _folded(
+    source: fx.GraphModule, layer: Any, plan: LayerPlan
+) -> tuple[Tensor, Tensor | None]:
+    """Masked weight `[O, C/S, *taps]` and bias `[O]` of a layer, its batch norm folded in.
+
+    y = (conv(x) + b - mean) * scale + beta, with scale = gamma / sqrt(var + eps), is the
+    convolution by W * scale plus (b - mean) * scale + beta.
+    """
+    gate = getattr(layer, "gate", None)
+    weight, bias = layer.weight.detach(), layer.bias
+    if isinstance(gate, FilterGate):
+        weight = gate(weight)
+        bias = None if bias is None else torch.where(gate.alive, bias, 0.0)
+    if plan.norm is None:
+        return weight, None if bias is None else bias.detach()
+    norm: Any = source.get_submodule(str(plan.norm.target))
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.affine:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean if bias is None else bias.detach() - norm.running_mean
+    shift = shift * scale + (norm.bias.detach() if norm.affine else 0.0)
+    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
+
+
+def _rebuild(
+    layer: Any, op: Mix, part: Any, weight: Tensor, bias: Tensor | None
+) -> nn.Module:
+    """One grouped convolution, or a linear layer, of the filters and inputs of `part`."""
+    filters = torch.from_numpy(part.filters.reshape(-1)).to(weight.device)
+    width = op.channels // op.structural_groups
+    own = filters // (op.filters // op.structural_groups) * width
+    inputs = torch.from_numpy(part.inputs).to(weight.device)
+    inputs = inputs.repeat_interleave(part.filters.shape[1], 0) - own[:, None]
+    if part.constant:
+        cut = torch.zeros_like(weight[filters][:, :1])
+    else:
+        cut = weight[filters[:, None], inputs]
+    groups, reads, count = len(part.inputs), part.inputs.shape[1], len(filters)
+    if isinstance(layer, nn.Linear):
+        new: nn.Module = nn.Linear(reads, count, bias is not None, device="meta")
+    else:
+        kind = next(c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, c))
+        new = kind(
+            *(groups * reads, count, layer.kernel_size, layer.stride, layer.padding),
+            *(layer.dilation, groups, bias is not None, layer.padding_mode),
+            device="meta",
+        )
+    vars(new)["_parameters"]["weight"] = nn.Parameter(cut.clone(), requires_grad=False)
+    if bias is not None:
+        vars(new)["_parameters"]["bias"] = nn.Parameter(bias[filters], requires_grad=False)
+    return new
+
+
+def _constant_dim(
+    analysis: ChannelAnalysis, plan: CompactionPlan, node: Node, whole: Tensor
+) -> int:
+    """The dimension of a directly used parameter that its one elementwise reader cuts."""
+    for reader, op in analysis.ops.items():
+        if isinstance(op, Elementwise) and node in op.operands and reader in plan.order:
+            value = analysis.values[reader]
+            assert value.dim is not None
+            return value.dim - len(value.shape) + whole.dim()
+    raise AssertionError(f"{node} is cut but has no elementwise reader")
+
+
+def _get(root: nn.Module, name: str) -> Tensor:
+    *path, leaf = name.split(".")
+    tensor: Tensor = getattr(root.get_submodule(".".join(path)), leaf)
+    return tensor
+
+
+def _device(root: nn.Module) -> torch.device:
+    return next((t.device for t in (*root.parameters(), *root.buffers())), torch.device("cpu"))
+
+
+def _remove_unused(graph: fx.Graph, root: nn.Module) -> None:
+    """Drop nodes nobody reads, and then the modules and buffers no node names."""
+    graph.eliminate_dead_code()
+    named = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    _prune_tree(root, "", named)
+
+
+def _prune_tree(module: nn.Module, prefix: str, named: set[str]) -> bool:
+    """Remove from `module` what is not named; whether anything is left of it."""
+    if prefix[:-1] in named:
+        return True
+    for name, child in list(module.named_children()):
+        if not _prune_tree(child, f"{prefix}{name}.", named):
+            delattr(module, name)
+    for name in [*dict(module.named_parameters(recurse=False)), *module._buffers]:
+        if f"{prefix}{name}" not in named:
+            delattr(module, name)
+    return any(True for _ in module.children()) or bool(module._buffers) or bool(module._parameters)

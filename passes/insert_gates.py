@@ -1,0 +1,124 @@
+"""The gating pass: from a traced model to a gated one.
+
+1. A convolution with two or more input channels for each filter becomes a `GatedConv`, sharing its
+   parameters. Left alone, each with a reason: frozen layers, layers that read only the model's
+   inputs, depthwise convolutions, subclasses with a forward of their own, computed weights.
+2. A `ChannelGate` follows every norm whose channels lie along one dimension, in every graph.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.fx.node import Node
+
+from dspfx.gates import GATED, ChannelGate, FilterGate
+from dspfx.passes.values import ChannelAnalysis, Channelwise, Mix, Source
+
+CONTAINER = "channel_gates"
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """Which gates go where.
+
+    Attributes:
+        layers: the convolutions to gate, with the elements of their input for one sample.
+        norms: the norms to follow by a gate: (module name, number of the call), channels, dim.
+    """
+
+    layers: dict[str, int]
+    norms: dict[tuple[str, int], tuple[int, int]]
+
+
+def plan_gates(
+    root: fx.GraphModule, analysis: ChannelAnalysis, frozen: frozenset[str]
+) -> GatePlan:
+    """Choose the layers and norms of `root` to gate; changes nothing."""
+    layers: dict[str, int] = {}
+    norms: dict[tuple[str, int], tuple[int, int]] = {}
+    calls: Counter[str] = Counter()
+    for node, op in analysis.ops.items():
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        if isinstance(op, Mix) and _gateable(root, analysis, op, frozen):
+            elements = 1
+            for size in analysis.values[op.operands[0]].shape[1:]:
+                elements *= size
+            layers.setdefault(name, elements)
+        if isinstance(op, Channelwise) and op.is_norm:
+            value = analysis.values[node]
+            assert value.dim is not None
+            norms[name, calls[name]] = value.channels, value.dim
+            calls[name] += 1
+    return GatePlan(layers, norms)
+
+
+def _gateable(
+    root: fx.GraphModule, analysis: ChannelAnalysis, op: Mix, frozen: frozenset[str]
+) -> bool:
+    module = root.get_submodule(op.layer)
+    return (
+        type(module) in GATED
+        and op.layer not in frozen
+        and op.channels // op.structural_groups > 1
+        and not isinstance(analysis.ops[op.operands[0]], Source)
+        and type(getattr(module, "weight", None)) is nn.Parameter
+        and not module._forward_pre_hooks
+    )
+
+
+def insert_gates(root: nn.Module, graphs: set[fx.Graph], plan: GatePlan, groups: int) -> None:
+    """Gate the layers of `root` and the norms in `graphs`, in place."""
+    replaced: dict[int, nn.Module] = {}
+    for name, elements in plan.layers.items():
+        conv = root.get_submodule(name)
+        gate = FilterGate(groups, conv.weight, elements)  # type: ignore[arg-type]
+        replaced[id(conv)] = GATED[type(conv)].wrap(conv, gate)  # type: ignore[arg-type]
+    for module in list(root.modules()):
+        for name, child in list(module._modules.items()):  # by every name it goes by
+            if id(child) in replaced:
+                module._modules[name] = replaced[id(child)]
+    if not plan.norms:
+        return
+    container = nn.Module()
+    for (name, call), (channels, dim) in plan.norms.items():
+        container.add_module(_gate_name(name, call), _norm_gate(root, name, channels, dim))
+    free = CONTAINER
+    while hasattr(root, free):
+        free += "_"
+    root.add_module(free, container)
+    for graph in graphs:
+        _follow_norms(graph, plan, free)
+        graph.lint()
+
+
+def _norm_gate(root: nn.Module, name: str, channels: int, dim: int) -> ChannelGate:
+    norm = root.get_submodule(name)
+    tensor = next((t for t in (*norm.parameters(), *norm.buffers())), torch.empty(0))
+    return ChannelGate(channels, dim, tensor.device).train(norm.training)
+
+
+def _gate_name(name: str, call: int) -> str:
+    return name.replace(".", "_") + (f"_call_{call}" if call else "")
+
+
+def _follow_norms(graph: fx.Graph, plan: GatePlan, container: str) -> None:
+    calls: Counter[str] = Counter()
+    for node in list(graph.nodes):
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        site = name, calls[name]
+        calls[name] += 1
+        if site in plan.norms:
+            _follow(graph, node, f"{container}.{_gate_name(*site)}")
+
+
+def _follow(graph: fx.Graph, node: Node, gate: str) -> None:
+    with graph.inserting_after(node):
+        gated = graph.call_module(gate)
+    node.replace_all_uses_with(gated)
+    gated.args = (node,)

@@ -1,0 +1,264 @@
+"""Which channels are zero, and which of the others anyone still reads.
+
+Two passes over the graph. It has no cycles, so one of each reaches the fixed point.
+
+Forward, `zero[v][c]` (lattice: zero < unknown):
+1. A filter that reads nothing, or only zeros, is zero unless it has a bias; a gated one always is.
+2. A channelwise operator keeps a zero where running it on zeros gave exactly zero.
+3. A gate makes zero what it holds dead, and everything whose norm reads a zero.
+4. A sum is zero where all its terms are, a product where any factor is.
+5. Moved channels stay what they were; padding with zeros is zero. All else is unknown.
+
+Backward, `kept[v][c] = needed and not zero`:
+6. A kept filter needs the live channels that it reads; other operators need the channels their
+   kept channels are made of; an opaque operator and the outputs of the model need every channel.
+7. A value that somebody needs the shape of, but all of whose channels are zero, keeps one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch.fx.node import Node
+
+from dspfx.passes.values import (
+    BoolArray,
+    ChannelAnalysis,
+    Channelwise,
+    Elementwise,
+    Gate,
+    Gather,
+    IntArray,
+    Mix,
+    Op,
+    Query,
+    Restored,
+    Source,
+)
+
+
+@dataclass(frozen=True)
+class ReadLists:
+    """What the filters of one layer read: filter o reads `lists[row[o]]`, nothing if -1.
+
+    Attributes:
+        row: int `[O]`.
+        lists: bool `[R, C]` over all input channels of the layer.
+    """
+
+    row: IntArray
+    lists: BoolArray
+
+    @staticmethod
+    def dense(mix: Mix) -> "ReadLists":
+        """Every filter reads all channels of its structural group."""
+        groups, width = mix.structural_groups, mix.channels // mix.structural_groups
+        lists = np.kron(np.eye(groups, dtype=bool), np.ones((1, width), bool))
+        return ReadLists(np.repeat(np.arange(groups), mix.filters // groups), lists)
+
+    @staticmethod
+    def grouped(mix: Mix, group: IntArray, keep: BoolArray, alive: BoolArray) -> "ReadLists":
+        """From groups: filter o reads `keep[o's structural group, group[o]]`, if `alive[o]`.
+
+        Args:
+            mix: the layer.
+            group: int `[O]`.
+            keep: bool `[S, G, C/S]`.
+            alive: bool `[O]`.
+        """
+        structural, groups, width = keep.shape
+        lists = np.zeros((structural, groups, mix.channels), bool)
+        for s in range(structural):
+            lists[s, :, s * width : (s + 1) * width] = keep[s]
+        row = np.arange(mix.filters) // (mix.filters // structural) * groups + group
+        return ReadLists(np.where(alive, row, -1), lists.reshape(-1, mix.channels))
+
+    @staticmethod
+    def masked(mix: Mix, mask: BoolArray) -> "ReadLists":
+        """From a mask, bool `[O, C/S]`: filters with equal rows share a list."""
+        structural = mix.structural_groups
+        rows, group = np.unique(mask, axis=0, return_inverse=True)
+        keep = np.broadcast_to(rows, (structural, *rows.shape))
+        return ReadLists.grouped(mix, group.reshape(-1), keep, mask.any(1))
+
+    def mask(self, mix: Mix) -> BoolArray:
+        """Bool `[O, C/S]`, the mask that these lists stand for."""
+        structural, width = mix.structural_groups, mix.channels // mix.structural_groups
+        own = np.arange(mix.filters) // (mix.filters // structural)
+        absolute = self.lists[self.row].reshape(mix.filters, structural, width)
+        return absolute[np.arange(mix.filters), own] & (self.row >= 0)[:, None]
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """What `liveness` finds out.
+
+    Attributes:
+        reads: the lists by layer, as given or dense.
+        zero: bool `[C]` for every value with channels.
+        kept: bool `[C]` for every value that is needed at all; the others are absent.
+        skipped: the all-zero operands that an elementwise operator may leave out.
+    """
+
+    reads: dict[str, ReadLists]
+    zero: dict[Node, BoolArray]
+    kept: dict[Node, BoolArray]
+    skipped: dict[Node, tuple[bool, ...]]
+
+    def reads_live(self, node: Node, mix: Mix) -> BoolArray:
+        """Bool `[R, C]`, the lists of a layer without the channels that are zero."""
+        return self.reads[mix.layer].lists & _live_inputs(self.zero, node, mix)
+
+
+def liveness(
+    analysis: ChannelAnalysis,
+    reads: Mapping[str, ReadLists],
+    alive: Mapping[str, BoolArray] | None = None,
+) -> Liveness:
+    """Both passes.
+
+    Args:
+        analysis: of the graph.
+        reads: the lists of the masked layers; the others are dense.
+        alive: what each channel gate lets through; None if the gates follow the masks, which
+            is how masks are evaluated before they are set.
+    """
+    lists = {
+        op.layer: reads.get(op.layer) or ReadLists.dense(op)
+        for op in analysis.ops.values()
+        if isinstance(op, Mix)
+    }
+    zero: dict[Node, BoolArray] = {}
+    for node, op in analysis.ops.items():
+        if node in analysis.values:
+            zero[node] = _zero(analysis, op, node, zero, lists, alive)
+    return _Backward(analysis, lists, zero, alive).run()
+
+
+def _zero(
+    analysis: ChannelAnalysis,
+    op: Op,
+    node: Node,
+    zero: dict[Node, BoolArray],
+    reads: dict[str, ReadLists],
+    alive: Mapping[str, BoolArray] | None,
+) -> BoolArray:
+    channels = analysis.values[node].channels
+    match op:
+        case Mix():
+            row = reads[op.layer].row
+            live = (reads[op.layer].lists & _live_inputs(zero, node, op)).any(1)
+            silent = (row < 0) | ~live[row]
+            always = (row < 0) if alive is not None else silent
+            return (silent & ~op.bias) | (always if op.gated else np.zeros(channels, bool))
+        case Channelwise():
+            return np.repeat(zero[op.operands[0]], op.repeat) & op.keeps_zero
+        case Gate():
+            held = zero[op.normalised] if alive is None else ~alive[op.gate]
+            return held | zero[op.operands[0]]
+        case Elementwise():
+            terms = [
+                zero[operand] if len(zero[operand]) else np.zeros(channels, bool)
+                for operand, spans in zip(op.operands, op.spans, strict=True)
+                if spans
+            ]
+            every = np.logical_and.reduce(terms) & all(op.spans)
+            some = np.logical_or.reduce(terms)
+            return (every & op.keeps_zero) | (some & op.absorbing)
+        case Gather():
+            result = np.ones(channels, bool)
+            for k, root in enumerate(op.operands):
+                here = op.source == k
+                result[here] = zero[root][op.index[here]]
+            return result
+    return np.zeros(channels, bool)
+
+
+def _live_inputs(zero: Mapping[Node, BoolArray], node: Node, mix: Mix) -> BoolArray:
+    if mix.restored:
+        return np.ones(mix.channels, bool)
+    return ~zero[mix.operands[0]]
+
+
+class _Backward:
+    def __init__(
+        self,
+        analysis: ChannelAnalysis,
+        reads: dict[str, ReadLists],
+        zero: dict[Node, BoolArray],
+        alive: Mapping[str, BoolArray] | None,
+    ) -> None:
+        self.analysis = analysis
+        self.alive = alive
+        self.result = Liveness(reads, zero, {}, {})
+        self.needed: dict[Node, BoolArray] = {}
+        self.demanded: set[Node] = set()
+
+    def run(self) -> Liveness:
+        for node, op in reversed(self.analysis.ops.items()):
+            if isinstance(op, Query):
+                if op.constant is None:
+                    self._demand(op.operands[0], None)
+            elif node in self.demanded or node.op in ("output", "placeholder"):
+                self._need_operands(node, op, self._keep(node, op))
+        return self.result
+
+    def _keep(self, node: Node, op: Op) -> BoolArray:
+        zero = self.result.zero.get(node, np.zeros(0, bool))
+        kept = self.needed.get(node, np.zeros(len(zero), bool)) & ~zero
+        if isinstance(op, Source) or (isinstance(op, Mix) and op.frozen):
+            kept = np.ones(len(zero), bool)
+        elif len(kept) and not kept.any():
+            kept[0] = True
+        self.result.kept[node] = kept
+        return kept
+
+    def _demand(self, operand: Node, channels: IntArray | BoolArray | slice | None) -> None:
+        """Somebody reads `operand`, and needs these of its channels."""
+        self.demanded.add(operand)
+        if channels is None or operand not in self.analysis.values:
+            return
+        count = self.analysis.values[operand].channels
+        if count:
+            needed = self.needed.setdefault(operand, np.zeros(count, bool))
+            needed[channels] = True
+
+    def _need_operands(self, node: Node, op: Op, kept: BoolArray) -> None:
+        match op:
+            case Mix(restored=True) | Restored():
+                for operand in op.operands:
+                    self._demand(operand, slice(None))
+            case Mix():
+                row = self.result.reads[op.layer].row[kept]
+                lists = self.result.reads_live(node, op)[np.unique(row[row >= 0])]
+                self._demand(op.operands[0], lists.any(0))
+            case Channelwise():
+                self._demand(op.operands[0], kept.reshape(-1, op.repeat).any(1))
+            case Gate():
+                alive = True if self.alive is None else self.alive[op.gate]
+                self._demand(op.operands[0], kept & alive)
+            case Elementwise():
+                self._need_terms(node, op, kept)
+            case Gather():
+                for k, root in enumerate(op.operands):
+                    read = op.index[kept & (op.source == k)]
+                    if len(read):
+                        self._demand(root, read)
+                if not (op.source[kept] >= 0).any():
+                    self._demand(op.operands[0], None)
+
+    def _need_terms(self, node: Node, op: Elementwise, kept: BoolArray) -> None:
+        silent = [
+            spans and skips and self._all_zero(operand, kept)
+            for operand, spans, skips in zip(op.operands, op.spans, op.skips_zero, strict=True)
+        ]
+        if all(silent):
+            silent[0] = False
+        self.result.skipped[node] = tuple(silent)
+        for operand, spans, skip in zip(op.operands, op.spans, silent, strict=True):
+            if not skip:
+                self._demand(operand, kept if spans else slice(None))
+
+    def _all_zero(self, operand: Node, kept: BoolArray) -> bool:
+        zero = self.result.zero[operand]
+        return len(zero) > 0 and bool(zero[kept].all())

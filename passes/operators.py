@@ -1,0 +1,188 @@
+"""What dspfx knows of torch's operators: sets of functions, methods and module types.
+
+An operator is found by identity, a method by its name, a module by its exact type; whatever is in
+no set is opaque: correct, and left at its full width.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.node import Node
+from torchvision.ops.stochastic_depth import stochastic_depth
+
+Key = Callable[..., Any] | str | type[nn.Module]
+
+
+def key(node: Node, root: nn.Module) -> Key:
+    """What identifies the operator of a call node: a function, a method's name, a module type."""
+    if node.op == "call_module":
+        return type(root.get_submodule(str(node.target)))
+    return node.target
+
+
+def _functions(*names: str) -> set[Key]:
+    """The functions of these names in `torch`, `torch.nn.functional`, and the method names."""
+    found: set[Key] = set()
+    for name in names:
+        for space in (torch, F):
+            for spelling in (name, f"{name}_"):
+                function = getattr(space, spelling, None)
+                if callable(function):
+                    found.add(function)
+                if hasattr(torch.Tensor, spelling):
+                    found.add(spelling)
+    return found
+
+
+MULTIPLICATIONS = _functions("mul", "multiply") | {operator.mul, operator.imul}
+ADDITIONS = _functions("add") | {operator.add, operator.iadd}
+SUBTRACTIONS = _functions("sub", "subtract") | {operator.sub, operator.isub}
+
+ELEMENTWISE: frozenset[Key] = frozenset(
+    MULTIPLICATIONS
+    | ADDITIONS
+    | SUBTRACTIONS
+    | {operator.truediv, operator.itruediv, operator.neg, operator.pow, stochastic_depth}
+    | _functions(
+        *("div", "true_divide", "divide", "pow", "neg", "negative", "abs", "square", "sqrt"),
+        *("rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "sin", "cos", "erf", "sign"),
+        *("floor", "ceil", "round", "clamp", "clip", "clamp_min", "clamp_max", "maximum"),
+        *("minimum", "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "gelu"),
+        *("silu", "mish", "hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus", "softsign"),
+        *("softshrink", "hardshrink", "tanhshrink", "threshold", "logsigmoid", "dropout"),
+        *("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
+        *("clone", "detach", "contiguous", "float", "double", "half", "bfloat16", "to"),
+        "nan_to_num",
+    )
+    | {
+        *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU),
+        *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus),
+        *(nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold),
+        *(nn.LogSigmoid, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU, nn.Identity),
+    }
+)
+
+NORMS: frozenset[Key] = frozenset(
+    {
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    }
+)
+BATCH_NORMS: frozenset[Key] = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
+
+# work on dimension 1, one channel at a time, mixing positions
+CHANNELWISE: frozenset[Key] = frozenset(
+    NORMS
+    | _functions(
+        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+        *("lp_pool1d", "lp_pool2d", "interpolate", "upsample"),
+    )
+    | {
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+        *(nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.PReLU, nn.Upsample),
+        *(nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+        *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+        *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+        *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+        *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    }
+)
+
+REDUCTIONS: frozenset[Key] = frozenset(
+    _functions("mean", "sum", "amax", "amin", "std", "var", "logsumexp")
+)
+
+# name the size of every dimension of their result
+SIZED: frozenset[Key] = frozenset(_functions("view", "reshape", "expand"))
+SQUEEZES: frozenset[Key] = frozenset(_functions("squeeze"))
+# may run unchanged on fewer channels, as long as they leave the list of channels alone
+SIZE_FREE: frozenset[Key] = frozenset(
+    _functions("permute", "transpose", "swapaxes", "movedim", "flatten", "unsqueeze", "pad")
+    | _functions("flip", "roll", "select")
+    | {operator.getitem, nn.Flatten}
+)
+MOVEMENT: frozenset[Key] = frozenset(
+    SIZED
+    | SQUEEZES
+    | SIZE_FREE
+    | _functions(
+        *("unflatten", "t", "expand_as", "view_as", "reshape_as", "repeat", "tile"),
+        *("repeat_interleave", "cat", "concat", "concatenate", "stack", "split", "chunk"),
+        *("tensor_split", "unbind", "narrow", "index_select", "pixel_shuffle"),
+        *("pixel_unshuffle", "channel_shuffle", "unfold", "split_with_sizes"),
+    )
+    | {nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold}
+)
+
+SIZES: frozenset[Key] = frozenset({"size", "dim", "numel"})
+
+_FUNCTIONAL = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def is_in_place(node: Node, root: nn.Module) -> bool:
+    """Whether a call overwrites its first argument."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return _has_in_place_name(str(node.target))
+    if node.op == "call_function":
+        return (
+            node.target in _FUNCTIONAL
+            or _has_in_place_name(getattr(node.target, "__name__", ""))
+            or bool(_argument(node, "inplace"))
+        )
+    return False
+
+
+def sizes(node: Node) -> list[Any]:
+    """The sizes that a `SIZED` operator is given, numbers or nodes; none if they are one node."""
+    given = node.args[1:] or tuple(node.kwargs.values())
+    if len(given) == 1 and not isinstance(given[0], int):
+        return list(given[0]) if isinstance(given[0], tuple | list) else []
+    return list(given)
+
+
+def out_of_place(node: Node) -> None:
+    """Make a call that overwrites its first argument return a new tensor instead."""
+    target: Any = node.target
+    if target in _FUNCTIONAL:
+        node.target = _FUNCTIONAL[target]
+    elif node.op == "call_method" and _has_in_place_name(target):
+        node.target = target[:-1]
+    elif node.op == "call_function" and _has_in_place_name(getattr(target, "__name__", "")):
+        name = target.__name__[:-1]
+        node.target = getattr(torch, name, None) or getattr(F, name)
+    elif node.op == "call_function" and _argument(node, "inplace"):
+        bound = inspect.signature(target).bind(*node.args, **node.kwargs)
+        bound.arguments["inplace"] = False
+        node.args, node.kwargs = bound.args, bound.kwargs
+
+
+def _has_in_place_name(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument `name` of a Python function's call, None without one."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return bound.arguments.get(name)

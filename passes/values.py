@@ -1,0 +1,166 @@
+"""The value types of the channel analysis: what a graph does to channels, operator by operator.
+
+A traced graph has hundreds of operators. For channels they do one of nine things, the classes
+below; liveness, cost and compaction know these nine and nothing else.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from torch.fx.node import Node
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Value:
+    """The channels of one tensor.
+
+    Attributes:
+        shape: of the tensor, as seen with the example inputs.
+        dim: the dimension whose positions are the channels; None if several or none are, and
+            then the tensor is only ever handled whole.
+        atoms: int `[shape[dim]]`, the label that every channel was born with.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None
+    atoms: IntArray
+
+    @property
+    def channels(self) -> int:
+        """How many channels there are; 0 for a tensor that is handled whole."""
+        return len(self.atoms)
+
+
+@dataclass(frozen=True)
+class Op:
+    """What one node does to channels; `operands` are the nodes whose tensors it reads."""
+
+    operands: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Source(Op):
+    """Tensors from outside: model inputs. All their channels exist, whoever reads them."""
+
+
+@dataclass(frozen=True)
+class Constant(Op):
+    """A parameter or buffer used directly: it may be cut along any dimension."""
+
+
+@dataclass(frozen=True)
+class Mix(Op):
+    """A convolution or linear layer: O filters that read C channels in S structural groups.
+
+    Filter o reads the channels of structural group `o // (O / S)`, fewer where it is masked.
+    `bias` says which filters have one that is not zero (any, where it is learned under a gate).
+    A restored layer reads a tensor that is handled whole; a frozen one keeps all its filters.
+    """
+
+    layer: str
+    filters: int
+    channels: int
+    structural_groups: int
+    taps: int
+    positions: int
+    bias: BoolArray
+    has_bias: bool
+    gated: bool
+    restored: bool
+    frozen: bool
+
+
+@dataclass(frozen=True)
+class Channelwise(Op):
+    """Every channel by itself: channel c becomes channels `c*repeat .. c*repeat + repeat - 1`.
+
+    `keeps_zero` says for every output channel whether a zero channel stays exactly zero.
+    """
+
+    repeat: int
+    keeps_zero: BoolArray
+    macs_per_channel: int = 0
+    parameters_per_channel: int = 0
+    is_norm: bool = False
+    layer: str | None = None
+
+
+@dataclass(frozen=True)
+class Gate(Op):
+    """A `ChannelGate`: zero where `alive` says so; `normalised` is what its norm reads."""
+
+    gate: str
+    normalised: Node
+
+
+@dataclass(frozen=True)
+class Elementwise(Op):
+    """Channel j of the result is made of channel j of every operand that `spans` the channels.
+
+    The other operands are broadcast whole.
+    `keeps_zero`: all-zero operands give zero. `absorbing`: one zero operand is enough.
+    `skips_zero` says for each operand whether it may be left out where it is all zero.
+    """
+
+    spans: tuple[bool, ...]
+    keeps_zero: bool
+    absorbing: bool
+    skips_zero: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Gather(Op):
+    """Data movement: channel j is channel `index[j]` of operand `source[j]`, or zero where -1."""
+
+    source: IntArray
+    index: IntArray
+
+
+@dataclass(frozen=True)
+class Restored(Op):
+    """Anything else. Its operands are given to it at full width, zeros filled in.
+
+    `reason` is empty where that is no loss, as for the outputs of the model.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Query(Op):
+    """A size that is asked of a tensor, or part of one: `constant` where a channel count is."""
+
+    constant: int | None
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A node that keeps its operands at full width, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ChannelAnalysis:
+    """What `analyse` finds out about a graph.
+
+    Attributes:
+        ops: what every node does, in graph order; nodes that touch no tensor are left out.
+        values: the channels of every node that has a tensor.
+        classes: int `[atoms]`, the coupling class of every atom.
+        declined: the nodes that need their operands whole.
+    """
+
+    ops: dict[Node, Op]
+    values: dict[Node, Value]
+    classes: IntArray
+    declined: tuple[Declined, ...] = field(default=())
+
+    def class_of(self, node: Node) -> IntArray:
+        """The coupling class of every channel of `node`."""
+        return self.classes[self.values[node].atoms]

@@ -1,0 +1,177 @@
+"""Proof by running: masked and compact model on the same random inputs, node by node if need be.
+
+The masked model is copied to float64 and compacted there, by the same plan, so that only a real
+difference shows. A model that insists on another type is compared in that type.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Node
+from torch.utils import _pytree as pytree
+
+from dspfx.errors import EquivalenceError
+from dspfx.passes.compact import compact
+from dspfx.passes.liveness import Liveness
+from dspfx.passes.plan import CompactionPlan, Order
+from dspfx.passes.values import BoolArray, ChannelAnalysis
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
+
+
+def verify(
+    masked: fx.GraphModule,
+    analysis: ChannelAnalysis,
+    live: Liveness,
+    plan: CompactionPlan,
+    inputs: tuple[Any, ...],
+) -> float:
+    """The largest relative difference that compacting `masked` makes, on random inputs.
+
+    Args:
+        masked: in evaluation mode; only read.
+        analysis, live, plan: of its graph.
+        inputs: shapes and types of the inputs.
+
+    Raises:
+        EquivalenceError: if the outputs differ by more than the type's tolerance.
+    """
+    masked, inputs = _widest(masked, inputs)
+    compacted = compact(masked, analysis, plan)
+    module = fx.GraphModule(compacted.root, compacted.graph)
+    with torch.no_grad():
+        worst = difference(masked(*inputs), module(*inputs))
+    if worst is not None:
+        return worst
+    names = {
+        old.name: (new.name, plan.order.get(old), live.kept.get(old))
+        for old, new in compacted.nodes.items()
+    }
+    raise EquivalenceError(
+        "masked and compact model differ, first at "
+        f"{_first_difference(masked, module, inputs, names)}. This is a bug of dspfx; please "
+        "report the model. Until then, PrepareConfig(ignore=...) can leave the layer alone"
+    )
+
+
+def difference(expected: Any, actual: Any) -> float | None:
+    """The largest difference relative to the largest value; None if beyond the tolerance."""
+    pairs = list(zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True))
+    worst = 0.0
+    for a, b in pairs:
+        if not isinstance(a, Tensor):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return None
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return None
+            continue
+        if not a.numel():
+            continue
+        scale = max(float(a.abs().max()), torch.finfo(a.dtype).tiny)
+        relative = float((a - b).abs().max()) / scale
+        if not relative <= TOLERANCE.get(a.dtype, 1e-4):
+            return None
+        worst = max(worst, relative)
+    return worst
+
+
+def _widest(
+    masked: fx.GraphModule, inputs: tuple[Any, ...]
+) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+    """A float64 copy over the same graph, and inputs for it; `masked` if that does not run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(leaf.device)
+
+    drawn = pytree.tree_map(draw, inputs)
+    wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
+    try:
+        with torch.no_grad():
+            wide(*drawn)
+    except (RuntimeError, TypeError):
+        narrow = pytree.tree_map(
+            lambda x, like: x.to(like.dtype) if isinstance(x, Tensor) else x, drawn, inputs
+        )
+        return masked, narrow
+    return wide, drawn
+
+
+def _first_difference(
+    masked: fx.GraphModule,
+    compact: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    names: Mapping[str, tuple[str, Order, BoolArray | None]],
+) -> str:
+    """The first node, in the order of execution, whose kept channels differ."""
+    recorder = _Recorder(compact)
+    with torch.no_grad():
+        recorder.run(*inputs)
+        checker = _Checker(masked, recorder.results, names)
+        checker.run(*inputs)
+    return checker.first or "the output"
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.results: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        self.results[n.name] = super().run_node(n)
+        return self.results[n.name]
+
+
+class _Checker(fx.Interpreter):
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        results: Mapping[str, Any],
+        names: Mapping[str, tuple[str, Order, BoolArray | None]],
+    ) -> None:
+        super().__init__(module)
+        self.results = results
+        self.names = names
+        self.first: str | None = None
+
+    def run_node(self, n: Node) -> Any:
+        expected = super().run_node(n)
+        name, order, kept = self.names.get(n.name, (None, None, None))
+        if self.first is None and name is not None and isinstance(expected, Tensor):
+            actual = self.results[name]
+            if order is not None and kept is not None:
+                expected_here, actual = _on_kept(expected, actual, order, kept)
+            else:
+                expected_here = expected
+            if difference(expected_here, actual) is None:
+                self.first = f"{n.op} '{n.name}' ({n.target})"
+        return expected
+
+
+def _on_kept(
+    expected: Tensor, actual: Tensor, order: Order, kept: BoolArray
+) -> tuple[Tensor, Tensor]:
+    """The kept channels of both, along the dimension that `kept` counts."""
+    assert order is not None
+    dim = next(
+        (
+            d
+            for d in range(1, expected.dim())
+            if expected.shape[d] == len(kept) and actual.shape[d] == len(order)
+        ),
+        0,
+    )
+    position = np.flatnonzero(kept[order])
+    index = torch.from_numpy(position)
+    return expected.index_select(dim, torch.from_numpy(order[position])), actual.index_select(
+        dim, index
+    )
