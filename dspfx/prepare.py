@@ -103,6 +103,11 @@ def fitting_inputs(prepared: PreparedModule) -> tuple[Any, ...]:
     return fitted
 
 
+def as_inputs(given: Any) -> tuple[Any, ...]:
+    """Positional inputs from a tuple, a list or a single one."""
+    return tuple(given) if isinstance(given, tuple | list) else (given,)
+
+
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not torch.isfinite(parameter).all():
@@ -131,8 +136,9 @@ def _inputs(prepared: PreparedModule, given: Any) -> tuple[tuple[Any, ...], tupl
     """Example inputs that the model accepts, of two samples where it takes two, and notes."""
     if given is None:
         return _inferred_inputs(prepared)
-    inputs = tuple(given) if isinstance(given, tuple | list) else (given,)
-    inputs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
+    inputs = pytree.tree_map(
+        lambda x: x.detach() if isinstance(x, Tensor) else x, as_inputs(given)
+    )
     error = _failure(prepared, inputs)
     if error is not None:
         raise PrepareError(

@@ -330,6 +330,11 @@ class _Analyser(fx.Interpreter):
         self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
         return Restored(operands, "its result does not keep whole channels together")
 
+    def _relayout(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        """A copy in another memory layout: elementwise, or one more step of moving data."""
+        elementwise = self._elementwise(node, operands, result)
+        return elementwise or self._move(node, operands, result)
+
     def _gathered(self, node: Node, result: Tensor, move: Move, dim: int) -> Op:
         atoms = np.zeros(len(move.index), np.int64)
         for k, root in enumerate(move.roots):
@@ -415,6 +420,7 @@ _RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
     (frozenset((ChannelGate,)), _Analyser._gate),
     (operators.CHANNELWISE, _Analyser._channelwise),
     (operators.REDUCTIONS, _Analyser._reduction),
+    (operators.RELAYOUTS, _Analyser._relayout),
     (operators.ELEMENTWISE, _Analyser._elementwise),
     (operators.MOVEMENT, _Analyser._move),
 )

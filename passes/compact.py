@@ -166,6 +166,7 @@ class _Emitter:
         """The same call on other operands, out of place, its module private to the new graph."""
         new = self.graph.node_copy(node, lambda n: operands.get(n, self.env[n]))
         operators.out_of_place(new)
+        operators.tolerate_strides(new)
         if node.op == "call_module":
             module = _private(self.source.get_submodule(str(node.target)))
             new.target = self._put(str(node.target), module)

@@ -113,7 +113,7 @@ class _Reader:
         self.ids = ids
         self.padding = ids <= 0
         starts = torch.tensor([r.first_id for r in roots])
-        number = torch.searchsorted(starts, ids.clamp(min=1), right=True) - 1
+        number = torch.searchsorted(starts, ids.clamp(min=1).contiguous(), right=True) - 1
         present = number[~self.padding].unique().tolist()
         self.roots = [roots[i] for i in present]
         stride = torch.tensor([r.stride for r in roots])[number]

@@ -56,7 +56,7 @@ ELEMENTWISE: frozenset[Key] = frozenset(
         *("silu", "mish", "hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus", "softsign"),
         *("softshrink", "hardshrink", "tanhshrink", "threshold", "logsigmoid", "dropout"),
         *("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
-        *("clone", "detach", "contiguous", "float", "double", "half", "bfloat16", "to"),
+        *("float", "double", "half", "bfloat16", "to"),
         "nan_to_num",
     )
     | {
@@ -64,9 +64,12 @@ ELEMENTWISE: frozenset[Key] = frozenset(
         *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus),
         *(nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold),
         *(nn.LogSigmoid, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-        *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU, nn.Identity),
+        *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU),
     }
 )
+
+# change where elements lie in memory, or nothing
+RELAYOUTS: frozenset[Key] = frozenset(_functions("clone", "detach", "contiguous") | {nn.Identity})
 
 NORMS: frozenset[Key] = frozenset(
     {
@@ -171,6 +174,13 @@ def out_of_place(node: Node) -> None:
         bound = inspect.signature(target).bind(*node.args, **node.kwargs)
         bound.arguments["inplace"] = False
         node.args, node.kwargs = bound.args, bound.kwargs
+
+
+def tolerate_strides(node: Node) -> None:
+    """Make a view a reshape: compact tensors may be slices where the originals were not."""
+    if node.op == "call_method" and node.target == "view":
+        if not any(isinstance(a, torch.dtype) for a in node.args):
+            node.target = "reshape"
 
 
 def _has_in_place_name(name: str) -> bool:

@@ -1,0 +1,52 @@
+"""dspfx: dynamic structure pruning as a torch.fx compiler.
+
+    prepared = dspfx.prepare(model)      # a traced copy with group gates
+    ...                                  # learn groups, prune, fine-tune: your own loop
+    compact = dspfx.convert(prepared)    # the same function, smaller and faster, verified
+"""
+
+from dspfx.compile import compile
+from dspfx.convert import convert
+from dspfx.errors import (
+    BudgetError,
+    ConvertError,
+    DataError,
+    DspfxError,
+    EquivalenceError,
+    LearnError,
+    MaskError,
+    PrepareError,
+    TraceError,
+)
+from dspfx.learner import GroupLearner
+from dspfx.masks import get_masks, set_masks
+from dspfx.module import CompactModule, PreparedModule
+from dspfx.prepare import PrepareConfig, prepare
+from dspfx.prune import Budget, PruneReport, prune
+from dspfx.report import Report, report
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "CompactModule",
+    "ConvertError",
+    "DataError",
+    "DspfxError",
+    "EquivalenceError",
+    "GroupLearner",
+    "LearnError",
+    "MaskError",
+    "PrepareConfig",
+    "PrepareError",
+    "PreparedModule",
+    "PruneReport",
+    "Report",
+    "TraceError",
+    "compile",
+    "convert",
+    "get_masks",
+    "prepare",
+    "prune",
+    "report",
+    "set_masks",
+]

@@ -1,0 +1,134 @@
+"""The main net: random networks, random masks, and the masked dense model as the oracle."""
+
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_networks import SMOOTH, MaskRecipe, mask_recipes, networks
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+import dspfx
+from dspfx.errors import PrepareError
+from dspfx.gates import GatedConv, gated_layers
+
+EXAMPLES = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def inputs(seed: int = 0, samples: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+
+def assert_equal(expected: Any, actual: Any, tolerance: float = 1e-9) -> None:
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= tolerance * max(float(a.abs().max()), 1e-300)
+
+
+def macs(model: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return int(counter.get_total_flops()) // 2 // len(x)
+
+
+def prepare(model: nn.Module, groups: int) -> dspfx.PreparedModule | None:
+    try:
+        return dspfx.prepare(model, inputs(), config=dspfx.PrepareConfig(groups=groups))
+    except PrepareError as error:
+        assert "no layer to prune" in str(error)  # every convolution reads one channel
+        return None
+
+
+@EXAMPLES
+@given(model=networks(), recipe=mask_recipes(), groups=st.integers(1, 4))
+def test_compact_equals_masked(model: nn.Module, recipe: MaskRecipe, groups: int) -> None:
+    prepared = prepare(model, groups)
+    if prepared is None:
+        return
+    x = inputs(1)
+    with torch.no_grad():
+        assert_equal(model(x), prepared(x), tolerance=0)
+        dspfx.set_masks(prepared, recipe.masks(prepared))
+        before = {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
+        compact = dspfx.convert(prepared)
+        assert_equal(prepared(x), compact(x))
+    compact.graph.lint()
+    assert not compact.training
+    assert macs(compact, x) <= dspfx.report(prepared).after.macs
+    assert dspfx.report(compact).after == dspfx.report(prepared).after
+    again = dspfx.convert(prepared)
+    assert again.code == compact.code
+    assert dspfx.convert(compact).code == compact.code
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, compact.state_dict()[name])
+    for name, tensor in prepared.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@EXAMPLES
+@given(model=networks(SMOOTH), recipe=mask_recipes())
+def test_masked_equals_an_oracle_that_watches_values(model: nn.Module, recipe: MaskRecipe) -> None:
+    """Dead means zero, as defined by what flows through the unprepared model.
+
+    The oracle knows nothing of graphs: weights are multiplied by the masks, and a hook zeroes
+    every filter whose response is nothing but zeros, and every channel a norm reads as zeros.
+    Smooth activations make sure that only dead channels are zero.
+    """
+    prepared = prepare(model, 3)
+    if prepared is None:
+        return
+    masks = recipe.masks(prepared)
+    dspfx.set_masks(prepared, masks)
+    layers = dict(model.named_modules())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            layers[name].weight.mul_(mask[:, :, None, None])
+            layers[name].register_forward_hook(silence_dead_filters)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_hook(keep_zeros)
+        x = inputs(2)
+        assert_equal(model(x), prepared(x))
+
+
+def silence_dead_filters(conv: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    response = out if conv.bias is None else out - conv.bias[:, None, None]
+    return torch.where(is_zero(response), 0.0, out)
+
+
+def keep_zeros(norm: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return torch.where(is_zero(args[0]), 0.0, out)
+
+
+def is_zero(x: Tensor) -> Tensor:
+    return x.abs().amax((0, 2, 3), keepdim=True) < 1e-13
+
+
+@settings(EXAMPLES, max_examples=40)
+@given(model=networks(), recipe=mask_recipes(), seed=st.integers(0, 99))
+def test_masked_weights_have_no_effect(model: nn.Module, recipe: MaskRecipe, seed: int) -> None:
+    prepared = prepare(model, 3)
+    if prepared is None:
+        return
+    dspfx.set_masks(prepared, recipe.masks(prepared))
+    x = inputs(3)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        expected = prepared(x)
+        for layer in gated_layers(prepared).values():
+            scramble(layer, generator)
+        assert_equal(expected, prepared(x), tolerance=0)
+
+
+def scramble(layer: GatedConv, generator: torch.Generator) -> None:
+    noise = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)
+    layer.weight.add_(noise * ~layer.gate.mask[:, :, None, None])
+    if layer.bias is not None:
+        layer.bias.add_(~layer.gate.alive)
