@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from helpers import randomise
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -177,22 +178,6 @@ class RandomNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.steps(x)
-
-
-def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Weights, shifts and running statistics that no test could mistake for zeros or ones."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3, generator=generator)
-            module.running_var.uniform_(0.5, 2, generator=generator)
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.normal_(module.bias, 0, 0.5, generator=generator)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.normal_(module.weight, 0, module.weight[0].numel() ** -0.5, generator=generator)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, 0, 0.5, generator=generator)
-    return model
 
 
 @st.composite

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
+from helpers import assert_equal, macs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_networks import SMOOTH, MaskRecipe, mask_recipes, networks
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 import dspfx
 from dspfx.errors import PrepareError
@@ -24,18 +23,6 @@ EXAMPLES = settings(
 def inputs(seed: int = 0, samples: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(samples, 3, 8, 8, generator=generator, dtype=torch.float64)
-
-
-def assert_equal(expected: Any, actual: Any, tolerance: float = 1e-9) -> None:
-    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True):
-        assert a.shape == b.shape
-        assert float((a - b).abs().max()) <= tolerance * max(float(a.abs().max()), 1e-300)
-
-
-def macs(model: nn.Module, x: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
-    return int(counter.get_total_flops()) // 2 // len(x)
 
 
 def prepare(model: nn.Module, groups: int) -> dspfx.PreparedModule | None:

@@ -1,0 +1,198 @@
+"""`convert` and `compile`: what comes out can be used like any inference graph."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torchvision
+from helpers import assert_equal, macs, random_masks, randomise, unchanged
+from torch import Tensor, nn
+
+import dspfx
+from dspfx.passes import compact as compact_pass
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[dspfx.PreparedModule, dspfx.CompactModule]:
+    model = randomise(torchvision.models.resnet18(weights=None, num_classes=7))
+    prepared = dspfx.prepare(model, torch.randn(2, 3, 64, 64)).eval()
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.2))
+    return prepared, dspfx.convert(prepared)
+
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_is_an_evaluation_graph_of_its_own(
+    pair: tuple[dspfx.PreparedModule, dspfx.CompactModule],
+) -> None:
+    prepared, compact = pair
+    assert isinstance(compact, torch.fx.GraphModule)
+    assert not any(module.training for module in compact.modules())
+    kinds = {type(module).__module__.split(".")[0] for module in compact.modules()}
+    assert kinds <= {"torch", "dspfx"}
+    inner = [m for m in compact.modules() if m is not compact]
+    assert {type(m).__module__.split(".")[0] for m in inner} == {"torch"}
+    mine = {t.data_ptr() for t in (*compact.parameters(), *compact.buffers())}
+    theirs = {t.data_ptr() for t in (*prepared.parameters(), *prepared.buffers())}
+    assert not mine & theirs
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in compact.modules())
+
+
+def test_copies_and_pickles(pair: tuple[dspfx.PreparedModule, dspfx.CompactModule]) -> None:
+    prepared, compact = pair
+    expected = prepared(X)
+    for twin in (copy.deepcopy(compact), pickle.loads(pickle.dumps(compact))):
+        assert isinstance(twin, dspfx.CompactModule)
+        assert_equal(compact(X), twin(X), tolerance=0)
+        assert str(dspfx.report(twin)) == str(dspfx.report(compact))
+    assert_equal(expected, compact(X), tolerance=1e-4)
+
+
+def test_compiles_exports_and_traces(
+    pair: tuple[dspfx.PreparedModule, dspfx.CompactModule],
+) -> None:
+    prepared, compact = pair
+    expected = prepared(X).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace announces its retirement
+        assert_equal(expected, torch.jit.trace(compact, X)(X), 1e-4)
+        assert_equal(expected, torch.export.export(compact, (X,)).module()(X), 1e-4)
+        fast = dspfx.compile(compact, X)
+        assert_equal(expected, fast(X), 1e-4)
+        assert not fast(X).requires_grad
+        assert_equal(prepared(X[:1]).detach(), fast(X[:1]), 1e-4)
+
+
+def test_other_batch_and_image_sizes(
+    pair: tuple[dspfx.PreparedModule, dspfx.CompactModule],
+) -> None:
+    prepared, compact = pair
+    for shape in ((1, 3, 64, 64), (5, 3, 96, 80), (0, 3, 64, 64)):
+        x = torch.randn(shape)
+        if len(x):
+            assert_equal(prepared(x), compact(x), 1e-4)
+        else:
+            assert compact(x).shape == (0, 7)
+
+
+def test_without_pruning_it_is_the_original_function() -> None:
+    model = randomise(torchvision.models.mobilenet_v2(weights=None, num_classes=3)).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with unchanged(model):
+        compact = dspfx.convert(dspfx.prepare(model, x))
+    assert_equal(model(x), compact(x))
+    assert macs(compact, x) == macs(model, x)
+    gathers = [n for n in compact.graph.nodes if n.target in (torch.index_select, torch.narrow)]
+    assert gathers == []
+
+
+def test_a_residual_stream_shrinks_where_every_writer_is_dead() -> None:
+    prepared = dspfx.prepare(
+        torchvision.models.resnet18(weights=None), torch.randn(2, 3, 32, 32)
+    )
+    masks = {}
+    for name in ("layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"):
+        mask = dspfx.get_masks(prepared)[name]
+        mask[:40] = False
+        masks[name] = mask
+    dspfx.set_masks(prepared, masks)
+    compact = dspfx.convert(prepared)
+    assert compact.get_submodule("layer2.0.conv2").out_channels == 88
+    assert compact.get_submodule("layer3.0.conv1").in_channels == 88
+    assert compact.get_submodule("layer3.0.downsample.0").in_channels == 88
+
+
+def test_groups_of_equal_size_are_one_grouped_convolution() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1))
+    prepared = dspfx.prepare(model, torch.randn(2, 3, 5, 5))
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[0::2, :4] = True
+    mask[1::2, 4:] = True
+    dspfx.set_masks(prepared, {"1": mask})
+    conv = dspfx.convert(prepared).get_submodule("1")
+    assert (conv.groups, conv.in_channels, conv.out_channels) == (2, 8, 6)
+
+
+def test_a_norm_that_is_not_alone_is_not_folded() -> None:
+    class TwoReaders(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(self.stem(x))
+            return self.norm(y) + y
+
+    model = randomise(TwoReaders()).eval()
+    x = torch.randn(2, 3, 4, 4)
+    compact = dspfx.convert(dspfx.prepare(model, x))
+    assert any(isinstance(m, nn.BatchNorm2d) for m in compact.modules())
+    assert_equal(model(x), compact(x), 1e-5)
+
+
+def test_modules_called_twice_are_compacted_call_by_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+            self.norm = nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for _ in range(2):
+                x = torch.relu(self.norm(self.conv(x)))
+            return x
+
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    prepared = dspfx.prepare(randomise(Twice()).double(), x)
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.4))
+    assert_equal(prepared.eval()(x), dspfx.convert(prepared)(x))
+
+
+def test_a_wrong_plan_is_caught_and_located(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = dspfx.prepare(
+        randomise(torchvision.models.resnet18(weights=None)), torch.randn(2, 3, 32, 32)
+    )
+    dspfx.set_masks(prepared, random_masks(prepared))
+    rebuild = compact_pass._rebuild
+
+    def wrong(layer: nn.Module, *args: object) -> nn.Module:
+        new = rebuild(layer, *args)
+        if layer is not None and args[0].layer == "layer2.1.conv1":
+            new.weight.data[0] += 1
+        return new
+
+    monkeypatch.setattr(compact_pass, "_rebuild", wrong)
+    with pytest.raises(dspfx.EquivalenceError, match="first at call_module 'layer2_1_bn1'"):
+        dspfx.convert(prepared)
+    dspfx.convert(prepared, verify=False)
+
+
+def test_a_model_in_another_type() -> None:
+    model = randomise(torchvision.models.resnet18(weights=None)).eval()
+    prepared = dspfx.prepare(model, torch.randn(2, 3, 32, 32))
+    dspfx.set_masks(prepared, random_masks(prepared))
+    x = torch.randn(2, 3, 32, 32)
+    expected = prepared(x)
+    compact = dspfx.convert(prepared.to(torch.bfloat16))
+    assert {p.dtype for p in compact.parameters()} == {torch.bfloat16}
+    assert_equal(expected, compact(x.bfloat16()).float(), 0.1)
+
+
+def test_equality_holds_where_a_model_insists_on_float32() -> None:
+    class Insists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(torch.tanh(self.stem(x)).float())
+
+    prepared = dspfx.prepare(Insists(), torch.randn(2, 3, 5, 5))
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
+    x = torch.randn(2, 3, 5, 5)
+    assert_equal(prepared(x), dspfx.convert(prepared)(x), 1e-5)
