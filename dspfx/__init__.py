@@ -1,8 +1,8 @@
 """dspfx: dynamic structure pruning as a torch.fx compiler.
 
-    prepared = dspfx.prepare(model)      # a traced copy with group gates
-    ...                                  # learn groups, prune, fine-tune: your own loop
-    compact = dspfx.convert(prepared)    # the same function, smaller and faster, verified
+prepared = dspfx.prepare(model)      # a traced copy with group gates
+...                                  # learn groups, prune, fine-tune: your own loop
+compact = dspfx.convert(prepared)    # the same function, smaller and faster, verified
 """
 
 from dspfx.compile import compile

@@ -46,7 +46,7 @@ def convert(prepared: nn.Module, *, verify: bool = True) -> CompactModule:
         if verify:
             verify_equal(view, analysis, live, layout, inputs)
         compacted = compact(view, analysis, layout)
-    graphs = {mode: compacted.graph for mode in (False, True)}
+    graphs = dict.fromkeys((False, True), compacted.graph)
     module = CompactModule(compacted.root, graphs, type(prepared).__name__)
     module.example_inputs = inputs
     module.summary = summarise(analysis, live, layout)

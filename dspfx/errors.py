@@ -1,4 +1,4 @@
-"""Everything dspfx raises on purpose: one base class, few subclasses, messages that say what to do."""
+"""Everything dspfx raises on purpose; the messages say what to do."""
 
 
 class DspfxError(Exception):

@@ -109,7 +109,7 @@ def _validated(prepared: PreparedModule, masks: Mapping[str, Tensor]) -> dict[st
                 f"the mask of '{name}' has shape {tuple(mask.shape)}; filters x input channels of "
                 f"the layer are {tuple(gate.mask.shape)}"
             )
-        rows, group = mask.unique(dim=0, return_inverse=True)
+        rows, group = torch.unique(mask, dim=0, return_inverse=True)
         read = rows.any(1)
         if int(read.sum()) > len(gate.logits):
             raise MaskError(

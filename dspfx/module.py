@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 
 from torch import fx, nn
 
-
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
@@ -31,7 +30,7 @@ class TwoModeModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> Self:
         """Switch every submodule to `mode`, and to the graph of that mode."""
-        super().train(mode)
+        nn.Module.train(self, mode)
         if self.graph is not self.graphs[mode]:
             self.graph = self.graphs[mode]
         return self
@@ -47,6 +46,8 @@ class TwoModeModule(fx.GraphModule):
         modes = {module: module.training for module in self.modules()}
         view = fx.GraphModule(self, self.graphs[False])
         try:
+            for module in modes:
+                module.training = False
             yield view.eval()
         finally:
             for module, mode in modes.items():
@@ -60,7 +61,8 @@ class TwoModeModule(fx.GraphModule):
         training = evaluation if same else copy.deepcopy(self.graphs[True])
         carried = {name: copy.deepcopy(getattr(self, name), memo) for name in self.carried}
         graphs = {False: evaluation, True: training}
-        return self._rebuild(state, self.training, graphs, carried)
+        twin: Self = self._rebuild(state, self.training, graphs, carried)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         # plain GraphModules know how to pickle a graph; pickle keeps what they share shared

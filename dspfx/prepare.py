@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dspfx.errors import PrepareError
+from dspfx.errors import PrepareError, TraceError
 from dspfx.module import PreparedModule
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
@@ -69,6 +69,7 @@ def prepare(
         traced.root, {False: traced.eval, True: traced.train}, type(model).__name__
     )
     inputs, notes = _inputs(prepared, example_inputs)
+    _check_trace(traced.root, prepared, inputs)
     analysis = analyse_prepared(prepared, inputs, frozen)
     plan = plan_gates(prepared, analysis, frozen)
     if not plan.layers:
@@ -88,6 +89,27 @@ def analyse_prepared(
     """The analysis of the evaluation graph, whose nodes are the keys of the result."""
     with prepared.evaluation_view() as view:
         return analyse(view, inputs, frozen)
+
+
+def _check_trace(root: nn.Module, prepared: PreparedModule, inputs: tuple[Any, ...]) -> None:
+    """Run the copied model and its evaluation graph on the example inputs and compare."""
+
+    def fresh() -> Any:
+        return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+
+    with torch.no_grad(), prepared.evaluation_view() as view:
+        root.training = False
+        expected, actual = pytree.tree_leaves(root(*fresh())), pytree.tree_leaves(view(*fresh()))
+    same = len(expected) == len(actual) and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else a == b
+        for a, b in zip(expected, actual, strict=True)
+    )
+    if not same:
+        raise TraceError(
+            f"the graph of {type(root).__name__} does not compute what the model does: its code "
+            "probably reads a tensor under one name after overwriting it under another (`+=`); "
+            "write `y = y + x` there"
+        )
 
 
 def fitting_inputs(prepared: PreparedModule) -> tuple[Any, ...]:
@@ -136,9 +158,7 @@ def _inputs(prepared: PreparedModule, given: Any) -> tuple[tuple[Any, ...], tupl
     """Example inputs that the model accepts, of two samples where it takes two, and notes."""
     if given is None:
         return _inferred_inputs(prepared)
-    inputs = pytree.tree_map(
-        lambda x: x.detach() if isinstance(x, Tensor) else x, as_inputs(given)
-    )
+    inputs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, as_inputs(given))
     error = _failure(prepared, inputs)
     if error is not None:
         raise PrepareError(
@@ -163,7 +183,7 @@ def _inferred_inputs(prepared: PreparedModule) -> tuple[tuple[Any, ...], tuple[s
     if isinstance(layer, nn.Linear):
         shapes = [(2, layer.in_features)]
     elif layer is not None:
-        rank = _SPATIAL[type(layer)] if type(layer) in _SPATIAL else 2
+        rank = _SPATIAL.get(type(layer), 2)
         shapes = [(2, layer.in_channels, *[size] * rank) for size in IMAGE_SIZES]
     for shape in shapes:
         inputs = (torch.zeros(shape, dtype=dtype, device=device),)

@@ -125,9 +125,9 @@ def _bisect(
     if budget.of(cost) > limit:
         least = budget.of(cost) / budget.of(before)
         raise BudgetError(
-            f"the budget of {budget.fraction:.2%} cannot be reached: with one input channel left to "
-            f"each group, {least:.2%} remains; ask for more than that, use fewer groups or ignore "
-            "fewer layers"
+            f"the budget of {budget.fraction:.2%} cannot be reached: with one input channel left "
+            f"to each group, {least:.2%} remains; ask for more than that, use fewer groups or "
+            "ignore fewer layers"
         )
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

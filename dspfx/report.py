@@ -51,7 +51,9 @@ class Report:
             for layer in self.layers
         ]
         header = ("layer", "filters", "groups", "inputs of each group", "MACs before", "after")
-        table = tabulate(rows, header, disable_numparse=True, colalign=("left",) * 4 + ("right",) * 2)
+        table = tabulate(
+            rows, header, disable_numparse=True, colalign=("left",) * 4 + ("right",) * 2
+        )
         totals = tabulate(
             [
                 ("whole model, MACs", *_row(self.before.macs, self.after.macs)),

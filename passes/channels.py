@@ -82,7 +82,9 @@ class _Analyser(fx.Interpreter):
                 used.update(op.operands)
                 if isinstance(op, Restored) and op.reason:
                     declined.append(Declined(node.name, op.reason))
-        return ChannelAnalysis(self.ops, self.values, self.coupling.classes(), tuple(reversed(declined)))
+        return ChannelAnalysis(
+            self.ops, self.values, self.coupling.classes(), tuple(reversed(declined))
+        )
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
@@ -114,9 +116,7 @@ class _Analyser(fx.Interpreter):
     def _operands(self, node: Node) -> tuple[Node, ...]:
         """The inputs of `node` that carry tensors, each once."""
         return tuple(
-            n
-            for n in node.all_input_nodes
-            if n in self.ops and not isinstance(self.ops[n], Query)
+            n for n in node.all_input_nodes if n in self.ops and not isinstance(self.ops[n], Query)
         )
 
     def _new_atoms(self, node: Node, result: Tensor, dim: int | None) -> None:

@@ -272,7 +272,7 @@ class _Emitter:
 def _private(module: nn.Module) -> nn.Module:
     own = copy.deepcopy(module)
     if hasattr(own, "inplace"):
-        own.inplace = False
+        setattr(own, "inplace", False)  # noqa: B010 (activations do not declare it)
     return own.requires_grad_(False)
 
 
@@ -293,9 +293,7 @@ def _cut(module: nn.Module, wanted: IntArray, channels: int) -> None:
             setattr(module, count, len(wanted))
 
 
-def _folded(
-    source: fx.GraphModule, layer: Any, plan: LayerPlan
-) -> tuple[Tensor, Tensor | None]:
+def _folded(source: fx.GraphModule, layer: Any, plan: LayerPlan) -> tuple[Tensor, Tensor | None]:
     """Masked weight `[O, C/S, *taps]` and bias `[O]` of a layer, its batch norm folded in.
 
     y = (conv(x) + b - mean) * scale + beta, with scale = gamma / sqrt(var + eps), is the
@@ -317,9 +315,7 @@ def _folded(
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
 
 
-def _rebuild(
-    layer: Any, op: Mix, part: Any, weight: Tensor, bias: Tensor | None
-) -> nn.Module:
+def _rebuild(layer: Any, op: Mix, part: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """One grouped convolution, or a linear layer, of the filters and inputs of `part`."""
     filters = torch.from_numpy(part.filters.reshape(-1)).to(weight.device)
     width = op.channels // op.structural_groups

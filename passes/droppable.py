@@ -32,9 +32,7 @@ def droppable_layers(analysis: ChannelAnalysis) -> frozenset[str]:
     return frozenset(name for name, summed in verdicts.items() if summed)
 
 
-def _ends_in_a_sum(
-    analysis: ChannelAnalysis, readers: dict[Node, list[Node]], node: Node
-) -> bool:
+def _ends_in_a_sum(analysis: ChannelAnalysis, readers: dict[Node, list[Node]], node: Node) -> bool:
     while len(readers[node]) == 1:
         (node,) = readers[node]
         op = analysis.ops[node]

@@ -32,9 +32,7 @@ class GatePlan:
     norms: dict[tuple[str, int], tuple[int, int]]
 
 
-def plan_gates(
-    root: fx.GraphModule, analysis: ChannelAnalysis, frozen: frozenset[str]
-) -> GatePlan:
+def plan_gates(root: fx.GraphModule, analysis: ChannelAnalysis, frozen: frozenset[str]) -> GatePlan:
     """Choose the layers and norms of `root` to gate; changes nothing."""
     layers: dict[str, int] = {}
     norms: dict[tuple[str, int], tuple[int, int]] = {}

@@ -34,6 +34,7 @@ from dspfx.passes.values import (
     Query,
     Restored,
     Source,
+    any_along,
 )
 
 
@@ -79,7 +80,7 @@ class ReadLists:
         structural = mix.structural_groups
         rows, group = np.unique(mask, axis=0, return_inverse=True)
         keep = np.broadcast_to(rows, (structural, *rows.shape))
-        return ReadLists.grouped(mix, group.reshape(-1), keep, mask.any(1))
+        return ReadLists.grouped(mix, group.reshape(-1), keep, any_along(mask, 1))
 
     def mask(self, mix: Mix) -> BoolArray:
         """Bool `[O, C/S]`, the mask that these lists stand for."""
@@ -147,10 +148,10 @@ def _zero(
     match op:
         case Mix():
             row = reads[op.layer].row
-            live = (reads[op.layer].lists & _live_inputs(zero, node, op)).any(1)
+            live = any_along(reads[op.layer].lists & _live_inputs(zero, node, op), 1)
             silent = (row < 0) | ~live[row]
             always = (row < 0) if alive is not None else silent
-            return (silent & ~op.bias) | (always if op.gated else np.zeros(channels, bool))
+            return (silent & ~op.bias) | (always & op.gated)
         case Channelwise():
             return np.repeat(zero[op.operands[0]], op.repeat) & op.keeps_zero
         case Gate():
@@ -162,8 +163,8 @@ def _zero(
                 for operand, spans in zip(op.operands, op.spans, strict=True)
                 if spans
             ]
-            every = np.logical_and.reduce(terms) & all(op.spans)
-            some = np.logical_or.reduce(terms)
+            some = any_along(np.stack(terms), 0)
+            every = ~any_along(~np.stack(terms), 0) & all(op.spans)
             return (every & op.keeps_zero) | (some & op.absorbing)
         case Gather():
             result = np.ones(channels, bool)
@@ -231,9 +232,9 @@ class _Backward:
             case Mix():
                 row = self.result.reads[op.layer].row[kept]
                 lists = self.result.reads_live(node, op)[np.unique(row[row >= 0])]
-                self._demand(op.operands[0], lists.any(0))
+                self._demand(op.operands[0], any_along(lists, 0))
             case Channelwise():
-                self._demand(op.operands[0], kept.reshape(-1, op.repeat).any(1))
+                self._demand(op.operands[0], any_along(kept.reshape(-1, op.repeat), 1))
             case Gate():
                 alive = True if self.alive is None else self.alive[op.gate]
                 self._demand(op.operands[0], kept & alive)

@@ -114,7 +114,7 @@ class _Reader:
         self.padding = ids <= 0
         starts = torch.tensor([r.first_id for r in roots])
         number = torch.searchsorted(starts, ids.clamp(min=1).contiguous(), right=True) - 1
-        present = number[~self.padding].unique().tolist()
+        present = np.unique(number[~self.padding].numpy()).tolist()
         self.roots = [roots[i] for i in present]
         stride = torch.tensor([r.stride for r in roots])[number]
         channels = torch.tensor([r.channels for r in roots])[number]

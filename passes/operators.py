@@ -178,9 +178,9 @@ def out_of_place(node: Node) -> None:
 
 def tolerate_strides(node: Node) -> None:
     """Make a view a reshape: compact tensors may be slices where the originals were not."""
-    if node.op == "call_method" and node.target == "view":
-        if not any(isinstance(a, torch.dtype) for a in node.args):
-            node.target = "reshape"
+    is_view = node.op == "call_method" and node.target == "view"
+    if is_view and not any(isinstance(a, torch.dtype) for a in node.args):
+        node.target = "reshape"
 
 
 def _has_in_place_name(name: str) -> bool:

@@ -33,6 +33,7 @@ from dspfx.passes.values import (
     IntArray,
     Mix,
     Op,
+    any_along,
 )
 
 Order = IntArray | None  # None: all channels, or a tensor that is handled whole
@@ -178,7 +179,7 @@ class _Planner:
     def _place_channelwise(self, node: Node, op: Channelwise, kept: BoolArray) -> None:
         operand = op.operands[0]
         held = self.held(operand)
-        needed = np.flatnonzero(kept.reshape(-1, op.repeat).any(1))
+        needed = np.flatnonzero(any_along(kept.reshape(-1, op.repeat), 1))
         if op.macs_per_channel:
             held = held[np.isin(held, needed)]
         wanted = np.concatenate([held, np.setdiff1d(needed, held)])
@@ -220,9 +221,7 @@ class _Planner:
         self._set(node, np.concatenate(order), tuple(wants))
 
 
-def _parts(
-    op: Mix, filters: IntArray, live: BoolArray, row: IntArray
-) -> list[GroupedConv]:
+def _parts(op: Mix, filters: IntArray, live: BoolArray, row: IntArray) -> list[GroupedConv]:
     """Group filters by what they read, and groups by their sizes; inputs are positions."""
     by_inputs: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for r in dict.fromkeys(row[filters].tolist()):
@@ -233,7 +232,7 @@ def _parts(
         by_size[len(members), len(inputs)].append(inputs)
     parts = []
     for (_, width), alike in by_size.items():
-        members = np.array([sorted(by_inputs[inputs]) for inputs in alike])
+        rows = np.array([sorted(by_inputs[inputs]) for inputs in alike], np.int64)
         positions = np.array(alike, np.int64) if width else np.zeros((len(alike), 1), np.int64)
-        parts.append(GroupedConv(members, positions, constant=not width))
+        parts.append(GroupedConv(rows, positions, constant=not width))
     return parts

@@ -56,4 +56,6 @@ def summarise(analysis: ChannelAnalysis, live: Liveness, plan: CompactionPlan) -
         layers.append(
             LayerSummary(op.layer, gated, (channels, kept), inputs, before[node], after[node])
         )
-    return Summary(tuple(layers), total(before, analysis), total(after, analysis), analysis.declined)
+    return Summary(
+        tuple(layers), total(before, analysis), total(after, analysis), analysis.declined
+    )

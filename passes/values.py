@@ -14,6 +14,12 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
+def any_along(array: BoolArray, axis: int) -> BoolArray:
+    """`array.any(axis)`, which numpy types as possibly a scalar."""
+    result: BoolArray = np.logical_or.reduce(array, axis=axis)
+    return result
+
+
 @dataclass(frozen=True)
 class Value:
     """The channels of one tensor.

@@ -37,7 +37,9 @@ def random_masks(
         (filters, channels), groups = layer.gate.mask.shape, len(layer.gate.logits)
         kept = torch.zeros(groups, channels, dtype=torch.bool)
         for row in kept:
-            row[torch.randperm(channels, generator=generator)[: max(1, int(channels * keep))]] = True
+            row[torch.randperm(channels, generator=generator)[: max(1, int(channels * keep))]] = (
+                True
+            )
         mask = kept[torch.randint(groups, (filters,), generator=generator)]
         mask[torch.rand(filters, generator=generator) < drop] = False
         masks[name] = mask

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers import randomise
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dspfx import PreparedModule
 from dspfx.gates import gated_layers
+from helpers import randomise
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -191,8 +191,11 @@ def networks(draw: st.DrawFn, activations: tuple[str, ...] = tuple(ACTIVATIONS))
     for kind in draw(
         st.lists(
             st.sampled_from(
-                ["conv", "conv", "residual", "residual", "concat", "split", "slice", "depthwise"]
-                + ["grouped", "se", "shuffle", "pool", "twice", "scale", "pixel", "bare"]
+                (
+                    *("conv", "conv", "residual", "residual", "concat", "split", "slice"),
+                    *("depthwise", "grouped", "se", "shuffle", "pool", "twice", "scale"),
+                    *("pixel", "bare"),
+                )
             ),
             min_size=1,
             max_size=5,
@@ -201,7 +204,9 @@ def networks(draw: st.DrawFn, activations: tuple[str, ...] = tuple(ACTIVATIONS))
         c = channels
         if kind == "conv":
             channels, stride = draw(width), draw(st.integers(1, 2))
-            steps.append(ConvNorm(c, channels, draw(st.sampled_from([1, 3])), stride, act=draw(act)))
+            steps.append(
+                ConvNorm(c, channels, draw(st.sampled_from([1, 3])), stride, act=draw(act))
+            )
             size = (size - 1) // stride + 1
         elif kind == "bare":
             channels = draw(width)

@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 import torchvision
-from helpers import assert_equal, macs, random_masks, randomise, unchanged
 from torch import Tensor, nn
 
 import dspfx
 from dspfx.passes import compact as compact_pass
+from helpers import assert_equal, macs, random_masks, randomise, unchanged
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,7 @@ def test_without_pruning_it_is_the_original_function() -> None:
 
 
 def test_a_residual_stream_shrinks_where_every_writer_is_dead() -> None:
-    prepared = dspfx.prepare(
-        torchvision.models.resnet18(weights=None), torch.randn(2, 3, 32, 32)
-    )
+    prepared = dspfx.prepare(torchvision.models.resnet18(weights=None), torch.randn(2, 3, 32, 32))
     masks = {}
     for name in ("layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"):
         mask = dspfx.get_masks(prepared)[name]

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from helpers import assert_equal, random_masks, unchanged
 from torch import Tensor, nn
 
 import dspfx
 from dspfx.gates import gated_layers
+from helpers import assert_equal, random_masks, unchanged
 
 
 def prepared_resnet() -> dspfx.PreparedModule:

@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import torchvision
-from helpers import assert_equal, random_masks, unchanged
 from torch import Tensor, nn
 
 import dspfx
 from dspfx import PrepareConfig
 from dspfx.gates import ChannelGate, FilterGate, gated_layers
+from helpers import assert_equal, random_masks, unchanged
 
 
 class Plain(nn.Module):
@@ -74,7 +74,9 @@ def test_ignored_layers_keep_filters_and_inputs(rule: object) -> None:
     layers = {layer.name: layer for layer in dspfx.report(prepared).layers}
     assert layers[frozen].filters == (6, 6)
     assert layers[frozen].inputs == (6, (6,))
-    assert_equal(*(m(torch.ones(2, 3, 4, 4)) for m in (prepared.eval(), dspfx.convert(prepared))), 1e-5)
+    assert_equal(
+        *(m(torch.ones(2, 3, 4, 4)) for m in (prepared.eval(), dspfx.convert(prepared))), 1e-5
+    )
 
 
 def test_inferred_inputs_are_reported() -> None:
@@ -141,6 +143,18 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Aliases(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x))
+        z = y
+        z += 1  # overwrites y, which the tracer cannot see
+        return y
+
+
 def nan_model() -> nn.Module:
     model = Plain()
     model.point.weight.data[0, 0] = float("nan")
@@ -150,11 +164,17 @@ def nan_model() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "inputs", "error", "words"),
     [
-        (nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3), dspfx.PrepareError, "no layer to prune"),
+        (
+            nn.Sequential(nn.Linear(3, 4)),
+            torch.randn(2, 3),
+            dspfx.PrepareError,
+            "no layer to prune",
+        ),
         (nn.Sequential(nn.ReLU()), None, dspfx.PrepareError, "pass example_inputs"),
         (Plain(), torch.randn(2, 5, 8, 8), dspfx.PrepareError, "does not accept"),
         (Plain(), (torch.randn(2, 3, 8, 8), 1), dspfx.PrepareError, "does not accept"),
         (nan_model(), None, dspfx.PrepareError, "point.weight holds NaN"),
+        (Aliases(), torch.randn(2, 3, 4, 4), dspfx.TraceError, "reads a tensor under one name"),
         (Branching(), None, dspfx.TraceError, "after node 'gt'"),
     ],
 )

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import assert_equal, macs, unchanged
 from torch import Tensor, nn
 
 import dspfx
@@ -12,6 +11,7 @@ from dspfx import Budget
 from dspfx.gates import gated_layers
 from dspfx.passes.droppable import droppable_layers
 from dspfx.prepare import analyse_prepared
+from helpers import assert_equal, macs, unchanged
 
 
 def prepared_model(name: str = "resnet18", groups: int = 4) -> dspfx.PreparedModule:
@@ -119,7 +119,10 @@ def test_exactly_one_budget() -> None:
 
 def test_an_unreachable_budget_says_what_is_reachable() -> None:
     prepared = prepared_model()
-    with unchanged(prepared), pytest.raises(dspfx.BudgetError, match=r"([\d.]+)% remains") as caught:
+    with (
+        unchanged(prepared),
+        pytest.raises(dspfx.BudgetError, match=r"([\d.]+)% remains") as caught,
+    ):
         dspfx.prune(prepared, Budget(macs=0.001))
     least = float(str(caught.value).split(" remains")[0].split()[-1].rstrip("%")) / 100
     report = dspfx.prune(prepared, Budget(macs=least + 0.0001))

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torchvision
-from helpers import assert_equal, macs, random_masks, randomise, unchanged
 from torch import nn
 
 import dspfx
+from helpers import assert_equal, macs, random_masks, randomise, unchanged
 
 NETWORKS = {
     "resnet18": 64,
@@ -26,9 +26,7 @@ NETWORKS = {
 
 def build(name: str) -> nn.Module:
     settings = {"init_weights": False} if name == "googlenet" else {}
-    model: nn.Module = torchvision.models.get_model(
-        name, weights=None, num_classes=10, **settings
-    )
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=10, **settings)
     return randomise(model).double()
 
 

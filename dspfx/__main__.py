@@ -1,0 +1,6 @@
+"""`python -m dspfx`: the command line."""
+
+from dspfx.cli import app
+
+if __name__ == "__main__":
+    app(prog_name="dspfx")
