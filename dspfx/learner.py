@@ -1,0 +1,255 @@
+"""`GroupLearner`: learns which filters of a layer belong together while the model trains.
+
+Park et al., "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, arXiv 2303.09736: a
+bilevel problem, solved by one look-ahead for every step. The forward pass is dense throughout; the
+task reaches the grouping through the second-order term of the look-ahead alone.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.errors import LearnError
+from dspfx.gates import GatedConv, gated_layers
+from dspfx.penalty import LayerPenalty, energy
+
+
+class GroupLearner:
+    """Trains a prepared model and its groups together.
+
+    Args:
+        prepared: from `dspfx.prepare`.
+        optimizer: the user's, over the model's parameters. Its learning rate is read at every
+            step, so any scheduler works.
+        strength: lambda, the weight of the regulariser; it grows linearly over `total_steps`.
+        total_steps: T, how often `step` will be called.
+        temperature: tau of the soft assignment `softmax(logits / tau + Gumbel noise)`.
+        logits_lr: learning rate of the logits (Adam).
+        logits_every: look ahead and update the logits at every n-th step only; the steps
+            between cost one forward and backward instead of two.
+        generator: of the Gumbel noise, on the model's device; torch's own by default.
+
+    Raises:
+        LearnError: no gated layer, or none that the optimizer trains; weights that are not
+            finite; a setting out of range.
+    """
+
+    def __init__(
+        self,
+        prepared: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        strength: float = 2e-3,
+        *,
+        total_steps: int,
+        temperature: float = 0.5,
+        logits_lr: float = 1e-3,
+        logits_every: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        _check_settings(strength, total_steps, temperature, logits_lr, logits_every)
+        self.prepared = prepared
+        self.optimizer = optimizer
+        self.strength = strength
+        self.total_steps = total_steps
+        self.temperature = temperature
+        self.logits_every = logits_every
+        self.generator = generator
+        self.steps_done = 0
+        self.layers = _trained_layers(prepared, optimizer)
+        self.penalties = {name: LayerPenalty.of(layer) for name, layer in self.layers.items()}
+        logits = [layer.gate.logits for layer in self.layers.values()]
+        self.logits_optimizer = torch.optim.Adam(logits, lr=logits_lr, eps=1e-12)
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """One step of training and group learning on one batch.
+
+        Args:
+            closure: returns the loss of the batch, a scalar with a gradient; it is called once
+                or twice and must not call `backward`.
+
+        Returns:
+            The loss before the step, detached.
+
+        Raises:
+            LearnError: the loss is no finite scalar with a gradient, or all steps are done.
+                Model, optimizer and groups are then what they were; if it is the loss of the
+                look-ahead that is not finite, what they were after the task's own step.
+        """
+        if self.steps_done >= self.total_steps:
+            raise LearnError(
+                f"all {self.total_steps} steps are done; construct a GroupLearner with the "
+                "total_steps you need"
+            )
+        with self._buffers_kept_on_error():
+            loss = self._backward(closure)
+        self.optimizer.step()
+        if self.steps_done % self.logits_every == 0:
+            self._learn_groups(closure)
+        self._shrink()
+        self.steps_done += 1
+        return loss
+
+    # -- the parts of a step -----------------------------------------------------------------
+
+    def _backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            loss = closure()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise LearnError("the closure must return the loss, a scalar tensor with a gradient")
+        if not torch.isfinite(loss.detach()).all():
+            raise LearnError(
+                f"the loss is {loss.item()}; this pass changed nothing. Lower the learning rate "
+                "or the strength, or look for bad values in the batch"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _learn_groups(self, closure: Callable[[], Tensor]) -> None:
+        """Look ahead from W1, move the logits, and be back at W1."""
+        soft = {name: self._soft_assignment(layer) for name, layer in self.layers.items()}
+        before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        gradients = {name: p.grad for name, p in self.prepared.named_parameters()}
+        with self._state_kept():
+            self._descend(soft)  # W2
+            ahead = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+            self._backward(closure)
+            self.optimizer.step()  # W3
+            for name, layer in self.layers.items():
+                self._set_logits_gradient(name, layer, soft[name], before[name], ahead[name])
+        for name, parameter in self.prepared.named_parameters():
+            parameter.grad = gradients[name]
+        self.logits_optimizer.step()
+        self.logits_optimizer.zero_grad(set_to_none=True)
+
+    def _set_logits_gradient(
+        self, name: str, layer: GatedConv, soft: Tensor, before: Tensor, ahead: Tensor
+    ) -> None:
+        """The gradient of the assignment at W1 (`before`), W2 (`ahead`), W3, through softmax."""
+        penalty, after = self.penalties[name], layer.weight.detach()
+        after_energy = energy(after)
+        slope = penalty.slope(after_energy, soft)
+        last = after - self._rate(layer) * _weight_gradient(after, slope)  # W4
+        step = 2 * energy(before, last - ahead)
+        gradient = penalty.assignment_gradient(soft, energy(before), after_energy, step)
+        inner = (gradient * soft).sum(0)  # the derivative of softmax is diag(p) - p p^T
+        layer.gate.logits.grad = soft * (gradient - inner) / self.temperature
+
+    def _shrink(self) -> None:
+        """W = W1 - rho dR/dW(W1, p) with the hard assignment of the present logits."""
+        hard = {name: _hard_assignment(layer) for name, layer in self.layers.items()}
+        self._descend(hard)
+
+    @torch.no_grad()
+    def _descend(self, assignments: dict[str, Tensor]) -> None:
+        for name, layer in self.layers.items():
+            slope = self.penalties[name].slope(energy(layer.weight), assignments[name])
+            layer.weight.sub_(_weight_gradient(layer.weight, slope), alpha=self._rate(layer))
+
+    def _rate(self, layer: GatedConv) -> float:
+        """rho = lambda lr (t + 1) / T, with the present rate of the layer's weight."""
+        lr = next(
+            float(group["lr"])
+            for group in self.optimizer.param_groups
+            if any(p is layer.weight for p in group["params"])
+        )
+        return self.strength * lr * (self.steps_done + 1) / self.total_steps
+
+    @torch.no_grad()
+    def _soft_assignment(self, layer: GatedConv) -> Tensor:
+        logits = layer.gate.logits
+        uniform = torch.rand(
+            logits.shape, generator=self.generator, dtype=logits.dtype, device=logits.device
+        )
+        tiny = torch.finfo(logits.dtype).tiny
+        gumbel = -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
+        soft = (logits / self.temperature + gumbel).softmax(0)
+        return soft.clamp(min=tiny)
+
+    # -- leaving no trace --------------------------------------------------------------------
+
+    @contextmanager
+    def _buffers_kept_on_error(self) -> Iterator[None]:
+        buffers = {name: b.clone() for name, b in self.prepared.named_buffers()}
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for name, buffer in self.prepared.named_buffers():
+                    buffer.copy_(buffers[name])
+            raise
+
+    @contextmanager
+    def _state_kept(self) -> Iterator[None]:
+        """Parameters, buffers and the optimizer's state are afterwards what they were."""
+        tensors = [
+            *self.prepared.parameters(),
+            *self.prepared.buffers(),
+            *(v for v in _state_values(self.optimizer) if isinstance(v, Tensor)),
+        ]
+        copies = [tensor.detach().clone() for tensor in tensors]
+        plain = {
+            p: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+            for p, state in self.optimizer.state.items()
+        }
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, saved in zip(tensors, copies, strict=True):
+                    tensor.copy_(saved)
+            for p, values in plain.items():
+                self.optimizer.state[p].update(values)
+
+
+def _weight_gradient(weight: Tensor, slope: Tensor) -> Tensor:
+    """dR/dW `[O, C, *taps]` from dR/dE `[O, C]`."""
+    return 2 * weight.detach() * slope.reshape(*slope.shape, *[1] * (weight.dim() - 2))
+
+
+@torch.no_grad()
+def _hard_assignment(layer: GatedConv) -> Tensor:
+    logits = layer.gate.logits
+    return nn.functional.one_hot(layer.gate.assignment, len(logits)).T.to(logits.dtype)
+
+
+def _state_values(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    return (value for state in optimizer.state.values() for value in state.values())
+
+
+def _trained_layers(prepared: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, GatedConv]:
+    layers = gated_layers(prepared)
+    if not layers:
+        raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if id(layer.weight) in trained and layer.weight.requires_grad
+    }
+    if not chosen:
+        raise LearnError(
+            "the optimizer trains no gated layer of this model; construct it from "
+            "prepared.parameters(), not from the original model's"
+        )
+    for name, layer in chosen.items():
+        if not torch.isfinite(layer.weight).all():
+            raise LearnError(f"{name}.weight holds NaN or infinite values; repair it first")
+    return chosen
+
+
+def _check_settings(
+    strength: float, total_steps: int, temperature: float, logits_lr: float, logits_every: int
+) -> None:
+    if not (math.isfinite(strength) and strength >= 0):
+        raise LearnError(f"strength must be finite and not negative, got {strength}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise LearnError(f"temperature must be positive, got {temperature}")
+    if not (math.isfinite(logits_lr) and logits_lr >= 0):
+        raise LearnError(f"logits_lr must be finite and not negative, got {logits_lr}")
+    if total_steps < 1 or logits_every < 1:
+        raise LearnError("total_steps and logits_every must be at least 1")

@@ -1,0 +1,100 @@
+"""The regulariser of dynamic structure pruning, and its derivatives, on energies alone.
+
+Park, Kim, Kim, Choi, Lee, "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023,
+arXiv 2303.09736. For one convolution with O filters of C input channels and K taps, divided into
+G groups by an assignment p `[G, O]` whose columns sum to 1:
+
+    E[o,c] = sum_k W[o,c,k]^2                    energy
+    N[g,c] = sqrt( sum_o p[g,o]^2 E[o,c] )       norm of a group's channel
+    s[g]   = ( sum_o p[g,o]^(1/2) )^2            size factor: favours few, clear members
+    R      = kappa * sum_g s[g] * sum_c N[g,c]
+    kappa  = sqrt(A / 16384) * kh * (G / O)^1.5  A: elements of the input, kh: size of the kernel
+
+R sees the weight only through E, so dR/dW[o,c,k] = 2 W[o,c,k] dR/dE[o,c]: no copy of the weight
+for each group is ever made.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspfx.gates import GatedConv
+
+REFERENCE_INPUT = 16384  # elements of the 16 x 32 x 32 input that kappa is relative to
+
+
+def energy(weight: Tensor, other: Tensor | None = None) -> Tensor:
+    """`[O, C]`: `sum_k weight * other` of `[O, C, *taps]`, `other` being `weight` if left out."""
+    other = weight if other is None else other
+    return (weight * other).flatten(2).sum(2)
+
+
+@dataclass(frozen=True)
+class LayerPenalty:
+    """The regulariser of one layer.
+
+    Attributes:
+        kappa: `sqrt(A / 16384) * kh * (G / O)^1.5`, with A the elements of the layer's input for
+            one sample and kh the first size of the kernel.
+        structural_groups: S, the `groups` of the convolution. Norms are taken within each, over
+            the filters and channels that belong to it.
+    """
+
+    kappa: float
+    structural_groups: int = 1
+
+    @staticmethod
+    def of(layer: GatedConv) -> "LayerPenalty":
+        """The regulariser of a gated layer."""
+        groups, filters = layer.gate.logits.shape
+        scale = (layer.gate.input_elements / REFERENCE_INPUT) ** 0.5
+        kappa = scale * layer.kernel_size[0] * (groups / filters) ** 1.5
+        return LayerPenalty(kappa, layer.groups)
+
+    def norms(self, energies: Tensor, assignment: Tensor) -> Tensor:
+        """`[G, S, C]`, N; its derivative at an energy of zero is taken as zero.
+
+        Args:
+            energies: `[O, C]`, C for each structural group.
+            assignment: `[G, O]`.
+        """
+        shares = assignment.square().unflatten(1, (self.structural_groups, -1))
+        by_structure = energies.unflatten(0, (self.structural_groups, -1))
+        squares = torch.einsum("gso,soc->gsc", shares, by_structure)
+        positive = squares > 0
+        return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+
+    def __call__(self, energies: Tensor, assignment: Tensor) -> Tensor:
+        """R, a scalar."""
+        sizes = assignment.sqrt().sum(1).square()
+        return self.kappa * (sizes * self.norms(energies, assignment).sum((1, 2))).sum()
+
+    def slope(self, energies: Tensor, assignment: Tensor) -> Tensor:
+        """`[O, C]`, dR/dE; twice the weight times this is dR/dW."""
+        with torch.enable_grad():
+            at = energies.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self(at, assignment.detach()), at)
+        return slope
+
+    def assignment_gradient(
+        self, assignment: Tensor, before: Tensor, after: Tensor, step: Tensor
+    ) -> Tensor:
+        """`[G, O]`: dR/dp(W3, p) + (d2R/dp dW)(W1, p) . delta.
+
+        The second term is the derivative by p of `sum_oc dR/dE(E1, p)[o,c] D[o,c]`, since
+        `<dR/dW, delta> = sum_ock 2 W1 dR/dE delta`.
+
+        Args:
+            assignment: p `[G, O]`, all entries positive.
+            before: E1 `[O, C]`, the energy of W1.
+            after: E3 `[O, C]`, the energy of W3.
+            step: D `[O, C]`, `sum_k 2 W1[o,c,k] delta[o,c,k]`.
+        """
+        with torch.enable_grad():
+            p = assignment.detach().requires_grad_()
+            at = before.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self(at, p), at, create_graph=True)
+            objective = self(after.detach(), p) + (slope * step.detach()).sum()
+            (gradient,) = torch.autograd.grad(objective, p)
+        return gradient

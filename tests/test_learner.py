@@ -1,0 +1,342 @@
+"""`GroupLearner` against an oracle that shares no code with it.
+
+The oracle unrolls the step by hand: explicit SGD and AdamW updates, dR/dW by numerical
+differences of the regulariser written in loops, and the derivative by the assignment of
+
+    U(p) = R(W3, p) + <dR/dW(W1, p), W4 - W2>        (W3 and the difference held fixed)
+
+by central differences of U.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_penalty import central_difference, plain_penalty
+from torch import Tensor, nn
+
+import dspfx
+from dspfx.gates import GatedConv, gated_layers
+from helpers import unchanged
+
+X = torch.randn(6, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(3, (6,), generator=torch.Generator().manual_seed(1))
+SETTINGS = {"strength": 0.3, "total_steps": 7, "temperature": 0.5, "logits_lr": 0.1}
+LR = 0.05
+
+
+def tiny() -> dspfx.PreparedModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 1),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, 2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    ).double()
+    prepared = dspfx.prepare(model, X, config=dspfx.PrepareConfig(groups=2)).train()
+    gate(prepared).logits.normal_(generator=torch.Generator().manual_seed(2))
+    return prepared
+
+
+def conv(prepared: dspfx.PreparedModule) -> GatedConv:
+    return gated_layers(prepared)["2"]
+
+
+def gate(prepared: dspfx.PreparedModule) -> Any:
+    return conv(prepared).gate
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=0.1)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.1)
+
+
+class HandSGD:
+    """v = 0.9 v + g + 0.1 w; w -= lr v."""
+
+    def __init__(self) -> None:
+        self.velocity: dict[str, Tensor] = {}
+
+    def step(self, name: str, w: Tensor, g: Tensor) -> Tensor:
+        self.velocity[name] = 0.9 * self.velocity.get(name, 0.0) + g + 0.1 * w
+        return w - LR * self.velocity[name]
+
+
+class HandAdamW:
+    def __init__(self) -> None:
+        self.moments: dict[str, tuple[Any, Any, int]] = {}
+
+    def step(self, name: str, w: Tensor, g: Tensor) -> Tensor:
+        m, v, t = self.moments.get(name, (0.0, 0.0, 0))
+        m, v, t = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, t + 1
+        self.moments[name] = m, v, t
+        w = w * (1 - LR * 0.1)
+        unbiased = (v / (1 - 0.999**t)) ** 0.5 + 1e-8
+        return w - LR * (m / (1 - 0.9**t)) / unbiased
+
+
+class Oracle:
+    """Weights by name, and the steps of the algorithm one by one."""
+
+    def __init__(self, prepared: dspfx.PreparedModule, hand: Any) -> None:
+        self.model = copy.deepcopy(prepared)
+        self.weights = {n: p.detach().clone() for n, p in prepared.named_parameters()}
+        self.hand = hand
+        layer = conv(prepared)
+        scale = (layer.gate.input_elements / 16384) ** 0.5
+        self.kappa = scale * 2 * (2 / 4) ** 1.5
+
+    def task_step(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.data.copy_(self.weights[name])
+            parameter.grad = None
+        nn.functional.cross_entropy(self.model(X), Y).backward()
+        for name, parameter in self.model.named_parameters():
+            self.weights[name] = self.hand.step(name, self.weights[name], parameter.grad)
+
+    def slope(self, p: Tensor) -> Tensor:
+        """dR/dW of the gated weight, numerically."""
+        return central_difference(lambda w: self.penalty(w, p), self.weights["2.weight"])
+
+    def penalty(self, weight: Tensor, p: Tensor) -> float:
+        return plain_penalty(weight.flatten(2), p, self.kappa)
+
+    def move(self, p: Tensor, rho: float) -> None:
+        self.weights["2.weight"] = self.weights["2.weight"] - rho * self.slope(p)
+
+
+def soft_assignment(logits: Tensor, seed: int) -> Tensor:
+    uniform = torch.rand(logits.shape, dtype=logits.dtype, generator=generator(seed))
+    return torch.softmax(logits / 0.5 - torch.log(-torch.log(uniform)), 0)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def learner_of(
+    prepared: dspfx.PreparedModule,
+    make: Callable[[Any], torch.optim.Optimizer],
+    **changes: Any,
+) -> dspfx.GroupLearner:
+    settings = {**SETTINGS, **changes}
+    return dspfx.GroupLearner(
+        prepared, make(prepared.parameters()), generator=generator(5), **settings
+    )
+
+
+def loss(prepared: nn.Module) -> Callable[[], Tensor]:
+    return lambda: nn.functional.cross_entropy(prepared(X), Y)
+
+
+@pytest.mark.parametrize(("make", "hand"), [(sgd, HandSGD), (adamw, HandAdamW)])
+def test_a_whole_step_equals_the_unrolled_oracle(make: Any, hand: Any) -> None:
+    prepared = tiny()
+    logits = gate(prepared).logits.clone()
+    oracle = Oracle(prepared, hand())
+    plain = copy.deepcopy(prepared)
+    learner = learner_of(prepared, make)
+    recorded: dict[str, Tensor] = {}
+    adam_step = learner.logits_optimizer.step
+
+    def record() -> None:
+        recorded["gradient"] = gate(prepared).logits.grad.clone()
+        adam_step()
+
+    learner.logits_optimizer.step = record
+    learner.step(loss(prepared))
+
+    rho = SETTINGS["strength"] * LR * 1 / SETTINGS["total_steps"]
+    p = soft_assignment(logits, 5)
+    oracle.task_step()
+    w1, hand_state = dict(oracle.weights), copy.deepcopy(oracle.hand)
+    oracle.move(p, rho)
+    w2 = oracle.weights["2.weight"]
+    oracle.task_step()
+    w3 = oracle.weights["2.weight"]
+    oracle.move(p, rho)
+    delta = oracle.weights["2.weight"] - w2
+
+    # the second-order term alone, from the directional derivative of R at W1 along delta
+    width = 1e-4
+
+    def along(p: Tensor) -> float:
+        up = oracle.penalty(w1["2.weight"] + width * delta, p)
+        return (up - oracle.penalty(w1["2.weight"] - width * delta, p)) / (2 * width)
+
+    def pushed(gradient: Tensor) -> Tensor:
+        """Through the soft assignment to the logits."""
+        leaf = logits.clone().requires_grad_()
+        (result,) = torch.autograd.grad(soft_assignment(leaf, 5), leaf, gradient)
+        return result
+
+    first = central_difference(lambda p: oracle.penalty(w3, p), p)
+    second = central_difference(along, p, 1e-4)
+    expected, without = pushed(first + second), pushed(first)
+    torch.testing.assert_close(recorded["gradient"], expected, rtol=1e-4, atol=1e-8)
+    assert float((without - expected).abs().max()) > 1e-3 * float(expected.abs().max())
+
+    # the weights are W1, shrunk by the hard assignment of the new logits
+    new = logits - 0.1 * expected / (expected.abs() + 1e-12)  # Adam's first step
+    torch.testing.assert_close(gate(prepared).logits, new, rtol=1e-3, atol=1e-6)
+    oracle.weights, oracle.hand = w1, hand_state
+    oracle.move(nn.functional.one_hot(new.argmax(0), 2).T.double(), rho)
+    for name, parameter in prepared.named_parameters():
+        torch.testing.assert_close(parameter.detach(), oracle.weights[name], rtol=1e-7, atol=1e-9)
+
+    # buffers and the optimizer's state are those of one plain step
+    optimizer = make(plain.parameters())
+    loss(plain)().backward()
+    optimizer.step()
+    for (name, mine), (_, theirs) in zip(
+        prepared.named_buffers(), plain.named_buffers(), strict=True
+    ):
+        assert name.endswith("logits") or torch.equal(mine, theirs), name
+    mine, theirs = learner.optimizer.state_dict()["state"], optimizer.state_dict()["state"]
+    for key, state in theirs.items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(mine[key][name]), torch.as_tensor(value))
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_without_strength_a_step_is_a_plain_step_bit_for_bit(make: Any) -> None:
+    prepared = tiny()
+    plain = copy.deepcopy(prepared)
+    learner = learner_of(prepared, make, strength=0.0)
+    optimizer = make(plain.parameters())
+    for _ in range(3):
+        value = learner.step(loss(prepared))
+        optimizer.zero_grad()
+        expected = loss(plain)()
+        expected.backward()
+        optimizer.step()
+        assert torch.equal(value, expected.detach())
+    for mine, theirs in zip(prepared.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_logits_every_looks_ahead_less_often() -> None:
+    prepared = tiny()
+    calls = []
+    learner = learner_of(prepared, sgd, logits_every=3)
+    logits = [gate(prepared).logits.clone()]
+    for _ in range(4):
+
+        def counted() -> Tensor:
+            calls.append(1)
+            return loss(prepared)()
+
+        learner.step(counted)
+        logits.append(gate(prepared).logits.clone())
+    assert len(calls) == 6
+    moved = [not torch.equal(a, b) for a, b in zip(logits, logits[1:], strict=False)]
+    assert moved == [True, False, False, True]
+
+
+def test_the_present_rate_of_the_layers_own_group_counts() -> None:
+    prepared = tiny()
+    head = [p for n, p in prepared.named_parameters() if n.startswith("5")]
+    rest = [p for n, p in prepared.named_parameters() if not n.startswith("5")]
+    optimizer = torch.optim.SGD([{"params": head, "lr": 9.0}, {"params": rest, "lr": 0.2}], lr=1.0)
+    learner = dspfx.GroupLearner(prepared, optimizer, 0.5, total_steps=4)
+    learner.steps_done = 1
+    optimizer.param_groups[1]["lr"] = 0.1
+    assert learner._rate(conv(prepared)) == pytest.approx(0.5 * 0.1 * 2 / 4)
+
+
+def test_frozen_layers_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten())
+    prepared = dspfx.prepare(model.double(), X)
+    prepared.get_submodule("1").weight.requires_grad_(False)
+    before = prepared.get_submodule("1").weight.clone()
+    learner = learner_of(prepared, sgd)
+    assert list(learner.layers) == ["2"]
+    learner.step(lambda: prepared(X).square().mean())
+    assert torch.equal(prepared.get_submodule("1").weight, before)
+
+
+def test_groups_are_found_where_filters_need_disjoint_inputs() -> None:
+    """Filters 0-3 carry the first half of the inputs, 4-7 the second; learning tells them apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False))
+    prepared = dspfx.prepare(model, torch.randn(2, 8, 4, 4), config=dspfx.PrepareConfig(groups=2))
+    layer = gated_layers(prepared)["1"]
+    with torch.no_grad():
+        prepared.get_submodule("0").weight.copy_(torch.eye(8)[:, :, None, None])
+        layer.weight.mul_(0.1)
+    target = torch.zeros(8, 8)
+    target[:4, :4], target[4:, 4:] = torch.randn(4, 4), torch.randn(4, 4)
+    optimizer = torch.optim.SGD([layer.weight], lr=0.1, momentum=0.9)
+    learner = dspfx.GroupLearner(
+        prepared, optimizer, 0.02, total_steps=300, logits_lr=0.05, generator=generator(0)
+    )
+    for _ in range(300):
+        x = torch.randn(16, 8, 4, 4)
+        y = torch.einsum("oc,nchw->nohw", target, x)
+        learner.step(lambda x=x, y=y: (prepared(x) - y).square().mean())
+    groups = layer.gate.assignment.tolist()
+    assert len(set(groups[:4])) == len(set(groups[4:])) == 1
+    assert groups[0] != groups[4]
+
+
+def bad_losses() -> list[tuple[Callable[[nn.Module], Any], str]]:
+    return [
+        (lambda m: m(X).mean() * float("nan"), "the loss is nan"),
+        (lambda m: m(X), "must return the loss"),
+        (lambda m: m(X).mean().detach(), "must return the loss"),
+        (lambda m: 1.0, "must return the loss"),
+    ]
+
+
+@pytest.mark.parametrize(("closure", "words"), bad_losses())
+def test_bad_losses_change_nothing(closure: Callable[[nn.Module], Any], words: str) -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, sgd)
+    learner.step(loss(prepared))
+    state = copy.deepcopy(learner.optimizer.state_dict())
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match=words):
+        learner.step(lambda: closure(prepared))
+    after = learner.optimizer.state_dict()["state"]
+    for key, values in state["state"].items():
+        assert torch.equal(values["momentum_buffer"], after[key]["momentum_buffer"])
+    assert learner.steps_done == 1
+
+
+def test_bad_settings() -> None:
+    prepared = tiny()
+    optimizer = sgd(prepared.parameters())
+    for changes, words in [
+        ({"total_steps": 0}, "at least 1"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"strength": float("nan")}, "strength"),
+        ({"strength": -1.0}, "strength"),
+        ({"logits_lr": float("inf")}, "logits_lr"),
+        ({"logits_every": 0}, "at least 1"),
+    ]:
+        with pytest.raises(dspfx.LearnError, match=words):
+            dspfx.GroupLearner(prepared, optimizer, **{**SETTINGS, **changes})
+    plain = nn.Linear(2, 2)
+    with pytest.raises(dspfx.LearnError, match="no gated layer"):
+        dspfx.GroupLearner(plain, sgd(plain.parameters()), total_steps=1)
+    with pytest.raises(dspfx.LearnError, match="optimizer trains no gated layer"):
+        dspfx.GroupLearner(prepared, sgd(plain.parameters()), total_steps=1)
+    conv(prepared).weight.data[0] = float("nan")
+    with pytest.raises(dspfx.LearnError, match="2.weight holds NaN"):
+        dspfx.GroupLearner(prepared, optimizer, **SETTINGS)
+
+
+def test_no_step_beyond_the_last() -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, sgd, total_steps=1)
+    learner.step(loss(prepared))
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match="all 1 steps are done"):
+        learner.step(loss(prepared))

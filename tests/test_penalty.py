@@ -1,0 +1,103 @@
+"""The regulariser against plain loops and finite differences."""
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dspfx
+from dspfx.penalty import LayerPenalty, energy
+
+
+def plain_penalty(weight: Tensor, p: Tensor, kappa: float, structural: int = 1) -> float:
+    """R as the paper writes it, in loops."""
+    filters, channels = weight.shape[:2]
+    total = 0.0
+    for g in range(len(p)):
+        size = sum(float(p[g, o]) ** 0.5 for o in range(filters)) ** 2
+        for s in range(structural):
+            members = range(s * filters // structural, (s + 1) * filters // structural)
+            for c in range(channels):
+                square = sum(float((p[g, o] * weight[o, c]).square().sum()) for o in members)
+                total += kappa * size * square**0.5
+    return total
+
+
+def draw_layer(seed: int, groups: int, filters: int, channels: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(filters, channels, 3, dtype=torch.float64, generator=generator)
+    logits = torch.randn(groups, filters, dtype=torch.float64, generator=generator)
+    return weight, logits.softmax(0)
+
+
+def central_difference(
+    function: Callable[[Tensor], float], at: Tensor, width: float = 1e-5
+) -> Tensor:
+    """Numerical derivative of a scalar function, entry by entry."""
+    slope = torch.zeros_like(at)
+    for index in torch.cartesian_prod(*[torch.arange(n) for n in at.shape]).tolist():
+        up, down = at.clone(), at.clone()
+        up[tuple(index)] += width
+        down[tuple(index)] -= width
+        slope[tuple(index)] = (function(up) - function(down)) / (2 * width)
+    return slope
+
+
+SIZES = {
+    "seed": st.integers(0, 999),
+    "groups": st.integers(1, 4),
+    "half": st.integers(1, 3),
+    "channels": st.integers(1, 4),
+    "structural": st.integers(1, 2),
+}
+
+
+@settings(deadline=None, max_examples=40)
+@given(**SIZES)
+def test_value_and_slope(seed: int, groups: int, half: int, channels: int, structural: int) -> None:
+    weight, p = draw_layer(seed, groups, 2 * half, channels)
+    penalty = LayerPenalty(0.7, structural)
+    expected = plain_penalty(weight, p, 0.7, structural)
+    torch.testing.assert_close(
+        penalty(energy(weight), p), torch.tensor(expected, dtype=torch.float64)
+    )
+    slope = 2 * weight * penalty.slope(energy(weight), p)[:, :, None]
+    numeric = central_difference(lambda w: plain_penalty(w, p, 0.7, structural), weight)
+    torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=40)
+@given(**SIZES)
+def test_equivariance(seed: int, groups: int, half: int, channels: int, structural: int) -> None:
+    weight, p = draw_layer(seed, groups, 2 * half, channels)
+    penalty = LayerPenalty(1.0)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(2 * half, generator=generator)
+    group_order = torch.randperm(groups, generator=generator)
+    e = energy(weight)
+    torch.testing.assert_close(penalty(e, p), penalty(e[order], p[:, order]))
+    torch.testing.assert_close(penalty(e, p), penalty(e, p[group_order]))
+    torch.testing.assert_close(penalty.slope(e, p)[order], penalty.slope(e[order], p[:, order]))
+
+
+def test_zero_weights_and_hard_assignments_have_finite_slopes() -> None:
+    weight, _ = draw_layer(0, 2, 4, 3)
+    weight[:, 1] = 0
+    weight[2] = 0
+    hard = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]], dtype=torch.float64)
+    penalty = LayerPenalty(1.0)
+    e = energy(weight)
+    assert torch.isfinite(penalty.slope(e, hard)).all()
+    soft = hard.clamp(min=torch.finfo(torch.float64).tiny)
+    gradient = penalty.assignment_gradient(soft, e, e, torch.zeros_like(e))
+    assert torch.isfinite(gradient).all()
+
+
+def test_kappa() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3))
+    prepared = dspfx.prepare(model, torch.randn(2, 3, 6, 7), config=dspfx.PrepareConfig(groups=2))
+    layer = prepared.get_submodule("1")
+    expected = (8 * 6 * 7 / 16384) ** 0.5 * 3 * (2 / 4) ** 1.5
+    assert abs(LayerPenalty.of(layer).kappa - expected) < 1e-12
