@@ -228,7 +228,7 @@ def _plain_step(optimizer: torch.optim.Optimizer) -> Step:
     def step(loss_of_batch: Callable[[], Tensor]) -> Tensor:
         optimizer.zero_grad()
         loss = loss_of_batch()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss
 

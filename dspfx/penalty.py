@@ -59,8 +59,9 @@ class LayerPenalty:
             energies: `[O, C]`, C for each structural group.
             assignment: `[G, O]`.
         """
-        shares = assignment.square().unflatten(1, (self.structural_groups, -1))
-        by_structure = energies.unflatten(0, (self.structural_groups, -1))
+        (groups, _), (_, channels) = assignment.shape, energies.shape
+        shares = assignment.square().reshape(groups, self.structural_groups, -1)
+        by_structure = energies.reshape(self.structural_groups, -1, channels)
         squares = torch.einsum("gso,soc->gsc", shares, by_structure)
         positive = squares > 0
         return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)

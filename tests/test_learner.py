@@ -9,6 +9,7 @@ by central differences of U.
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -237,7 +238,7 @@ def test_logits_every_looks_ahead_less_often() -> None:
         learner.step(counted)
         logits.append(gate(prepared).logits.clone())
     assert len(calls) == 6
-    moved = [not torch.equal(a, b) for a, b in zip(logits, logits[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(logits)]
     assert moved == [True, False, False, True]
 
 
@@ -330,7 +331,7 @@ def test_bad_settings() -> None:
     with pytest.raises(dspfx.LearnError, match="optimizer trains no gated layer"):
         dspfx.GroupLearner(prepared, sgd(plain.parameters()), total_steps=1)
     conv(prepared).weight.data[0] = float("nan")
-    with pytest.raises(dspfx.LearnError, match="2.weight holds NaN"):
+    with pytest.raises(dspfx.LearnError, match=r"2\.weight holds NaN"):
         dspfx.GroupLearner(prepared, optimizer, **SETTINGS)
 
 
