@@ -85,7 +85,7 @@ def batches(
     order = (
         torch.arange(len(x)) if generator is None else torch.randperm(len(x), generator=generator)
     )
-    for chosen in torch.split(order, size):  # type: ignore[no-untyped-call]
+    for chosen in torch.split(order, size):
         yield x[chosen], y[chosen]
 
 
