@@ -1,0 +1,32 @@
+"""The README's Python runs, and the public names are what they are said to be."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import dspfx
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_python_block_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, "README.md", "exec"), {})
+        assert "whole model, MACs" in printed.getvalue()
+
+
+def test_public_names() -> None:
+    verbs = ["compile", "convert", "get_masks", "prepare", "prune", "report", "set_masks"]
+    values = ["Budget", "CompactModule", "GroupLearner", "PrepareConfig", "PreparedModule"]
+    reports = ["PruneReport", "Report"]
+    errors = [name for name in dir(dspfx.errors) if name.endswith("Error")]
+    assert sorted(dspfx.__all__) == sorted(verbs + values + reports + errors)
+    for name in dspfx.__all__:
+        assert getattr(dspfx, name).__doc__
+    for name in errors:
+        assert issubclass(getattr(dspfx, name), dspfx.DspfxError)
