@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dspfx.prepare import as_inputs
+from dspfx.inputs import as_inputs
 
 
 def compile(model: nn.Module, example_inputs: Any) -> Callable[..., Any]:

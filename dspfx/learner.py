@@ -5,6 +5,7 @@ bilevel problem, solved by one look-ahead for every step. The forward pass is de
 task reaches the grouping through the second-order term of the look-ahead alone.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,15 +76,17 @@ class GroupLearner:
             The loss before the step, detached.
 
         Raises:
-            LearnError: the loss is no finite scalar with a gradient, or all steps are done.
-                Model, optimizer and groups are then what they were; if it is the loss of the
-                look-ahead that is not finite, what they were after the task's own step.
+            LearnError: the loss is no finite scalar with a gradient, all steps are done, or the
+                model was moved or cast since construction. Model, optimizer and groups are then
+                what they were; if it is the loss of the look-ahead that is not finite, what they
+                were after the task's own step.
         """
         if self.steps_done >= self.total_steps:
             raise LearnError(
                 f"all {self.total_steps} steps are done; construct a GroupLearner with the "
                 "total_steps you need"
             )
+        self._check_logits()
         with self._buffers_kept_on_error():
             loss = self._backward(closure)
         self.optimizer.step()
@@ -112,30 +115,24 @@ class GroupLearner:
     def _learn_groups(self, closure: Callable[[], Tensor]) -> None:
         """Look ahead from W1, move the logits, and be back at W1."""
         soft = {name: self._soft_assignment(layer) for name, layer in self.layers.items()}
-        before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
-        gradients = {name: p.grad for name, p in self.prepared.named_parameters()}
-        with self._state_kept():
+        with self._looking_ahead() as before:
             self._descend(soft)  # W2
-            ahead = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
             self._backward(closure)
             self.optimizer.step()  # W3
             for name, layer in self.layers.items():
-                self._set_logits_gradient(name, layer, soft[name], before[name], ahead[name])
-        for name, parameter in self.prepared.named_parameters():
-            parameter.grad = gradients[name]
+                self._set_logits_gradient(name, soft[name], before[layer.weight])
         self.logits_optimizer.step()
         self.logits_optimizer.zero_grad(set_to_none=True)
 
-    def _set_logits_gradient(
-        self, name: str, layer: GatedConv, soft: Tensor, before: Tensor, ahead: Tensor
-    ) -> None:
-        """The gradient of the assignment at W1 (`before`), W2 (`ahead`), W3, through softmax."""
-        penalty, after = self.penalties[name], layer.weight.detach()
-        after_energy = energy(after)
-        slope = penalty.slope(after_energy, soft)
-        last = after - self._rate(layer) * _weight_gradient(after, slope)  # W4
-        step = 2 * energy(before, last - ahead)
-        gradient = penalty.assignment_gradient(soft, energy(before), after_energy, step)
+    def _set_logits_gradient(self, name: str, soft: Tensor, before: Tensor) -> None:
+        """The gradient of the assignment at W1 (`before`) and W3 (now), through softmax."""
+        layer = self.layers[name]
+        after = layer.weight.detach()
+        # W4 - W2; computing W2 again is cheaper than keeping it through the backward
+        delta = self._descended(name, after, soft) - self._descended(name, before, soft)
+        gradient = self.penalties[name].assignment_gradient(
+            soft, energy(before), energy(after), 2 * energy(before, delta)
+        )
         inner = (gradient * soft).sum(0)  # the derivative of softmax is diag(p) - p p^T
         layer.gate.logits.grad = soft * (gradient - inner) / self.temperature
 
@@ -147,8 +144,13 @@ class GroupLearner:
     @torch.no_grad()
     def _descend(self, assignments: dict[str, Tensor]) -> None:
         for name, layer in self.layers.items():
-            slope = self.penalties[name].slope(energy(layer.weight), assignments[name])
-            layer.weight.sub_(_weight_gradient(layer.weight, slope), alpha=self._rate(layer))
+            layer.weight.copy_(self._descended(name, layer.weight, assignments[name]))
+
+    def _descended(self, name: str, weight: Tensor, assignment: Tensor) -> Tensor:
+        """`weight - rho dR/dW(weight, assignment)`, with the penalty and rate of layer `name`."""
+        slope = self.penalties[name].slope(energy(weight), assignment)
+        rate = self._rate(self.layers[name])
+        return torch.sub(weight.detach(), _weight_gradient(weight, slope), alpha=rate)
 
     def _rate(self, layer: GatedConv) -> float:
         """rho = lambda lr (t + 1) / T, with the present rate of the layer's weight."""
@@ -184,26 +186,60 @@ class GroupLearner:
             raise
 
     @contextmanager
-    def _state_kept(self) -> Iterator[None]:
-        """Parameters, buffers and the optimizer's state are afterwards what they were."""
-        tensors = [
-            *self.prepared.parameters(),
-            *self.prepared.buffers(),
-            *(v for v in _state_values(self.optimizer) if isinstance(v, Tensor)),
-        ]
-        copies = [tensor.detach().clone() for tensor in tensors]
-        plain = {
-            p: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-            for p, state in self.optimizer.state.items()
-        }
+    def _looking_ahead(self) -> Iterator[dict[Tensor, Tensor]]:
+        """All that a step changes is afterwards what it was; gives the parameters' old values.
+
+        The optimizer may hold more than the model, and the model more than the optimizer. The
+        copies are one of the trained parameters, their gradients and the optimizer's state.
+        """
+        trained: list[Tensor] = [p for g in self.optimizer.param_groups for p in g["params"]]
+        before = {p: p.detach().clone() for p in trained}
+        buffers = {b: b.clone() for b in self.prepared.buffers()}
+        parameters = {*trained, *self.prepared.parameters()}
+        gradients = {p: p.grad for p in parameters}
+        for parameter in parameters:
+            parameter.grad = None  # or the backward would add to the gradients kept
+        options = [dict(group) for group in self.optimizer.param_groups]
+        state = {p: _Kept(values) for p, values in self.optimizer.state.items()}
         try:
-            yield
+            yield before
         finally:
             with torch.no_grad():
-                for tensor, saved in zip(tensors, copies, strict=True):
+                for tensor, saved in (before | buffers).items():
                     tensor.copy_(saved)
-            for p, values in plain.items():
-                self.optimizer.state[p].update(values)
+                for parameter, gradient in gradients.items():
+                    parameter.grad = gradient
+                for group, saved_group in zip(self.optimizer.param_groups, options, strict=True):
+                    group.clear()
+                    group.update(saved_group)
+                self.optimizer.state.clear()
+                self.optimizer.state.update({p: kept.restored() for p, kept in state.items()})
+
+    def _check_logits(self) -> None:
+        trained = self.logits_optimizer.param_groups[0]["params"]
+        for (name, layer), logits in zip(self.layers.items(), trained, strict=True):
+            if layer.gate.logits is not logits:  # `Module.to` replaces buffers
+                raise LearnError(
+                    f"the logits of {name} were replaced since this GroupLearner was constructed; "
+                    "move, cast or load the model first, then construct optimizer and learner"
+                )
+
+
+class _Kept:
+    """The state of one parameter, to be put back into the same tensors."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.container = values
+        self.tensors = {k: (v, v.clone()) for k, v in values.items() if isinstance(v, Tensor)}
+        self.others = {k: copy.deepcopy(v) for k, v in values.items() if k not in self.tensors}
+
+    def restored(self) -> dict[str, Any]:
+        """The container with its old entries and no others."""
+        self.container.clear()
+        self.container.update(self.others)
+        for key, (tensor, saved) in self.tensors.items():
+            self.container[key] = tensor.copy_(saved)
+        return self.container
 
 
 def _weight_gradient(weight: Tensor, slope: Tensor) -> Tensor:
@@ -215,10 +251,6 @@ def _weight_gradient(weight: Tensor, slope: Tensor) -> Tensor:
 def _hard_assignment(layer: GatedConv) -> Tensor:
     logits = layer.gate.logits
     return nn.functional.one_hot(layer.gate.assignment, len(logits)).T.to(logits.dtype)
-
-
-def _state_values(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
-    return (value for state in optimizer.state.values() for value in state.values())
 
 
 def _trained_layers(prepared: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, GatedConv]:

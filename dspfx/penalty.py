@@ -53,7 +53,9 @@ class LayerPenalty:
         return LayerPenalty(kappa, layer.groups)
 
     def norms(self, energies: Tensor, assignment: Tensor) -> Tensor:
-        """`[G, S, C]`, N; its derivative at an energy of zero is taken as zero.
+        """`[G, S, C]`, N; zero, its derivatives too, where N^2 is below the root of `tiny`.
+
+        There lies the kink of the root, and below it 1 / N^2 of the second order overflows.
 
         Args:
             energies: `[O, C]`, C for each structural group.
@@ -63,7 +65,7 @@ class LayerPenalty:
         shares = assignment.square().reshape(groups, self.structural_groups, -1)
         by_structure = energies.reshape(self.structural_groups, -1, channels)
         squares = torch.einsum("gso,soc->gsc", shares, by_structure)
-        positive = squares > 0
+        positive = squares > torch.finfo(squares.dtype).tiny ** 0.5
         return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
 
     def __call__(self, energies: Tensor, assignment: Tensor) -> Tensor:

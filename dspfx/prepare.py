@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.errors import PrepareError, TraceError
+from dspfx.inputs import by_name, choose_inputs, fresh, parameter_dtype_and_device
 from dspfx.module import PreparedModule
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
-from dspfx.passes.trace import parameter_dtype_and_device, trace
+from dspfx.passes.trace import copy_model, trace
 from dspfx.passes.values import ChannelAnalysis
-
-IMAGE_SIZES = (224, 32, 28, 64, 299)
-
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -47,8 +45,9 @@ def prepare(
 
     Args:
         model: any traceable module.
-        example_inputs: a tensor, or a tuple of positional inputs; the analysis runs on their
-            shapes. One sample is enough. Inferred from the first layer if left out.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of inputs by name; the
+            analysis runs on their shapes. One sample is enough. Inferred from the first layer if
+            left out. Arguments that have a default and are left out keep it for good.
         config: see `PrepareConfig`.
 
     Returns:
@@ -63,13 +62,12 @@ def prepare(
     if isinstance(model, PreparedModule):
         raise PrepareError("this model is prepared already; prepare the original one")
     _check_weights(model)
-    traced = trace(model)
-    frozen = _matching(traced.root, config.ignore)
-    prepared = PreparedModule(
-        traced.root, {False: traced.eval, True: traced.train}, type(model).__name__
-    )
-    inputs, notes = _inputs(prepared, example_inputs)
-    _check_trace(traced.root, prepared, inputs)
+    root = copy_model(model)
+    frozen = _matching(root, config.ignore)
+    inputs, notes = choose_inputs(root, example_inputs)
+    traced = trace(root, by_name(root, inputs))
+    prepared = PreparedModule(root, {False: traced.eval, True: traced.train}, type(model).__name__)
+    _check_trace(root, prepared, inputs)
     analysis = analyse_prepared(prepared, inputs, frozen)
     plan = plan_gates(prepared, analysis, frozen)
     if not plan.layers:
@@ -79,7 +77,10 @@ def prepare(
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.replace_graphs(prepared.graphs)
-    prepared.example_inputs, prepared.frozen, prepared.notes = inputs, frozen, notes
+    prepared.example_inputs, prepared.frozen = inputs, frozen
+    prepared.notes = notes + tuple(
+        f"opaque, since it cannot be traced: {name}: {why}" for name, why in traced.opaque.items()
+    )
     return prepared
 
 
@@ -93,13 +94,9 @@ def analyse_prepared(
 
 def _check_trace(root: nn.Module, prepared: PreparedModule, inputs: tuple[Any, ...]) -> None:
     """Run the copied model and its evaluation graph on the example inputs and compare."""
-
-    def fresh() -> Any:
-        return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-
     with torch.no_grad(), prepared.evaluation_view() as view:
         root.training = False
-        expected, actual = pytree.tree_leaves(root(*fresh())), pytree.tree_leaves(view(*fresh()))
+        expected, actual = (pytree.tree_leaves(m(*fresh(inputs))) for m in (root, view))
     same = len(expected) == len(actual) and all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else a == b
         for a, b in zip(expected, actual, strict=True)
@@ -125,11 +122,6 @@ def fitting_inputs(prepared: PreparedModule) -> tuple[Any, ...]:
     return fitted
 
 
-def as_inputs(given: Any) -> tuple[Any, ...]:
-    """Positional inputs from a tuple, a list or a single one."""
-    return tuple(given) if isinstance(given, tuple | list) else (given,)
-
-
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not torch.isfinite(parameter).all():
@@ -152,65 +144,3 @@ def _matching(root: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> froze
             )
         found |= {n for n in names for m in matches if n == m or n.startswith(f"{m}.")}
     return frozenset(found)
-
-
-def _inputs(prepared: PreparedModule, given: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """Example inputs that the model accepts, of two samples where it takes two, and notes."""
-    if given is None:
-        return _inferred_inputs(prepared)
-    inputs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, as_inputs(given))
-    error = _failure(prepared, inputs)
-    if error is not None:
-        raise PrepareError(
-            f"the model does not accept the example inputs ({_shapes(inputs)}): {error}"
-        ) from error
-    doubled = pytree.tree_map(_two_samples, inputs)
-    return (doubled if _failure(prepared, doubled) is None else inputs), ()
-
-
-def _two_samples(leaf: Any) -> Any:
-    """A single sample twice, so that batch and channels cannot be mistaken for each other."""
-    single = isinstance(leaf, Tensor) and leaf.dim() > 1 and len(leaf) == 1
-    return torch.cat([leaf, leaf]) if single else leaf
-
-
-def _inferred_inputs(prepared: PreparedModule) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    layer: Any = next(
-        (m for m in prepared.modules() if isinstance(m, (*_SPATIAL, nn.Linear))), None
-    )
-    dtype, device = parameter_dtype_and_device(prepared)
-    shapes: list[tuple[int, ...]] = []
-    if isinstance(layer, nn.Linear):
-        shapes = [(2, layer.in_features)]
-    elif layer is not None:
-        rank = _SPATIAL.get(type(layer), 2)
-        shapes = [(2, layer.in_channels, *[size] * rank) for size in IMAGE_SIZES]
-    for shape in shapes:
-        inputs = (torch.zeros(shape, dtype=dtype, device=device),)
-        if _failure(prepared, inputs) is None:
-            note = f"example inputs were inferred: one tensor of shape {shape}"
-            return inputs, (note,)
-    raise PrepareError(
-        "no example inputs were given and none could be inferred from the first layer; pass "
-        "example_inputs=..., a tensor or a tuple of the model's positional inputs"
-    )
-
-
-_SPATIAL: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-
-
-def _failure(prepared: PreparedModule, inputs: tuple[Any, ...]) -> Exception | None:
-    """What the evaluation graph raises on `inputs`; nothing of the model changes."""
-    try:
-        with torch.no_grad(), prepared.evaluation_view() as view:
-            view(*inputs)
-    except Exception as error:
-        return error
-    return None
-
-
-def _shapes(inputs: Any) -> str:
-    leaves = pytree.tree_leaves(inputs)
-    return ", ".join(
-        str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in leaves
-    )

@@ -1,67 +1,50 @@
 """From a module to graphs.
 
-1. The model is copied; the original is only read.
-2. It is traced twice, in evaluation and in training mode, since `self.training` is a constant
+1. The model is copied by `copy_model`; the original is only read.
+2. The copy is traced with example inputs at hand, so that its code may count, compare and iterate over
+   shapes (`concrete_tracer`). A submodule that still cannot be traced becomes an opaque leaf.
+3. It is traced twice, in evaluation and in training mode, since `self.training` is a constant
    to the tracer: a functional dropout or an auxiliary head exists in one mode only. Where the
    two graphs agree there is one graph.
-3. In-place operations are followed by their readers: whoever reads a value after it was
+4. In-place operations are followed by their readers: whoever reads a value after it was
    overwritten reads the node that wrote it, so that values and nodes are the same thing.
+5. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
-from torch.nn.utils import parametrize
 
 from dspfx.errors import TraceError
+from dspfx.passes.concrete_tracer import ConcreteTracer, UntraceableError
 from dspfx.passes.operators import is_in_place
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A private copy of a model and its graphs, `train` being `eval` where they agree."""
+    """The graphs of a model, `train` being `eval` where they agree.
 
-    root: nn.Module
+    Attributes:
+        eval, train: the graphs.
+        opaque: the submodules that could not be entered, and why.
+    """
+
     eval: fx.Graph
     train: fx.Graph
+    opaque: dict[str, str]
 
 
-class _Tracer(fx.Tracer):
-    """Enters everything but torch's own layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.traced_module_names: list[str] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        self.traced_module_names.append(module_qualified_name)
-        return parametrize.is_parametrized(m) or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> Traced:
-    """Copy `model` and trace the copy in both modes.
+def copy_model(model: nn.Module) -> nn.Module:
+    """A private copy of `model`.
 
     Raises:
-        TraceError: naming the submodule and the operation that cannot be traced.
+        TraceError: it cannot be copied.
     """
-    root = _copy(model)
-    modes = {module: module.training for module in root.modules()}
-    graphs = {mode: _trace_graph(root.train(mode)) for mode in (False, True)}
-    for module, mode in modes.items():
-        module.training = mode
-    if _signature(graphs[False]) == _signature(graphs[True]):
-        graphs[True] = graphs[False]
-    for graph in set(graphs.values()):
-        follow_in_place_writes(graph, root)
-        graph.lint()
-    return Traced(root, graphs[False], graphs[True])
-
-
-def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -71,20 +54,69 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _trace_graph(root: nn.Module) -> fx.Graph:
-    tracer = _Tracer()
+def trace(root: nn.Module, inputs: Mapping[str, Any]) -> Traced:
+    """Trace `root`, a private copy of the user's model, in both modes; its state is kept.
+
+    Args:
+        root: gains buffers for the tensors that its code holds as plain attributes.
+        inputs: example inputs by the name of the argument.
+
+    Raises:
+        TraceError: the code of the root itself cannot be traced; the message names the place.
+    """
+    modes = {module: module.training for module in root.modules()}
+    state = {name: tensor.clone() for name, tensor in _tensors(root).items()}
+    opaque: dict[str, str] = {}
     try:
-        return tracer.trace(root)
-    except Exception as error:
-        graph = getattr(tracer, "graph", None)
-        nodes = [n.name for n in graph.nodes] if graph is not None else []
-        names = tracer.traced_module_names
-        raise TraceError(
-            f"{type(root).__name__} cannot be traced: {error} (in or after submodule "
-            f"'{names[-1] if names else ''}', after node '{nodes[-1] if nodes else ''}'). "
-            "Code whose control flow depends on the values of tensors has no graph: move it "
-            "out of the model, or prepare the submodules that can be traced"
-        ) from error
+        graphs = {mode: _trace_graph(root.train(mode), inputs, opaque) for mode in (False, True)}
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, tensor in _tensors(root).items():
+                if name in state:
+                    tensor.copy_(state[name])
+    if _signature(graphs[False]) == _signature(graphs[True]):
+        graphs[True] = graphs[False]
+    for graph in set(graphs.values()):
+        _register_constants(graph, root)
+        follow_in_place_writes(graph, root)
+        graph.lint()
+    return Traced(graphs[False], graphs[True], opaque)
+
+
+def _tensors(root: nn.Module) -> dict[str, Tensor]:
+    return {**dict(root.named_parameters()), **dict(root.named_buffers())}
+
+
+def _trace_graph(
+    root: nn.Module, inputs: Mapping[str, Any], opaque: dict[str, str]
+) -> fx.Graph:
+    """Trace until it succeeds, every submodule that refuses becoming opaque."""
+    while True:
+        tracer = ConcreteTracer(inputs, frozenset(opaque))
+        try:
+            return tracer.trace_concretely(root)
+        except UntraceableError as error:
+            if not error.module or error.module in opaque:
+                raise TraceError(
+                    f"{type(root).__name__} cannot be traced: {error.reason} (after node "
+                    f"'{error.node}'). Code whose control flow depends on the values of tensors "
+                    "has no graph: move it out of the model, or prepare the submodules that can "
+                    "be traced"
+                ) from error
+            opaque[error.module] = error.reason
+
+
+def _register_constants(graph: fx.Graph, root: nn.Module) -> None:
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            *path, leaf = str(node.target).split(".")
+            owner = root.get_submodule(".".join(path))
+            value = getattr(owner, leaf)
+            if isinstance(value, Tensor) and leaf in vars(owner):
+                delattr(owner, leaf)
+                owner.register_buffer(leaf, value, persistent=False)
 
 
 def _signature(graph: fx.Graph) -> list[tuple[Any, ...]]:
@@ -111,11 +143,3 @@ def follow_in_place_writes(graph: fx.Graph, root: nn.Module) -> bool:
                 user.replace_input_with(written, node)
                 changed = True
     return changed
-
-
-def parameter_dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Those of the first floating-point parameter or buffer; torch's default without any."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype, tensor.device
-    return torch.get_default_dtype(), torch.device("cpu")

@@ -25,7 +25,7 @@ from helpers import unchanged
 X = torch.randn(6, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(3, (6,), generator=torch.Generator().manual_seed(1))
 SETTINGS = {"strength": 0.3, "total_steps": 7, "temperature": 0.5, "logits_lr": 0.1}
-LR = 0.05
+LR = 0.5
 
 
 def tiny() -> dspfx.PreparedModule:
@@ -137,6 +137,17 @@ def loss(prepared: nn.Module) -> Callable[[], Tensor]:
     return lambda: nn.functional.cross_entropy(prepared(X), Y)
 
 
+def assert_same_state(mine: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
+    """Equal states bit for bit, in entries and values, and equal groups."""
+    a, b = mine.state_dict(), theirs.state_dict()
+    assert a["param_groups"] == b["param_groups"]
+    assert a["state"].keys() == b["state"].keys()
+    for key, state in b["state"].items():
+        assert a["state"][key].keys() == state.keys()
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(a["state"][key][name]), torch.as_tensor(value))
+
+
 @pytest.mark.parametrize(("make", "hand"), [(sgd, HandSGD), (adamw, HandAdamW)])
 def test_a_whole_step_equals_the_unrolled_oracle(make: Any, hand: Any) -> None:
     prepared = tiny()
@@ -182,7 +193,7 @@ def test_a_whole_step_equals_the_unrolled_oracle(make: Any, hand: Any) -> None:
     second = central_difference(along, p, 1e-4)
     expected, without = pushed(first + second), pushed(first)
     torch.testing.assert_close(recorded["gradient"], expected, rtol=1e-4, atol=1e-8)
-    assert float((without - expected).abs().max()) > 1e-3 * float(expected.abs().max())
+    assert float((without - expected).abs().max()) > 0.1 * float(expected.abs().max())
 
     # the weights are W1, shrunk by the hard assignment of the new logits
     new = logits - 0.1 * expected / (expected.abs() + 1e-12)  # Adam's first step
@@ -200,10 +211,7 @@ def test_a_whole_step_equals_the_unrolled_oracle(make: Any, hand: Any) -> None:
         prepared.named_buffers(), plain.named_buffers(), strict=True
     ):
         assert name.endswith("logits") or torch.equal(mine, theirs), name
-    mine, theirs = learner.optimizer.state_dict()["state"], optimizer.state_dict()["state"]
-    for key, state in theirs.items():
-        for name, value in state.items():
-            assert torch.equal(torch.as_tensor(mine[key][name]), torch.as_tensor(value))
+    assert_same_state(learner.optimizer, optimizer)
 
 
 @pytest.mark.parametrize("make", [sgd, adamw])
@@ -251,6 +259,127 @@ def test_the_present_rate_of_the_layers_own_group_counts() -> None:
     learner.steps_done = 1
     optimizer.param_groups[1]["lr"] = 0.1
     assert learner._rate(conv(prepared)) == pytest.approx(0.5 * 0.1 * 2 / 4)
+
+
+class RebindingSGD(torch.optim.SGD):
+    """Puts a new tensor into its state at every step, and a counter into its groups."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+                for p in (p for p in group["params"] if p.grad is not None):
+                    state = self.state[p]
+                    state["m"] = 0.9 * state.get("m", torch.zeros_like(p)) + p.grad
+                    p.sub_(LR * state["m"])
+
+
+@pytest.mark.parametrize("make", [sgd, adamw, lambda p: RebindingSGD(p, lr=LR)])
+def test_the_look_ahead_leaves_no_trace_outside_the_model(make: Any) -> None:
+    """The optimizer holds a parameter that the model lacks, and lacks one that the model has."""
+
+    def trained(model: nn.Module) -> tuple[Any, Any, Callable[[], Tensor]]:
+        scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        parameters = [p for n, p in model.named_parameters() if n != "5.bias"]
+        return scale, make([*parameters, scale]), lambda: scale * loss(model)()
+
+    prepared = tiny()
+    plain = copy.deepcopy(prepared)
+    scale, optimizer, closure = trained(prepared)
+    learner = dspfx.GroupLearner(prepared, optimizer, 0.0, total_steps=2)
+    plain_scale, plain_optimizer, plain_closure = trained(plain)
+    for _ in range(2):
+        learner.step(closure)
+        plain.zero_grad()
+        prepared.get_submodule("5").bias.grad = None
+        plain_optimizer.zero_grad()
+        plain_closure().backward()
+        plain_optimizer.step()
+    assert torch.equal(scale, plain_scale)
+    assert torch.equal(scale.grad, plain_scale.grad)
+    assert_same_state(optimizer, plain_optimizer)
+
+
+def test_gradients_outside_the_optimizer_count_once() -> None:
+    prepared = tiny()
+    plain = copy.deepcopy(prepared)
+    learner = dspfx.GroupLearner(prepared, sgd([conv(prepared).weight]), 0.0, total_steps=1)
+    learner.step(loss(prepared))
+    loss(plain)().backward()
+    for mine, theirs in zip(prepared.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_state_first_made_in_the_look_ahead_is_not_kept() -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, adamw)
+    calls = itertools.count()
+
+    def closure() -> Tensor:  # the classifier takes part in the second pass only
+        weight = conv(prepared).weight
+        return loss(prepared)() if next(calls) else weight.square().sum()
+
+    learner.step(closure)
+    assert list(learner.optimizer.state) == [conv(prepared).weight]
+
+
+def test_a_bad_loss_in_the_look_ahead_leaves_the_plain_step() -> None:
+    prepared = tiny()
+    plain = copy.deepcopy(prepared)
+    learner = learner_of(prepared, sgd)
+    calls = itertools.count()
+    with pytest.raises(dspfx.LearnError, match="the loss is nan"):
+        learner.step(lambda: loss(prepared)() * (float("nan") if next(calls) else 1.0))
+    optimizer = sgd(plain.parameters())
+    loss(plain)().backward()
+    optimizer.step()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(prepared.state_dict()[name], value), name
+    assert_same_state(learner.optimizer, optimizer)
+
+
+def test_a_model_that_was_cast_since_is_an_error() -> None:
+    """`Module.to` replaces the logits; Adam would go on with the old ones."""
+    prepared = tiny()
+    learner = learner_of(prepared, sgd)
+    prepared.float()
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match="logits of 2 were replaced"):
+        learner.step(lambda: prepared(X.float()).square().mean())
+
+
+def test_structural_groups_single_groups_and_shared_layers() -> None:
+    """Hard shrink of a convolution in two structural groups, and of one that is called twice."""
+    torch.manual_seed(0)
+    shared = nn.Conv2d(4, 4, 1, bias=False)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 2, groups=2), nn.Tanh(), shared, nn.Tanh(), shared
+    )
+    for groups in (1, 2):
+        config = dspfx.PrepareConfig(groups=groups)
+        prepared = dspfx.prepare(copy.deepcopy(model).double(), X, config=config).train()
+        plain = copy.deepcopy(prepared)
+        optimizers = []
+        for module in (prepared, plain):
+            rest, last = list(module.parameters())[:-1], list(module.parameters())[-1:]
+            groups_of = [{"params": rest}, {"params": last, "lr": 0.1}]
+            optimizers.append(torch.optim.SGD(groups_of, lr=LR, momentum=0.9, nesterov=True))
+        learner = dspfx.GroupLearner(prepared, optimizers[0], 5.0, total_steps=1)
+        learner.step(lambda m=prepared: m(X).square().mean())
+        plain(X).square().mean().backward()
+        optimizers[1].step()
+        assert {"1", "3"} <= set(learner.layers)
+        for name in ("1", "3"):
+            layer, w1 = learner.layers[name], plain.get_submodule(name).weight.detach().flatten(2)
+            p = nn.functional.one_hot(layer.gate.assignment, groups).T.double()
+            kappa = (layer.gate.input_elements / 16384) ** 0.5
+            kappa *= layer.kernel_size[0] * (groups / 4) ** 1.5
+            rate = 5.0 * (LR if name == "1" else 0.1)
+            slope = central_difference(
+                lambda w, p=p, k=kappa, s=layer.groups: plain_penalty(w, p, k, s), w1
+            )
+            torch.testing.assert_close(
+                layer.weight.detach().flatten(2), w1 - rate * slope, rtol=1e-7, atol=1e-9
+            )
 
 
 def test_frozen_layers_are_left_alone() -> None:

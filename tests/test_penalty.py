@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,9 +73,10 @@ def test_value_and_slope(seed: int, groups: int, half: int, channels: int, struc
 @given(**SIZES)
 def test_equivariance(seed: int, groups: int, half: int, channels: int, structural: int) -> None:
     weight, p = draw_layer(seed, groups, 2 * half, channels)
-    penalty = LayerPenalty(1.0)
+    penalty = LayerPenalty(1.0, structural)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(2 * half, generator=generator)
+    blocks = torch.arange(2 * half).chunk(structural)  # filters move within their structural group
+    order = torch.cat([b[torch.randperm(len(b), generator=generator)] for b in blocks])
     group_order = torch.randperm(groups, generator=generator)
     e = energy(weight)
     torch.testing.assert_close(penalty(e, p), penalty(e[order], p[:, order]))
@@ -93,6 +95,24 @@ def test_zero_weights_and_hard_assignments_have_finite_slopes() -> None:
     soft = hard.clamp(min=torch.finfo(torch.float64).tiny)
     gradient = penalty.assignment_gradient(soft, e, e, torch.zeros_like(e))
     assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiny_weights_and_empty_groups_have_finite_derivatives(dtype: torch.dtype) -> None:
+    """Not only zero: 1 / N^2 of the second order overflows long before N underflows."""
+    weight, _ = draw_layer(0, 2, 4, 3)
+    smallest = torch.finfo(dtype).tiny
+    penalty = LayerPenalty(1.0)
+    for fraction in torch.linspace(0, 1, 41).tolist():
+        small = smallest**fraction
+        share = torch.tensor([[0.5] * 4, [0.5] * 4], dtype=dtype)
+        empty = torch.tensor([[1.0] * 4, [small] * 4], dtype=dtype)
+        for scale, p in [(small, share), (1.0, empty), (small**0.5, empty)]:
+            w = (weight * scale).to(dtype)
+            step = 2 * energy(w, torch.ones_like(w))
+            assert torch.isfinite(penalty.slope(energy(w), p)).all()
+            gradient = penalty.assignment_gradient(p, energy(w), energy(w), step)
+            assert torch.isfinite(gradient).all()
 
 
 def test_kappa() -> None:

@@ -1,10 +1,16 @@
 """Tracing: both modes, all keys, and in-place writes."""
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspfx.passes.trace import trace
+from dspfx.passes.trace import Traced, trace
+
+
+def traced_model(model: nn.Module, x: Tensor) -> Traced:
+    return trace(model, {next(iter(inspect.signature(model.forward).parameters)): x})
 
 
 class Modes(nn.Module):
@@ -19,15 +25,18 @@ class Modes(nn.Module):
 
 
 def test_modes_that_differ_have_graphs_that_differ() -> None:
-    traced = trace(Modes())
+    root = Modes()
+    traced = traced_model(root, torch.randn(2, 3, 4, 4))
     assert traced.eval is not traced.train
     assert "aux" in {n.target for n in traced.train.nodes}
     assert "aux" not in {n.target for n in traced.eval.nodes}
-    assert list(traced.root.state_dict()) == list(Modes().state_dict())
+    assert list(root.state_dict()) == list(Modes().state_dict())
 
 
 def test_modes_that_agree_share_a_graph() -> None:
-    traced = trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout()))
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout())
+    traced = traced_model(model, torch.randn(2, 3, 4, 4))
+    assert torch.equal(model[1].running_mean, torch.zeros(3))
     assert traced.eval is traced.train
 
 
@@ -43,9 +52,10 @@ def test_readers_follow_in_place_writes() -> None:
             z.add_(y)  # y is what the relu wrote
             return F.hardtanh(z, 0, 1, True) - y * 2 + z.sigmoid_()
 
-    traced = trace(Overwrites())
-    module = torch.fx.GraphModule(traced.root, traced.eval)
     x = torch.randn(4, 5)
+    root = Overwrites()
+    traced = traced_model(root, x)
+    module = torch.fx.GraphModule(root, traced.eval)
     assert torch.equal(module(x), Overwrites()(x))
     by_name = {n.name: n for n in traced.eval.nodes}
     assert by_name["add_"].args == (by_name["relu"], by_name["relu"])

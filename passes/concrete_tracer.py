@@ -1,0 +1,220 @@
+"""An `fx` tracer that runs the model while it traces it.
+
+Every proxy knows the value that it had with the example inputs. Code that asks a proxy for a number
+(`len`, `int`, `if x.shape[1] > 3`, iteration, unpacking) is answered from it, and so is specialised to
+the shapes of the example. Code that asks for the value of a tensor is refused: that depends on the
+data.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Proxy
+from torch.fx.node import Node, map_aggregate
+from torch.nn.utils import parametrize
+
+from dspfx.gates import ChannelGate, GatedConv
+
+# create tensors from sizes alone, so that nothing in their arguments tells fx of a proxy
+FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
+
+
+class UntraceableError(Exception):
+    """Tracing failed in `module` (empty: in the root), after `node`, for `reason`."""
+
+    def __init__(self, module: str, node: str, reason: str) -> None:
+        super().__init__(reason)
+        self.module, self.node, self.reason = module, node, reason
+
+
+class ConcreteProxy(Proxy):
+    """A proxy with the value it had in this run."""
+
+    concrete: Any
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.concrete, name)
+        if callable(value):
+            return lambda *args, **kwargs: self.tracer.create_proxy(
+                "call_method", name, (self, *args), kwargs
+            )
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.concrete, Mapping):
+            return iter(self.concrete)
+        return iter([self[i] for i in range(len(self.concrete))])
+
+    def __len__(self) -> int:
+        return len(self.concrete)
+
+    def __contains__(self, item: Any) -> bool:
+        return _value(item) in self._number()
+
+    def __bool__(self) -> bool:
+        return bool(self._number())
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def __index__(self) -> int:
+        return int(self._number().__index__())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __round__(self, *digits: int) -> Any:
+        return round(self._number(), *digits)
+
+    def __ceil__(self) -> int:
+        return math.ceil(self._number())
+
+    def __floor__(self) -> int:
+        return math.floor(self._number())
+
+    def __trunc__(self) -> int:
+        return math.trunc(self._number())
+
+    def keys(self) -> Any:
+        """The keys of a mapping, as they were."""
+        return self.concrete.keys()
+
+    def items(self) -> Any:
+        """Keys as they were, and proxies of the values."""
+        return [(key, self[key]) for key in self.concrete]
+
+    def values(self) -> Any:
+        """Proxies of the values of a mapping."""
+        return [self[key] for key in self.concrete]
+
+    def _number(self) -> Any:
+        """The value, unless it depends on the data."""
+        if isinstance(self.concrete, Tensor):
+            raise TypeError(f"control flow depends on the values of '{self.node.name}'")
+        return self.concrete
+
+
+class ConcreteTracer(fx.Tracer):
+    """Enters everything but torch's own layers and the modules named `opaque`."""
+
+    def __init__(self, inputs: Mapping[str, Any], opaque: frozenset[str]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.inputs = inputs
+        self.opaque = opaque
+        self.executing = False
+        self.failed_in: str | None = None
+
+    def trace_concretely(self, root: nn.Module) -> fx.Graph:
+        """The graph of `root`.
+
+        Raises:
+            UntraceableError: with the innermost submodule whose code could not be traced.
+        """
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), self._factories():
+                graph = self.trace(root)
+        except Exception as error:
+            nodes = list(self.graph.nodes) if hasattr(self, "graph") else []
+            last = nodes[-1].name if nodes else ""
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UntraceableError(self.failed_in or "", last, reason[:300]) from error
+        graph._tracer_cls = None
+        return graph
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's layers, gates, layers with computed weights, and what was found opaque."""
+        return (
+            module_qualified_name in self.opaque
+            or isinstance(m, GatedConv | ChannelGate)
+            or parametrize.is_parametrized(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def _proxy_placeholder(
+        self, name: str, concrete_args: Any, sig: inspect.Signature, fn_for_analysis: Any
+    ) -> Any:
+        """An argument that the example leaves out is its default, also for control flow."""
+        proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
+        return proxy if name in self.inputs else proxy.concrete
+
+    def proxy(self, node: Node) -> Proxy:
+        """A proxy for `node`; `create_proxy` gives it its value."""
+        return ConcreteProxy(node, self)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
+        """Record the call, and make it."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        proxy.concrete = self._execute(kind, target, args, kwargs)
+        return proxy
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Trace a call of `m`, or just make it where a leaf is being run."""
+        if self.executing:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = self.path_of_module(m)
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters are proxies, but not inside a leaf that is being run."""
+        if self.executing:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _execute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            empty: Any = {"*": (), "**": {}}.get(target[: target.count("*")])
+            return self.inputs.get(target, args[0] if args else empty)
+        outside, self.executing = self.executing, True
+        try:
+            args, kwargs = map_aggregate(args, _value), map_aggregate(kwargs, _value)
+            if kind == "get_attr":
+                *path, leaf = target.split(".")
+                return getattr(self.root.get_submodule(".".join(path)), leaf)
+            if kind == "call_module":
+                return self.root.get_submodule(target)(*args, **kwargs)
+            if kind == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            return target(*args, **kwargs)
+        finally:
+            self.executing = outside
+
+    def _factories(self) -> ExitStack:
+        """While tracing, let torch's tensor factories notice proxies among their sizes."""
+        stack = ExitStack()
+        for name in FACTORIES:
+            stack.enter_context(mock.patch.object(torch, name, self._noticing(getattr(torch, name))))
+        return stack
+
+    def _noticing(self, factory: Callable[..., Any]) -> Callable[..., Any]:
+        def create(*args: Any, **kwargs: Any) -> Any:
+            found = False
+
+            def look(value: Any) -> Any:
+                nonlocal found
+                found = found or isinstance(value, Proxy)
+                return value
+
+            map_aggregate((args, kwargs), look)
+            if not found:
+                return factory(*args, **kwargs)
+            return self.create_proxy("call_function", factory, args, kwargs)
+
+        return create
+
+
+def _value(item: Any) -> Any:
+    return item.concrete if isinstance(item, ConcreteProxy) else item
