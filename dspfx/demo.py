@@ -40,7 +40,7 @@ class Training:
 # what gives a good result within a few minutes on two cores
 USUAL = {
     "digits": Training(dense=20, learn=15, tune=20),
-    "fashion-mnist": Training(dense=6, learn=3, tune=4, images=6_000),
+    "fashion-mnist": Training(dense=8, learn=6, tune=8, images=6_000),
     "cifar10": Training(dense=6, learn=3, tune=4, images=6_000),
 }
 

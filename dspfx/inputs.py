@@ -73,8 +73,8 @@ def _positional(root: nn.Module, given: Any) -> tuple[Any, ...]:
         bound = inspect.signature(root.forward).bind(**given)
     except TypeError:
         return (given,)
-    last = max((i for i, name in enumerate(bound.arguments) if name in given), default=-1)
     bound.apply_defaults()
+    last = max((i for i, name in enumerate(bound.arguments) if name in given), default=-1)
     return tuple(bound.arguments.values())[: last + 1]
 
 

@@ -17,6 +17,7 @@ from dspfx.passes.insert_gates import insert_gates, plan_gates
 from dspfx.passes.trace import copy_model, trace
 from dspfx.passes.values import ChannelAnalysis
 
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """How a model is prepared.

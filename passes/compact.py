@@ -69,6 +69,7 @@ class _Emitter:
         self.graph = fx.Graph()
         self.env: dict[Node, Any] = {}
         self.aligned: dict[tuple[Node, bytes], Node] = {}
+        self.device = _device(source)
 
     def finish(self) -> Compacted:
         fx.GraphModule(self.root, self.graph)  # purity of calls is asked of the owner
@@ -148,7 +149,7 @@ class _Emitter:
         if (positions == held).any():
             zero = call(torch.zeros_like, (call(torch.narrow, (x, dim, 0, 1)),))
             x = call(torch.cat, ([x, zero], dim))
-        index = torch.from_numpy(positions).to(_device(self.source))
+        index = torch.from_numpy(positions).to(self.device)
         return call(torch.index_select, (x, dim, self._buffer("channels", index)))
 
     def _cut_constant(self, node: Node, wanted: Order) -> Node:

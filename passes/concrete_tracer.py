@@ -155,9 +155,7 @@ class ConcreteTracer(fx.Tracer):
         proxy.concrete = self._execute(kind, target, args, kwargs)
         return proxy
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace a call of `m`, or just make it where a leaf is being run."""
         if self.executing:
             return forward(*args, **kwargs)
@@ -196,7 +194,9 @@ class ConcreteTracer(fx.Tracer):
         """While tracing, let torch's tensor factories notice proxies among their sizes."""
         stack = ExitStack()
         for name in FACTORIES:
-            stack.enter_context(mock.patch.object(torch, name, self._noticing(getattr(torch, name))))
+            stack.enter_context(
+                mock.patch.object(torch, name, self._noticing(getattr(torch, name)))
+            )
         return stack
 
     def _noticing(self, factory: Callable[..., Any]) -> Callable[..., Any]:

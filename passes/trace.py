@@ -89,9 +89,7 @@ def _tensors(root: nn.Module) -> dict[str, Tensor]:
     return {**dict(root.named_parameters()), **dict(root.named_buffers())}
 
 
-def _trace_graph(
-    root: nn.Module, inputs: Mapping[str, Any], opaque: dict[str, str]
-) -> fx.Graph:
+def _trace_graph(root: nn.Module, inputs: Mapping[str, Any], opaque: dict[str, str]) -> fx.Graph:
     """Trace until it succeeds, every submodule that refuses becoming opaque."""
     while True:
         tracer = ConcreteTracer(inputs, frozenset(opaque))

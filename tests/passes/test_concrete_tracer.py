@@ -1,0 +1,145 @@
+"""Code that counts, compares and iterates over shapes is traced; code that reads values is not."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dspfx
+from dspfx.gates import gated_layers
+from helpers import assert_equal, random_masks, randomise
+
+
+class Convs(nn.Module):
+    """Three convolutions, between which each test puts something awkward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 3), nn.Conv2d(8, 4, 1)
+
+
+class AsksForSizes(Convs):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.stem(x))
+        height, width = x.shape[-2:]
+        if height % 2 and x.size(1) > 3:
+            x = nn.functional.pad(x, (0, 0, 0, int(height) % 2))
+        for _ in range(len(x.shape) - 3):
+            x = x + x.new_ones(1) * round(width / 2)
+        return self.b(x[:, :, : max(height, width)])
+
+
+class MakesTensorsOfSizes(Convs):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.stem(x))
+        columns = torch.arange(x.shape[3], dtype=x.dtype)
+        return self.b(x + columns + torch.zeros(x.shape[2], 1, dtype=x.dtype))
+
+
+class Iterates(Convs):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.stem(x))
+        halves = list(x.chunk(2, dim=1))
+        kept = {"first": halves[0], "second": halves[1]}
+        return self.b(torch.cat([v * 2 for v in kept.values()], 1))
+
+
+class Optional(Convs):
+    def forward(self, x: Tensor, scale: float = 2.0, extra: Tensor | None = None) -> Tensor:
+        x = self.a(self.stem(x)) * scale
+        if extra is not None:
+            x = x + extra
+        return self.b(x)
+
+
+class HoldsATensor(Convs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = torch.full((8, 1, 1), 0.5, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.stem(x)) + self.offset)
+
+
+X = torch.randn(2, 3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "kind", [AsksForSizes, MakesTensorsOfSizes, Iterates, Optional, HoldsATensor]
+)
+def test_awkward_code_goes_through(kind: type[Convs]) -> None:
+    model = randomise(kind()).double()
+    prepared = dspfx.prepare(model, X)
+    assert list(gated_layers(prepared)) == ["a", "b"]
+    assert_equal(model(X), prepared(X), tolerance=0)
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
+    compact = dspfx.convert(prepared)
+    assert_equal(prepared(X), compact(X))
+    assert_equal(prepared(X[:1]), compact(X[:1]))
+    assert_equal(prepared(X), copy.deepcopy(prepared)(X), tolerance=0)
+    assert [k for k in prepared.state_dict() if "gate" not in k] == list(model.state_dict())
+
+
+class Picky(nn.Module):
+    """Control flow that depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.mean() > 0 else -self.conv(x)
+
+
+def test_a_submodule_that_reads_values_is_an_opaque_leaf() -> None:
+    class HasPicky(Convs):
+        def __init__(self) -> None:
+            super().__init__()
+            self.picky = Picky()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(self.picky(self.stem(x))))
+
+    model = randomise(HasPicky()).double()
+    prepared = dspfx.prepare(model, X)
+    assert list(gated_layers(prepared)) == ["a", "b"]
+    for x in (X, -X):
+        assert_equal(model(x), prepared(x), tolerance=0)
+    report = str(dspfx.report(prepared))
+    assert "opaque, since it cannot be traced: picky: " in report
+    assert "control flow depends on the values of 'gt'" in report
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
+    compact = dspfx.convert(prepared)
+    for x in (X, -X):
+        assert_equal(prepared(x), compact(x))
+
+
+def test_a_root_that_reads_values_is_refused() -> None:
+    class Reads(Convs):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(self.stem(x))
+            return self.b(x) if x.sum() > 0 else x
+
+    with pytest.raises(dspfx.TraceError, match="depends on the values of 'gt'"):
+        dspfx.prepare(Reads().double(), X)
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"x": X, "scale": 3.0}, {"x": X}, (X, 3.0), {"extra": X[:1, :1, :1, :1], "x": X}]
+)
+def test_inputs_by_name_and_by_position(inputs: Any) -> None:
+    model = randomise(Optional()).double()
+    prepared = dspfx.prepare(model, inputs)
+    named = inputs if isinstance(inputs, dict) else dict(zip(("x", "scale"), inputs, strict=True))
+    assert_equal(model(**named), prepared(**named), tolerance=0)
+    dspfx.set_masks(prepared, random_masks(prepared))
+    assert_equal(prepared(**named), dspfx.convert(prepared)(**named))
+
+
+def test_tracing_leaves_torch_as_it_was() -> None:
+    factories = {name: getattr(torch, name) for name in ("arange", "zeros", "ones")}
+    dspfx.prepare(MakesTensorsOfSizes().double(), X)
+    assert all(getattr(torch, name) is factory for name, factory in factories.items())
+    dspfx.prepare(nn.Sequential(*AsksForSizes().children(), nn.Dropout()).double().train(), X)
