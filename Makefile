@@ -16,13 +16,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build
-	$(BIN)/pip install --quiet --no-deps --target $(TYPED) .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TYPED) .
 	cd $(TYPED) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p dspfx
 
 $(VENV)/installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[demo,test,lint]'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test,lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -31,6 +31,7 @@ def demo(
     epochs_dense: Annotated[int | None, typer.Option(min=1, help="before pruning")] = None,
     epochs_learn: Annotated[int | None, typer.Option(min=1, help="of group learning")] = None,
     epochs_tune: Annotated[int | None, typer.Option(min=1, help="after pruning")] = None,
+    strength: Annotated[float | None, typer.Option(help="of the group learning")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="training images to use")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="threads torch uses")] = None,
@@ -39,7 +40,13 @@ def demo(
     started = time.monotonic()
     if threads is not None:
         torch.set_num_threads(threads)
-    asked = {"dense": epochs_dense, "learn": epochs_learn, "tune": epochs_tune, "images": images}
+    asked = {
+        "dense": epochs_dense,
+        "learn": epochs_learn,
+        "tune": epochs_tune,
+        "strength": strength,
+        "images": images,
+    }
     training = dataclasses.replace(
         USUAL.get(data, USUAL["digits"]), **{k: v for k, v in asked.items() if v is not None}
     )

@@ -40,7 +40,10 @@ def choose_inputs(root: nn.Module, given: Any) -> tuple[tuple[Any, ...], tuple[s
 def by_name(root: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Fresh copies of `inputs` by the names of the arguments; `*` before a variadic one's."""
     signature = inspect.signature(root.forward)
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {
+        inspect.Parameter.VAR_POSITIONAL: "*",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }
     return {
         stars.get(signature.parameters[name].kind, "") + name: fresh(value)
         for name, value in signature.bind(*inputs).arguments.items()

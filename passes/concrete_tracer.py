@@ -1,13 +1,14 @@
 """An `fx` tracer that runs the model while it traces it.
 
-Every proxy knows the value that it had with the example inputs. Code that asks a proxy for a number
-(`len`, `int`, `if x.shape[1] > 3`, iteration, unpacking) is answered from it, and so is specialised to
-the shapes of the example. Code that asks for the value of a tensor is refused: that depends on the
-data.
+Every proxy knows the value that it had with the example inputs. Code that asks a proxy for a
+number (`len`, `int`, `if x.shape[1] > 3`, iteration, unpacking) is answered from it, and so is
+specialised to the shapes of the example. Code that asks for the value of a tensor is refused: that
+depends on the data.
 """
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -49,7 +50,7 @@ class ConcreteProxy(Proxy):
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.concrete, Mapping):
             return iter(self.concrete)
-        return iter([self[i] for i in range(len(self.concrete))])
+        return iter([self._item(i) for i in range(len(self.concrete))])
 
     def __len__(self) -> int:
         return len(self.concrete)
@@ -73,13 +74,13 @@ class ConcreteProxy(Proxy):
         return round(self._number(), *digits)
 
     def __ceil__(self) -> int:
-        return math.ceil(self._number())
+        return math.ceil(float(self))
 
     def __floor__(self) -> int:
-        return math.floor(self._number())
+        return math.floor(float(self))
 
     def __trunc__(self) -> int:
-        return math.trunc(self._number())
+        return math.trunc(float(self))
 
     def keys(self) -> Any:
         """The keys of a mapping, as they were."""
@@ -87,11 +88,14 @@ class ConcreteProxy(Proxy):
 
     def items(self) -> Any:
         """Keys as they were, and proxies of the values."""
-        return [(key, self[key]) for key in self.concrete]
+        return [(key, self._item(key)) for key in self.concrete]
 
     def values(self) -> Any:
         """Proxies of the values of a mapping."""
-        return [self[key] for key in self.concrete]
+        return [self._item(key) for key in self.concrete]
+
+    def _item(self, key: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
 
     def _number(self) -> Any:
         """The value, unless it depends on the data."""
@@ -141,7 +145,7 @@ class ConcreteTracer(fx.Tracer):
     ) -> Any:
         """An argument that the example leaves out is its default, also for control flow."""
         proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
-        return proxy if name in self.inputs else proxy.concrete
+        return proxy if name in self.inputs else _value(proxy)
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy for `node`; `create_proxy` gives it its value."""
@@ -152,6 +156,7 @@ class ConcreteTracer(fx.Tracer):
     ) -> Any:
         """Record the call, and make it."""
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        assert isinstance(proxy, ConcreteProxy)
         proxy.concrete = self._execute(kind, target, args, kwargs)
         return proxy
 

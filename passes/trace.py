@@ -1,8 +1,8 @@
 """From a module to graphs.
 
 1. The model is copied by `copy_model`; the original is only read.
-2. The copy is traced with example inputs at hand, so that its code may count, compare and iterate over
-   shapes (`concrete_tracer`). A submodule that still cannot be traced becomes an opaque leaf.
+2. The copy is traced with example inputs at hand, so that its code may count, compare and iterate
+   over shapes (`concrete_tracer`). A submodule that cannot be traced becomes an opaque leaf.
 3. It is traced twice, in evaluation and in training mode, since `self.training` is a constant
    to the tracer: a functional dropout or an auxiliary head exists in one mode only. Where the
    two graphs agree there is one graph.
