@@ -105,17 +105,22 @@ def _inferred(root: nn.Module) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     )
 
 
-def _failure(root: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
-    """What `root` raises on `inputs`; nothing of it changes."""
+def evaluate(root: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """What `root` computes in evaluation mode; nothing of it changes, nor of `inputs`."""
     modes = {module: module.training for module in root.modules()}
     try:
         with torch.no_grad():
-            root.eval()(*fresh(inputs))
-    except Exception as error:
-        return error
+            return root.eval()(*fresh(inputs))
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _failure(root: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
+    try:
+        evaluate(root, inputs)
+    except Exception as error:
+        return error
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dspfx.errors import PrepareError, TraceError
-from dspfx.inputs import by_name, choose_inputs, fresh, parameter_dtype_and_device
+from dspfx.inputs import by_name, choose_inputs, evaluate, fresh, parameter_dtype_and_device
 from dspfx.module import PreparedModule
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
@@ -66,9 +66,10 @@ def prepare(
     root = copy_model(model)
     frozen = _matching(root, config.ignore)
     inputs, notes = choose_inputs(root, example_inputs)
+    expected = evaluate(root, inputs)
     traced = trace(root, by_name(root, inputs))
     prepared = PreparedModule(root, {False: traced.eval, True: traced.train}, type(model).__name__)
-    _check_trace(root, prepared, inputs)
+    _check_trace(prepared, inputs, expected)
     analysis = analyse_prepared(prepared, inputs, frozen)
     plan = plan_gates(prepared, analysis, frozen)
     if not plan.layers:
@@ -93,20 +94,20 @@ def analyse_prepared(
         return analyse(view, inputs, frozen)
 
 
-def _check_trace(root: nn.Module, prepared: PreparedModule, inputs: tuple[Any, ...]) -> None:
-    """Run the copied model and its evaluation graph on the example inputs and compare."""
+def _check_trace(prepared: PreparedModule, inputs: tuple[Any, ...], expected: Any) -> None:
+    """Compare the evaluation graph's outputs for the example inputs with the model's own."""
     with torch.no_grad(), prepared.evaluation_view() as view:
-        root.training = False
-        expected, actual = (pytree.tree_leaves(m(*fresh(inputs))) for m in (root, view))
+        actual = pytree.tree_leaves(view(*fresh(inputs)))
+    expected = pytree.tree_leaves(expected)
     same = len(expected) == len(actual) and all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else a == b
         for a, b in zip(expected, actual, strict=True)
     )
     if not same:
         raise TraceError(
-            f"the graph of {type(root).__name__} does not compute what the model does: its code "
-            "probably reads a tensor under one name after overwriting it under another (`+=`); "
-            "write `y = y + x` there"
+            f"the graph of {type(prepared).__name__} does not compute what the model does: its "
+            "code probably reads a tensor under one name after overwriting it under another "
+            "(`+=`); write `y = y + x` there"
         )
 
 

@@ -401,7 +401,8 @@ class _Analyser(fx.Interpreter):
         args = map_arg(node.args, lambda n: zeros if n is operands[0] else self.env[n])
         kwargs = map_arg(node.kwargs, lambda n: zeros if n is operands[0] else self.env[n])
         out = getattr(self, node.op)(node.target, args, kwargs)
-        return _numpy((out == 0).movedim(dim, 0).flatten(1).all(1))
+        zero = (out == 0).movedim(dim, 0)
+        return _numpy(zero.reshape(len(zero), -1).all(1))
 
     def _zero_of_zeros(self, node: Node) -> bool:
         """Whether an elementwise operator gives zero where all its tensors are zero."""

@@ -139,9 +139,11 @@ class _Reader:
 
     def _channels_along(self, dim: int) -> Tensor | None:
         """Int `[C]`, the root channel at every position of `dim` (-1: padding), if unique."""
-        high = self.channel.masked_fill(self.padding, -1).movedim(dim, 0).flatten(1).amax(1)
+        high = self.channel.masked_fill(self.padding, -1).movedim(dim, 0)
+        high = high.reshape(len(high), -1).amax(1)
         none = int(self.channel.max()) + 1 if self.channel.numel() else 0
-        low = self.channel.masked_fill(self.padding, none).movedim(dim, 0).flatten(1).amin(1)
+        low = self.channel.masked_fill(self.padding, none).movedim(dim, 0)
+        low = low.reshape(len(low), -1).amin(1)
         return high if bool(((low == high) | (high < 0)).all()) else None
 
     def _locate(self, channel: Tensor) -> tuple[IntArray, IntArray]:

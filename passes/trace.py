@@ -8,7 +8,8 @@
    two graphs agree there is one graph.
 4. In-place operations are followed by their readers: whoever reads a value after it was
    overwritten reads the node that wrote it, so that values and nodes are the same thing.
-5. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
+5. Functional calls on a module's own parameters become calls of the module (`lift`).
+6. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
 """
 
 import copy
@@ -22,6 +23,7 @@ from torch.fx.node import Node, map_arg
 
 from dspfx.errors import TraceError
 from dspfx.passes.concrete_tracer import ConcreteTracer, UntraceableError
+from dspfx.passes.lift import lift
 from dspfx.passes.operators import is_in_place
 
 
@@ -80,6 +82,8 @@ def trace(root: nn.Module, inputs: Mapping[str, Any]) -> Traced:
         graphs[True] = graphs[False]
     for graph in set(graphs.values()):
         _register_constants(graph, root)
+    lift(set(graphs.values()), root)
+    for graph in set(graphs.values()):
         follow_in_place_writes(graph, root)
         graph.lint()
     return Traced(graphs[False], graphs[True], opaque)

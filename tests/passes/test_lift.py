@@ -1,0 +1,105 @@
+"""Functional calls on a module's own parameters become calls of plain modules."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dspfx
+from dspfx.gates import gated_layers
+from helpers import assert_equal, random_masks, randomise, unchanged
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with an activation of its own, as model zoos have them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        y = F.batch_norm(
+            *(x, self.running_mean, self.running_var, self.weight, self.bias),
+            *(self.training, self.momentum, self.eps),
+        )
+        return self.act(y)
+
+
+class SameConv(nn.Conv2d):
+    """Pads as much as the size of its input asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra = (-(x.shape[-1] - self.kernel_size[0])) % self.stride[0]
+        x = F.pad(x, (0, extra, 0, extra))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardised(nn.Conv2d):
+    """Computes its weight: left alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) * 2
+
+
+class Zoo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm_1 = nn.Conv2d(3, 6, 1), NormAct(6)
+        self.same, self.norm_2 = SameConv(6, 8, 3, stride=2, bias=False), NormAct(8)
+        self.standardised, self.norm_3 = Standardised(8, 8, 1), NormAct(8)
+        self.head = Doubling(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_1(self.stem(x))
+        x = self.norm_2(self.same(x))
+        x = self.norm_3(self.standardised(x))
+        return self.head(x.mean((2, 3)))
+
+
+X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def zoo() -> nn.Module:
+    return randomise(Zoo()).double()
+
+
+def test_plain_modules_take_over_with_their_state() -> None:
+    model = zoo().eval()
+    with unchanged(model):
+        prepared = dspfx.prepare(model, X)
+    assert list(gated_layers(prepared)) == ["same"]
+    kinds = {name: type(prepared.get_submodule(name)) for name in ("norm_1", "norm_2", "head")}
+    assert kinds == {"norm_1": nn.BatchNorm2d, "norm_2": nn.BatchNorm2d, "head": nn.Linear}
+    assert type(prepared.get_submodule("norm_1.act")) is nn.ReLU
+    assert type(prepared.get_submodule("standardised")) is Standardised
+    assert [k for k in prepared.state_dict() if "gate" not in k] == list(model.state_dict())
+    names = " ".join(str(n.target) for n in prepared.graph.nodes)
+    assert "batch_norm" not in names
+
+
+def test_both_modes_compute_the_same_bits_and_count_batches() -> None:
+    model = zoo()
+    prepared = dspfx.prepare(model, X)
+    for mode in (False, True, True):
+        assert_equal(model.train(mode)(X), prepared.train(mode)(X), tolerance=0)
+    state: dict[str, Any] = prepared.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_lifted_layers_are_pruned_and_folded() -> None:
+    prepared = dspfx.prepare(zoo().eval(), X)
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.4))
+    compact = dspfx.convert(prepared)
+    assert_equal(prepared(X), compact(X))
+    assert compact.get_submodule("head").in_features == 8
+    assert not isinstance(getattr(compact, "norm_2", None), nn.BatchNorm2d)
