@@ -18,6 +18,7 @@ from dspfx.errors import (
     PrepareError,
     TraceError,
 )
+from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
 from dspfx.masks import get_masks, set_masks
 from dspfx.module import CompactModule, PreparedModule
@@ -42,6 +43,7 @@ __all__ = [
     "PruneReport",
     "Report",
     "TraceError",
+    "channel_graph",
     "compile",
     "convert",
     "get_masks",

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -40,7 +40,7 @@ def demo(
     started = time.monotonic()
     if threads is not None:
         torch.set_num_threads(threads)
-    asked = {
+    asked: dict[str, Any] = {
         "dense": epochs_dense,
         "learn": epochs_learn,
         "tune": epochs_tune,

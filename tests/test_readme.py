@@ -21,7 +21,16 @@ def test_every_python_block_runs() -> None:
 
 
 def test_public_names() -> None:
-    verbs = ["compile", "convert", "get_masks", "prepare", "prune", "report", "set_masks"]
+    verbs = [
+        "channel_graph",
+        "compile",
+        "convert",
+        "get_masks",
+        "prepare",
+        "prune",
+        "report",
+        "set_masks",
+    ]
     values = ["Budget", "CompactModule", "GroupLearner", "PrepareConfig", "PreparedModule"]
     reports = ["PruneReport", "Report"]
     errors = [name for name in dir(dspfx.errors) if name.endswith("Error")]
