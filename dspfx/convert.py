@@ -4,15 +4,13 @@ import copy
 
 from torch import nn
 
-from dspfx.gates import ChannelGate
-from dspfx.masks import current_reads, require_prepared
+from dspfx.masks import present_liveness, require_prepared
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.compact import compact
-from dspfx.passes.liveness import liveness
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import summarise
 from dspfx.passes.verify import verify as verify_equal
-from dspfx.prepare import analyse_prepared, fitting_inputs
+from dspfx.prepare import fitting_inputs
 
 
 def convert(prepared: nn.Module, *, verify: bool = True) -> CompactModule:
@@ -37,10 +35,7 @@ def convert(prepared: nn.Module, *, verify: bool = True) -> CompactModule:
     require_prepared(prepared)
     assert isinstance(prepared, PreparedModule)
     inputs = fitting_inputs(prepared)
-    analysis = analyse_prepared(prepared, inputs, prepared.frozen)
-    gates = dict(prepared.named_modules())
-    alive = {n: m.alive.cpu().numpy() for n, m in gates.items() if isinstance(m, ChannelGate)}
-    live = liveness(analysis, current_reads(prepared, analysis), alive)
+    analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
         layout = plan(view, analysis, live)
         if verify:

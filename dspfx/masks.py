@@ -64,6 +64,17 @@ def current_reads(
     }
 
 
+def present_liveness(prepared: PreparedModule) -> tuple[ChannelAnalysis, Liveness]:
+    """The analysis of `prepared`, and its liveness under the masks and gates that it has."""
+    analysis = analyse_prepared(prepared, fitting_inputs(prepared), prepared.frozen)
+    alive = {
+        name: module.alive.cpu().numpy()
+        for name, module in prepared.named_modules()
+        if isinstance(module, ChannelGate)
+    }
+    return analysis, liveness(analysis, current_reads(prepared, analysis), alive)
+
+
 def apply_reads(prepared: PreparedModule, analysis: ChannelAnalysis, live: Liveness) -> None:
     """Write masks and channel gates, consequences drawn, into `prepared`."""
     layers = gated_layers(prepared)

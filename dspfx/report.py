@@ -6,14 +6,11 @@ from tabulate import tabulate
 from torch import nn
 
 from dspfx.errors import ConvertError
-from dspfx.gates import ChannelGate
-from dspfx.masks import current_reads
+from dspfx.masks import present_liveness
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.cost import Cost
-from dspfx.passes.liveness import liveness
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import LayerSummary, Summary, summarise
-from dspfx.prepare import analyse_prepared, fitting_inputs
 
 WIDEST_GROUPS = 32
 
@@ -87,10 +84,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _summary(prepared: PreparedModule) -> Summary:
-    analysis = analyse_prepared(prepared, fitting_inputs(prepared), prepared.frozen)
-    gates = dict(prepared.named_modules())
-    alive = {n: m.alive.cpu().numpy() for n, m in gates.items() if isinstance(m, ChannelGate)}
-    live = liveness(analysis, current_reads(prepared, analysis), alive)
+    analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
         return summarise(analysis, live, plan(view, analysis, live))
 

@@ -26,6 +26,7 @@ from torch.fx.node import Node, map_arg
 
 from dspfx.gates import GATED, ChannelGate, FilterGate
 from dspfx.passes import operators
+from dspfx.passes.coupling import Coupling
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
 from dspfx.passes.values import (
     BoolArray,
@@ -71,7 +72,7 @@ class _Analyser(fx.Interpreter):
         self.frozen = frozen
         self.ops: dict[Node, Op] = {}
         self.values: dict[Node, Value] = {}
-        self.coupling = _UnionFind()
+        self.coupling = Coupling()
         self.ids = ElementIds(self.values)
 
     def result(self) -> ChannelAnalysis:
@@ -425,32 +426,6 @@ _RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
     (operators.ELEMENTWISE, _Analyser._elementwise),
     (operators.MOVEMENT, _Analyser._move),
 )
-
-
-class _UnionFind:
-    """Atoms and the classes they are coupled into; roots are found with path halving."""
-
-    def __init__(self) -> None:
-        self.parent: list[int] = []
-
-    def new(self, count: int) -> IntArray:
-        first = len(self.parent)
-        self.parent.extend(range(first, first + count))
-        return np.arange(first, first + count)
-
-    def find(self, atom: int) -> int:
-        parent = self.parent
-        while parent[atom] != atom:
-            parent[atom] = parent[parent[atom]]
-            atom = parent[atom]
-        return atom
-
-    def unite(self, left: IntArray, right: IntArray) -> None:
-        for a, b in zip(left.tolist(), right.tolist(), strict=True):
-            self.parent[self.find(b)] = self.find(a)
-
-    def classes(self) -> IntArray:
-        return np.array([self.find(a) for a in range(len(self.parent))], np.int64)
 
 
 def _numpy(tensor: Tensor) -> BoolArray:

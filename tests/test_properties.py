@@ -14,7 +14,7 @@ from helpers import assert_equal, macs
 from random_networks import SMOOTH, MaskRecipe, mask_recipes, networks
 
 EXAMPLES = settings(
-    max_examples=150,
+    max_examples=300,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
