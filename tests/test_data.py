@@ -1,13 +1,17 @@
 """Data sets: the embedded one, IDX files good and bad, and what Debian installs."""
 
 import gzip
+import hashlib
 import os
+import pickle
 import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
 import dspfx
 from dspfx.data import DEBIAN_FASHION_MNIST, augment, batches, load, read_idx
@@ -68,6 +72,33 @@ def test_truncated_files(tmp_path: Path, keep: int) -> None:
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"x" * 99)[:keep])
     with pytest.raises(dspfx.DataError, match="fetch it again"):
         read_idx(tmp_path / "b.gz")
+
+
+def test_a_folder_of_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+
+    def write(name: str, content: object) -> tuple[str, str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def images(count: int) -> dict[str, object]:
+        pixels = np.arange(count * 3072).reshape(count, 3072) % 251
+        return {"data": pixels.astype(np.uint8), "labels": list(range(count))}
+
+    parts = [write(f"data_batch_{i}", images(4)) for i in (1, 2)]
+    names, digest = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(CIFAR10, "train_list", parts)
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", images(3))])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "filename": names, "md5": digest})
+    data = load("cifar10", tmp_path)
+    assert data.train_x.shape == (8, 3, 32, 32)
+    assert data.train_y.tolist() == [0, 1, 2, 3] * 2
+    assert data.test_x.shape == (3, 3, 32, 32)
+    assert (data.shift, data.flip) == (4, True)
+    (folder / "test_batch").write_bytes(b"damaged")
+    with pytest.raises(dspfx.DataError, match="cannot be had"):
+        load("cifar10", tmp_path)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
