@@ -323,10 +323,11 @@ class _Analyser(fx.Interpreter):
         move = self.ids.move(moved)
         if move.dim is not None and move.roots:
             source_dims = {self.values[root].dim for root in move.roots}
-            if move.whole_channels and source_dims == {move.dim}:
-                return self._gathered(node, result, move, move.dim)
             if self._runs_on_fewer(node, operands, move):
                 return self._rearranged(node, result, move, move.dim)
+            only_channels = source_dims == {move.dim} and self._leaves_positions(node, move.dim)
+            if move.whole_channels and only_channels:
+                return self._gathered(node, result, move, move.dim)
         self.ids.keep(node, moved)
         self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
         return Restored(operands, "its result does not keep whole channels together")
@@ -345,6 +346,24 @@ class _Analyser(fx.Interpreter):
         atoms[padding] = self.coupling.new(int(padding.sum()))
         self._pass_atoms(node, result, dim, atoms)
         return Gather(move.roots, move.source, move.index)
+
+    def _leaves_positions(self, node: Node, dim: int) -> bool:
+        """Whether an operator that moves whole channels would, at every size of the image.
+
+        A crop or a pad that happens to do nothing to the example must not be left out.
+        """
+        key = operators.key(node, self.root)
+        if key is operator.getitem and isinstance(node.args[1], tuple):
+            items = _without_ellipsis(node.args[1], len(self.values[node.all_input_nodes[0]].shape))
+            return all(i == slice(None) for d, i in enumerate(items) if d != dim)
+        if key is torch.nn.functional.pad:
+            pads: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+            rank = len(self.values[self._operands(node)[0]].shape)
+            own = 2 * (rank - 1 - dim)  # pads are given from the last dimension on
+            return all(
+                type(p) is int and (p == 0 or i // 2 == own // 2) for i, p in enumerate(pads)
+            )
+        return True
 
     def _runs_on_fewer(self, node: Node, operands: tuple[Node, ...], move: Move) -> bool:
         """Whether the operator, sizes rewritten, does on some channels what it does on all."""
@@ -431,6 +450,13 @@ _RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
 def _numpy(tensor: Tensor) -> BoolArray:
     array: BoolArray = tensor.cpu().numpy()
     return array
+
+
+def _without_ellipsis(items: tuple[Any, ...], rank: int) -> list[Any]:
+    """The items of an index, one for each of `rank` dimensions that it consumes."""
+    full = [slice(None)] * (rank - sum(i is not ... and i is not None for i in items))
+    at = items.index(...) if ... in items else len(items)
+    return [*items[:at], *full, *items[at + 1 :]]
 
 
 def _pad_with_ids(args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -194,3 +194,26 @@ def test_equality_holds_where_a_model_insists_on_float32() -> None:
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
     x = torch.randn(2, 3, 5, 5)
     assert_equal(prepared(x), dspfx.convert(prepared)(x), 1e-5)
+
+
+def test_a_crop_that_does_nothing_to_the_example_still_crops_larger_images() -> None:
+    """It was taken for moving whole channels, and left out."""
+
+    class Crops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)
+            self.down, self.b = nn.Conv2d(6, 6, 2, stride=2), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(self.stem(x))
+            y = nn.functional.interpolate(self.down(x), scale_factor=2.0)
+            y = nn.functional.pad(y, (0, 0 * y.shape[3], 0, 0, 1, -1))
+            return self.b(torch.cat([x[:, :, : y.shape[2], : y.shape[3]], y], 1))
+
+    prepared = dspfx.prepare(randomise(Crops()).double(), torch.randn(2, 3, 8, 8).double())
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
+    compact = dspfx.convert(prepared)
+    for shape in ((2, 3, 8, 8), (1, 3, 9, 11)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert_equal(prepared(x), compact(x))
