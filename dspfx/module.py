@@ -35,11 +35,6 @@ class TwoModeModule(fx.GraphModule):
             self.graph = self.graphs[mode]
         return self
 
-    def replace_graphs(self, graphs: dict[bool, fx.Graph]) -> None:
-        """Take over new graphs over the same submodules."""
-        self.graphs = graphs
-        self.graph = graphs[self.training]
-
     @contextmanager
     def evaluation_view(self) -> Iterator[fx.GraphModule]:
         """The evaluation graph over the same submodules, all in evaluation mode for a while."""

@@ -78,7 +78,7 @@ def prepare(
             "more input channels for each filter that do not read the model's inputs directly"
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
-    prepared.replace_graphs(prepared.graphs)
+    prepared.recompile()
     prepared.example_inputs, prepared.frozen = inputs, frozen
     prepared.notes = notes + tuple(
         f"opaque, since it cannot be traced: {name}: {why}" for name, why in traced.opaque.items()

@@ -10,6 +10,7 @@
 """
 
 import copy
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +99,7 @@ class _Emitter:
             case Gather():
                 self.env[node] = self._gather(node, op)
             case Constant():
-                self._put(str(node.target), _get(self.source, str(node.target)))
+                self._put(str(node.target), operator.attrgetter(str(node.target))(self.source))
                 self.env[node] = self._copy(node, {})
             case _:
                 if all(n in self.env for n in node.all_input_nodes):
@@ -154,7 +155,7 @@ class _Emitter:
 
     def _cut_constant(self, node: Node, wanted: Order) -> Node:
         """A parameter used directly, cut along its one dimension that is as long as asked."""
-        whole = _get(self.source, str(node.target))
+        whole = operator.attrgetter(str(node.target))(self.source)
         if wanted is None:
             return self.env[node]  # type: ignore[no-any-return]
         dim = _constant_dim(self.analysis, self.plan, node, whole)
@@ -353,12 +354,6 @@ def _constant_dim(
             assert value.dim is not None
             return value.dim - len(value.shape) + whole.dim()
     raise AssertionError(f"{node} is cut but has no elementwise reader")
-
-
-def _get(root: nn.Module, name: str) -> Tensor:
-    *path, leaf = name.split(".")
-    tensor: Tensor = getattr(root.get_submodule(".".join(path)), leaf)
-    return tensor
 
 
 def _device(root: nn.Module) -> torch.device:

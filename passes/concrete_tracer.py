@@ -185,8 +185,7 @@ class ConcreteTracer(fx.Tracer):
         try:
             args, kwargs = map_aggregate(args, _value), map_aggregate(kwargs, _value)
             if kind == "get_attr":
-                *path, leaf = target.split(".")
-                return getattr(self.root.get_submodule(".".join(path)), leaf)
+                return operator.attrgetter(target)(self.root)
             if kind == "call_module":
                 return self.root.get_submodule(target)(*args, **kwargs)
             if kind == "call_method":

@@ -151,13 +151,11 @@ class _Planner:
     def _place_layer(self, node: Node, op: Mix, kept: BoolArray) -> None:
         inputs = np.arange(op.channels) if op.restored else self.held(op.operands[0])
         filters = np.flatnonzero(kept)
-        parts = _parts(op, filters, self.live.reads_live(node, op)[:, inputs], self._rows(op))
+        live, row = self.live.reads_live(node, op)[:, inputs], self.live.reads[op.layer].row
+        parts = _parts(filters, live, row)
         absolute = tuple(GroupedConv(p.filters, inputs[p.inputs], p.constant) for p in parts)
         self.layers[node] = LayerPlan(absolute, self._norm_to_fold(node, kept))
         self._set(node, self.layers[node].order, (None if op.restored else inputs,))
-
-    def _rows(self, op: Mix) -> IntArray:
-        return self.live.reads[op.layer].row
 
     def _norm_to_fold(self, node: Node, kept: BoolArray) -> Node | None:
         readers = self.readers[node]
@@ -221,7 +219,7 @@ class _Planner:
         self._set(node, np.concatenate(order), tuple(wants))
 
 
-def _parts(op: Mix, filters: IntArray, live: BoolArray, row: IntArray) -> list[GroupedConv]:
+def _parts(filters: IntArray, live: BoolArray, row: IntArray) -> list[GroupedConv]:
     """Group filters by what they read, and groups by their sizes; inputs are positions."""
     by_inputs: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for r in dict.fromkeys(row[filters].tolist()):
