@@ -1,6 +1,6 @@
 """Gates: the places where a prepared model can be pruned, and the state that says how far it is.
 
-A `FilterGate` sits inside a convolution and masks its weight, group by group of filters. A
+A `FilterGate` sits inside a layer and masks its weight, group by group of filters. A
 `ChannelGate` sits behind a normalisation and keeps dead channels at exactly zero, so that a shift
 or a running mean cannot revive them. Both act in the forward pass: the user's optimiser may write
 what it likes into masked weights, it has no effect.
@@ -10,28 +10,31 @@ parameter to the user's optimiser.
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspfx.errors import MaskError
+from dspfx.filters import as_weight, filters_first
 
 
 class FilterGate(nn.Module):
-    """Masks the weight of one convolution with O filters of C input channels each.
+    """Masks the weight of one layer with O filters of C input channels each.
 
     Attributes:
         logits: `[G, O]`, learnable scores of filter o for group g; zero before learning.
-        mask: bool `[O, C]`, which input channels each filter reads (C per convolution group).
+        mask: bool `[O, C]`, which input channels each filter reads (C per structural group).
         input_elements: elements of the layer's input for one sample.
     """
 
     logits: Tensor
     mask: Tensor
 
-    def __init__(self, groups: int, weight: Tensor, input_elements: int) -> None:
+    def __init__(self, groups: int, layer: nn.Module, input_elements: int) -> None:
         super().__init__()
+        weight = filters_first(layer)
         filters, channels = weight.shape[:2]
         self.input_elements = input_elements
         self.register_buffer("logits", weight.new_zeros(min(groups, filters), filters))
@@ -46,11 +49,6 @@ class FilterGate(nn.Module):
     def assignment(self) -> Tensor:
         """Int64 `[O]`: the group of every filter, the first of the best-scored ones."""
         return self.logits.argmax(0)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Zero the masked entries of `weight`, `[O, C, *taps]`."""
-        mask = self.mask.reshape(*self.mask.shape, *[1] * (weight.dim() - 2))
-        return torch.where(mask, weight, 0.0)
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
@@ -112,50 +110,110 @@ class ChannelGate(nn.Module):
         return f"alive={int(self.alive.sum())}/{len(self.alive)}"
 
 
-class _GatedConv(nn.modules.conv._ConvNd):
-    """A convolution that reads its weight through a `FilterGate`; dead filters give zero."""
+class GatedLayer(nn.Module):
+    """A layer of torch's that reads its weight through a `FilterGate`; dead filters give zero."""
 
     gate: FilterGate
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    plain: ClassVar[type[nn.Module]]
 
     @classmethod
-    def wrap(cls, conv: nn.modules.conv._ConvNd, gate: FilterGate) -> "_GatedConv":
-        """A gated layer that shares the parameters of `conv`."""
+    def wrap(cls, layer: nn.Module, gate: FilterGate) -> Self:
+        """A gated layer that shares the parameters of `layer`."""
         gated = cls.__new__(cls)
         nn.Module.__init__(gated)
-        settings = {k: v for k, v in vars(conv).items() if k not in vars(gated)}
-        vars(gated).update(settings)
-        gated.weight, gated.bias = conv.weight, conv.bias
+        vars(gated).update({k: v for k, v in vars(layer).items() if k not in vars(gated)})
+        gated._parameters.update(layer._parameters)
         gated.gate = gate
-        return gated.train(conv.training)
+        return gated.train(layer.training)
 
+    def masked(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, zero where they are masked."""
+        mask = self.gate.mask.reshape(*self.gate.mask.shape, *[1] * (self.weight.dim() - 2))
+        weight = torch.where(as_weight(self, mask), self.weight, 0.0)
+        bias = None if self.bias is None else torch.where(self.gate.alive, self.bias, 0.0)
+        return weight, bias
+
+
+class _GatedConv(GatedLayer):
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of `input` with the gated weight and bias."""
-        bias = None if self.bias is None else torch.where(self.gate.alive, self.bias, 0.0)
         # `_conv_forward` is how torch's own convolutions share their padding modes
-        return cast(Tensor, cast(Any, self)._conv_forward(input, self.gate(self.weight), bias))
+        return cast(Tensor, cast(Any, self)._conv_forward(input, *self.masked()))
+
+
+class _GatedTransposed(GatedLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        """The transposed convolution of `input` with the gated weight and bias."""
+        own: Any = self
+        how = own.stride, own.padding, own.output_padding, own.groups, own.dilation
+        return cast(Tensor, _TRANSPOSED[self.plain](input, *self.masked(), *how))
+
+
+_TRANSPOSED: dict[type[nn.Module], Any] = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
 
 
 class GatedConv1d(_GatedConv, nn.Conv1d):
     """`nn.Conv1d` with a `FilterGate` as its `gate`."""
 
+    plain = nn.Conv1d
+
 
 class GatedConv2d(_GatedConv, nn.Conv2d):
     """`nn.Conv2d` with a `FilterGate` as its `gate`."""
+
+    plain = nn.Conv2d
 
 
 class GatedConv3d(_GatedConv, nn.Conv3d):
     """`nn.Conv3d` with a `FilterGate` as its `gate`."""
 
+    plain = nn.Conv3d
 
-GatedConv = GatedConv1d | GatedConv2d | GatedConv3d
 
-GATED: dict[type[nn.Module], type[_GatedConv]] = {
-    nn.Conv1d: GatedConv1d,
-    nn.Conv2d: GatedConv2d,
-    nn.Conv3d: GatedConv3d,
+class GatedConvTranspose1d(_GatedTransposed, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with a `FilterGate` as its `gate`."""
+
+    plain = nn.ConvTranspose1d
+
+
+class GatedConvTranspose2d(_GatedTransposed, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with a `FilterGate` as its `gate`."""
+
+    plain = nn.ConvTranspose2d
+
+
+class GatedConvTranspose3d(_GatedTransposed, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with a `FilterGate` as its `gate`."""
+
+    plain = nn.ConvTranspose3d
+
+
+class GatedLinear(GatedLayer, nn.Linear):
+    """`nn.Linear` with a `FilterGate` as its `gate`."""
+
+    plain = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product of `input` with the gated weight, and the gated bias."""
+        return F.linear(input, *self.masked())
+
+
+GATED: dict[type[nn.Module], type[GatedLayer]] = {
+    kind.plain: kind
+    for kind in (
+        *(GatedConv1d, GatedConv2d, GatedConv3d),
+        *(GatedConvTranspose1d, GatedConvTranspose2d, GatedConvTranspose3d),
+        GatedLinear,
+    )
 }
 
 
-def gated_layers(module: nn.Module) -> dict[str, GatedConv]:
+def gated_layers(module: nn.Module) -> dict[str, GatedLayer]:
     """The gated layers of `module` by name, in the order in which it registers them."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, GatedConv)}
+    return {name: m for name, m in module.named_modules() if isinstance(m, GatedLayer)}

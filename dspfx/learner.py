@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import LearnError
-from dspfx.gates import GatedConv, gated_layers
+from dspfx.filters import as_weight, filters_first
+from dspfx.gates import GatedLayer, gated_layers
 from dspfx.penalty import LayerPenalty, energy
 
 
@@ -130,6 +131,7 @@ class GroupLearner:
         after = layer.weight.detach()
         # W4 - W2; computing W2 again is cheaper than keeping it through the backward
         delta = self._descended(name, after, soft) - self._descended(name, before, soft)
+        before, after, delta = (filters_first(layer, w) for w in (before, after, delta))
         gradient = self.penalties[name].assignment_gradient(
             soft, energy(before), energy(after), 2 * energy(before, delta)
         )
@@ -148,11 +150,12 @@ class GroupLearner:
 
     def _descended(self, name: str, weight: Tensor, assignment: Tensor) -> Tensor:
         """`weight - rho dR/dW(weight, assignment)`, with the penalty and rate of layer `name`."""
-        slope = self.penalties[name].slope(energy(weight), assignment)
-        rate = self._rate(self.layers[name])
-        return torch.sub(weight.detach(), _weight_gradient(weight, slope), alpha=rate)
+        layer = self.layers[name]
+        slope = self.penalties[name].slope(energy(filters_first(layer, weight)), assignment)
+        gradient = _weight_gradient(layer, weight, slope)
+        return torch.sub(weight.detach(), gradient, alpha=self._rate(layer))
 
-    def _rate(self, layer: GatedConv) -> float:
+    def _rate(self, layer: GatedLayer) -> float:
         """rho = lambda lr (t + 1) / T, with the present rate of the layer's weight."""
         lr = next(
             float(group["lr"])
@@ -162,7 +165,7 @@ class GroupLearner:
         return self.strength * lr * (self.steps_done + 1) / self.total_steps
 
     @torch.no_grad()
-    def _soft_assignment(self, layer: GatedConv) -> Tensor:
+    def _soft_assignment(self, layer: GatedLayer) -> Tensor:
         logits = layer.gate.logits
         uniform = torch.rand(
             logits.shape, generator=self.generator, dtype=logits.dtype, device=logits.device
@@ -242,18 +245,19 @@ class _Kept:
         return self.container
 
 
-def _weight_gradient(weight: Tensor, slope: Tensor) -> Tensor:
-    """dR/dW `[O, C, *taps]` from dR/dE `[O, C]`."""
-    return 2 * weight.detach() * slope.reshape(*slope.shape, *[1] * (weight.dim() - 2))
+def _weight_gradient(layer: GatedLayer, weight: Tensor, slope: Tensor) -> Tensor:
+    """dR/dW, in the form of the layer's weight, from dR/dE `[O, C]`."""
+    slope = slope.reshape(*slope.shape, *[1] * (weight.dim() - 2))
+    return 2 * weight.detach() * as_weight(layer, slope)
 
 
 @torch.no_grad()
-def _hard_assignment(layer: GatedConv) -> Tensor:
+def _hard_assignment(layer: GatedLayer) -> Tensor:
     logits = layer.gate.logits
     return nn.functional.one_hot(layer.gate.assignment, len(logits)).T.to(logits.dtype)
 
 
-def _trained_layers(prepared: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, GatedConv]:
+def _trained_layers(prepared: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, GatedLayer]:
     layers = gated_layers(prepared)
     if not layers:
         raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")

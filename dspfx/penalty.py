@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspfx.gates import GatedConv
+from dspfx.filters import structural_groups
+from dspfx.gates import GatedLayer
 
 REFERENCE_INPUT = 16384  # elements of the 16 x 32 x 32 input that kappa is relative to
 
@@ -27,7 +28,8 @@ REFERENCE_INPUT = 16384  # elements of the 16 x 32 x 32 input that kappa is rela
 def energy(weight: Tensor, other: Tensor | None = None) -> Tensor:
     """`[O, C]`: `sum_k weight * other` of `[O, C, *taps]`, `other` being `weight` if left out."""
     other = weight if other is None else other
-    return (weight * other).flatten(2).sum(2)
+    product = weight * other
+    return product.reshape(*product.shape[:2], -1).sum(2)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class LayerPenalty:
 
     Attributes:
         kappa: `sqrt(A / 16384) * kh * (G / O)^1.5`, with A the elements of the layer's input for
-            one sample and kh the first size of the kernel.
-        structural_groups: S, the `groups` of the convolution. Norms are taken within each, over
+            one sample and kh the first size of the kernel, 1 for a linear layer.
+        structural_groups: S, the `groups` of a convolution. Norms are taken within each, over
             the filters and channels that belong to it.
     """
 
@@ -45,12 +47,13 @@ class LayerPenalty:
     structural_groups: int = 1
 
     @staticmethod
-    def of(layer: GatedConv) -> "LayerPenalty":
+    def of(layer: GatedLayer) -> "LayerPenalty":
         """The regulariser of a gated layer."""
         groups, filters = layer.gate.logits.shape
         scale = (layer.gate.input_elements / REFERENCE_INPUT) ** 0.5
-        kappa = scale * layer.kernel_size[0] * (groups / filters) ** 1.5
-        return LayerPenalty(kappa, layer.groups)
+        kernel = getattr(layer, "kernel_size", (1,))[0]
+        kappa = scale * kernel * (groups / filters) ** 1.5
+        return LayerPenalty(kappa, structural_groups(layer))
 
     def norms(self, energies: Tensor, assignment: Tensor) -> Tensor:
         """`[G, S, C]`, N; zero, its derivatives too, where N^2 is below the root of `tiny`.

@@ -7,13 +7,15 @@ import numpy as np
 import torch
 
 from dspfx.errors import BudgetError, PrepareError
-from dspfx.gates import GatedConv, gated_layers
+from dspfx.filters import filters_first
+from dspfx.gates import GatedLayer, gated_layers
 from dspfx.masks import apply_reads, require_prepared
 from dspfx.module import PreparedModule
 from dspfx.passes.cost import Cost, layer_costs, total
 from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
+from dspfx.penalty import energy as layer_energy
 from dspfx.prepare import analyse_prepared, fitting_inputs
 
 BISECTIONS = 40
@@ -179,10 +181,10 @@ def _prunable_layers(
     }
 
 
-def _prunable_layer(layer: GatedConv, mix: Mix, name: str, droppable: bool) -> _PrunableLayer:
+def _prunable_layer(layer: GatedLayer, mix: Mix, name: str, droppable: bool) -> _PrunableLayer:
     with torch.no_grad():
-        weight = layer.gate(layer.weight).double()
-        energy = weight.square().flatten(2).sum(2).cpu().numpy()  # [O, C/S]
+        weight = filters_first(layer, layer.masked()[0]).double()
+        energy = layer_energy(weight).cpu().numpy()  # [O, C/S]
     if not np.isfinite(energy).all():
         raise PrepareError(f"{name} holds NaN or infinite weights; repair them first")
     group = layer.gate.assignment.cpu().numpy()

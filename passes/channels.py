@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 
-from dspfx.gates import GATED, ChannelGate, FilterGate
+from dspfx.filters import TRANSPOSED, filters_first, structural_groups
+from dspfx.gates import GATED, ChannelGate, GatedLayer
 from dspfx.passes import operators
 from dspfx.passes.coupling import Coupling
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
@@ -46,7 +47,7 @@ from dspfx.passes.values import (
     Value,
 )
 
-CONVOLUTIONS = (*GATED, *GATED.values())
+LAYERS = frozenset((*GATED, *GATED.values()))
 
 
 def analyse(
@@ -102,6 +103,8 @@ class _Analyser(fx.Interpreter):
         if node.op == "get_attr":
             return self._constant(node, result)
         operands = self._operands(node)
+        if self._is_constant(node, result):
+            return self._constant(node, result)
         if node.op == "output":
             return Restored(operands, "")
         if not operands:
@@ -130,6 +133,13 @@ class _Analyser(fx.Interpreter):
     def _opaque(self, node: Node, operands: tuple[Node, ...]) -> Restored:
         name = _readable(operators.key(node, self.root))
         return Restored(operands, f"{name} is not known to keep channels apart")
+
+    def _is_constant(self, node: Node, result: Any) -> bool:
+        """Whether a node rearranges or reckons with parameters and buffers alone."""
+        known = operators.key(node, self.root) in operators.OF_CONSTANTS
+        inputs = node.all_input_nodes
+        reads_constants = all(isinstance(self.ops.get(n), Constant) for n in inputs)
+        return known and bool(inputs) and reads_constants and isinstance(result, Tensor)
 
     def _constant(self, node: Node, result: Any) -> Op | None:
         if not isinstance(result, Tensor):
@@ -188,24 +198,26 @@ class _Analyser(fx.Interpreter):
     def _mix(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
         name = str(node.target)
         layer: Any = self.root.get_submodule(name)
-        if len(operands) != 1 or type(layer.weight) is not nn.Parameter:
-            return None
-        linear = isinstance(layer, nn.Linear)
-        dim = result.dim() - 1 if linear else 1
         value = self.values.get(operands[0])
+        takes_one_tensor = len(node.args) + len(node.kwargs) == len(operands) == 1
+        if not takes_one_tensor or type(layer.weight) is not nn.Parameter:
+            return None
         if value is None or len(value.shape) != result.dim():
             return None
-        filters, width = layer.weight.shape[:2]
-        groups = 1 if linear else layer.groups
-        taps = layer.weight[0, 0].numel()
-        positions = result[0].numel() // filters
-        if not linear and groups == filters == value.channels > 1 and value.dim == 1:
+        dim = result.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        weight, groups = filters_first(layer), structural_groups(layer)
+        filters, width = weight.shape[:2]
+        taps = weight[0, 0].numel()
+        # every filter is applied at each position of the output, or of the input if transposed
+        swept = self.env[operands[0]] if isinstance(layer, TRANSPOSED) else result
+        positions = swept[0].numel() // swept.shape[dim]
+        if groups == filters == value.channels > 1 and value.dim == dim:
             return self._depthwise(node, operands, result, taps * positions)
         self._new_atoms(node, result, dim)
+        gated = isinstance(layer, GatedLayer)
         bias = np.zeros(filters, bool)
         if layer.bias is not None:
-            bias = _numpy(layer.bias.detach() != 0) | isinstance(layer, tuple(GATED.values()))
-        gated = isinstance(getattr(layer, "gate", None), FilterGate)
+            bias = _numpy(layer.bias.detach() != 0) | gated
         frozen = name in self.frozen
         return Mix(
             *(operands, name, filters, width * groups, groups, taps, positions),
@@ -437,7 +449,7 @@ class _Analyser(fx.Interpreter):
 
 _Rule = Callable[[_Analyser, Node, tuple[Node, ...], Tensor], Op | None]
 _RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
-    (frozenset((*CONVOLUTIONS, nn.Linear)), _Analyser._mix),
+    (LAYERS, _Analyser._mix),
     (frozenset((ChannelGate,)), _Analyser._gate),
     (operators.CHANNELWISE, _Analyser._channelwise),
     (operators.REDUCTIONS, _Analyser._reduction),

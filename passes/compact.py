@@ -10,16 +10,16 @@
 """
 
 import copy
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import Node
+from torch.fx.node import Node, map_arg
 
-from dspfx.gates import ChannelGate, FilterGate
+from dspfx.filters import TRANSPOSED, as_weight, filters_first
+from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
 from dspfx.passes.plan import CompactionPlan, LayerPlan, Order
 from dspfx.passes.values import (
@@ -70,6 +70,8 @@ class _Emitter:
         self.graph = fx.Graph()
         self.env: dict[Node, Any] = {}
         self.aligned: dict[tuple[Node, bytes], Node] = {}
+        self.constants: dict[Node, Tensor] = {}
+        self.interpreter = fx.Interpreter(source)
         self.device = _device(source)
 
     def finish(self) -> Compacted:
@@ -99,8 +101,9 @@ class _Emitter:
             case Gather():
                 self.env[node] = self._gather(node, op)
             case Constant():
-                self._put(str(node.target), operator.attrgetter(str(node.target))(self.source))
-                self.env[node] = self._copy(node, {})
+                self.constants[node] = self._constant(node)
+                name = str(node.target) if node.op == "get_attr" else f"_{node.name}"
+                self.env[node] = self.graph.get_attr(self._put(name, self.constants[node]))
             case _:
                 if all(n in self.env for n in node.all_input_nodes):
                     self.env[node] = self._copy(node, self._operands(node, op))
@@ -154,13 +157,22 @@ class _Emitter:
         return call(torch.index_select, (x, dim, self._buffer("channels", index)))
 
     def _cut_constant(self, node: Node, wanted: Order) -> Node:
-        """A parameter used directly, cut along its one dimension that is as long as asked."""
-        whole = operator.attrgetter(str(node.target))(self.source)
+        """A constant, cut along the dimension that its reader finds the channels in."""
         if wanted is None:
             return self.env[node]  # type: ignore[no-any-return]
+        whole = self.constants[node]
         dim = _constant_dim(self.analysis, self.plan, node, whole)
-        cut = whole.detach().index_select(dim, torch.from_numpy(wanted).to(whole.device))
-        return self._buffer(str(node.target).replace(".", "_"), cut)
+        cut = whole.index_select(dim, torch.from_numpy(wanted).to(whole.device))
+        return self._buffer(node.name, cut)
+
+    def _constant(self, node: Node) -> Tensor:
+        """What a `Constant` node holds, reckoned anew from the parameters of the source."""
+        if node not in self.constants:
+            args, kwargs = map_arg((node.args, node.kwargs), self._constant)
+            with torch.no_grad():
+                value = getattr(self.interpreter, node.op)(node.target, args, kwargs)
+            self.constants[node] = value.detach()
+        return self.constants[node]
 
     # -- operators ---------------------------------------------------------------------------
 
@@ -301,11 +313,8 @@ def _folded(source: fx.GraphModule, layer: Any, plan: LayerPlan) -> tuple[Tensor
     y = (conv(x) + b - mean) * scale + beta, with scale = gamma / sqrt(var + eps), is the
     convolution by W * scale plus (b - mean) * scale + beta.
     """
-    gate = getattr(layer, "gate", None)
-    weight, bias = layer.weight.detach(), layer.bias
-    if isinstance(gate, FilterGate):
-        weight = gate(weight)
-        bias = None if bias is None else torch.where(gate.alive, bias, 0.0)
+    weight, bias = layer.masked() if isinstance(layer, GatedLayer) else (layer.weight, layer.bias)
+    weight = filters_first(layer, weight.detach())
     if plan.norm is None:
         return weight, None if bias is None else bias.detach()
     norm: Any = source.get_submodule(str(plan.norm.target))
@@ -332,16 +341,23 @@ def _rebuild(layer: Any, op: Mix, part: Any, weight: Tensor, bias: Tensor | None
     if isinstance(layer, nn.Linear):
         new: nn.Module = nn.Linear(reads, count, bias is not None, device="meta")
     else:
-        kind = next(c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, c))
+        settings = [*_SETTINGS, *(["output_padding"] if isinstance(layer, TRANSPOSED) else [])]
+        how = {name: getattr(layer, name) for name in settings}
+        kind: Any = layer.plain if isinstance(layer, GatedLayer) else type(layer)
         new = kind(
-            *(groups * reads, count, layer.kernel_size, layer.stride, layer.padding),
-            *(layer.dilation, groups, bias is not None, layer.padding_mode),
-            device="meta",
+            groups * reads, count, **how, groups=groups, bias=bias is not None, device="meta"
         )
-    vars(new)["_parameters"]["weight"] = nn.Parameter(cut.clone(), requires_grad=False)
+    new._parameters["weight"] = _frozen(as_weight(layer, cut, groups).clone())
     if bias is not None:
-        vars(new)["_parameters"]["bias"] = nn.Parameter(bias[filters], requires_grad=False)
+        new._parameters["bias"] = _frozen(bias[filters])
     return new
+
+
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _constant_dim(

@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from torch.fx.node import Node, map_aggregate
 from torch.nn.utils import parametrize
 
-from dspfx.gates import ChannelGate, GatedConv
+from dspfx.gates import ChannelGate, GatedLayer
 
 # create tensors from sizes alone, so that nothing in their arguments tells fx of a proxy
 FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
@@ -135,7 +135,7 @@ class ConcreteTracer(fx.Tracer):
         """Torch's layers, gates, layers with computed weights, and what was found opaque."""
         return (
             module_qualified_name in self.opaque
-            or isinstance(m, GatedConv | ChannelGate)
+            or isinstance(m, GatedLayer | ChannelGate)
             or parametrize.is_parametrized(m)
             or super().is_leaf_module(m, module_qualified_name)
         )

@@ -1,8 +1,9 @@
 """The gating pass: from a traced model to a gated one.
 
-1. A convolution with two or more input channels for each filter becomes a `GatedConv`, sharing its
-   parameters. Left alone, each with a reason: frozen layers, layers that read only the model's
-   inputs, depthwise convolutions, subclasses with a forward of their own, computed weights.
+1. A convolution or linear layer with two or more input channels for each filter becomes a
+   `GatedLayer`, sharing its parameters. Left alone: frozen layers, layers that read the model's
+   inputs, depthwise convolutions, computed weights, and the linear layers that come last, whose
+   outputs are the model's.
 2. A `ChannelGate` follows every norm whose channels lie along one dimension, in every graph.
 """
 
@@ -37,11 +38,12 @@ def plan_gates(root: fx.GraphModule, analysis: ChannelAnalysis, frozen: frozense
     layers: dict[str, int] = {}
     norms: dict[tuple[str, int], tuple[int, int]] = {}
     calls: Counter[str] = Counter()
+    last = _last_linear_layers(root, analysis)
     for node, op in analysis.ops.items():
         if node.op != "call_module":
             continue
         name = str(node.target)
-        if isinstance(op, Mix) and _gateable(root, analysis, op, frozen):
+        if isinstance(op, Mix) and _gateable(root, analysis, op, frozen | last):
             elements = 1
             for size in analysis.values[op.operands[0]].shape[1:]:
                 elements *= size
@@ -68,13 +70,25 @@ def _gateable(
     )
 
 
+def _last_linear_layers(root: fx.GraphModule, analysis: ChannelAnalysis) -> frozenset[str]:
+    """The linear layers with no layer behind any of their calls."""
+    leads_to_layer: set[Node] = set()
+    followed: dict[str, bool] = {}
+    for node in reversed(root.graph.nodes):
+        op = analysis.ops.get(node)
+        if isinstance(op, Mix) and isinstance(root.get_submodule(op.layer), nn.Linear):
+            followed[op.layer] = followed.get(op.layer, False) or node in leads_to_layer
+        if isinstance(op, Mix) or node in leads_to_layer:
+            leads_to_layer.update(node.all_input_nodes)
+    return frozenset(name for name, behind in followed.items() if not behind)
+
+
 def insert_gates(root: nn.Module, graphs: set[fx.Graph], plan: GatePlan, groups: int) -> None:
     """Gate the layers of `root` and the norms in `graphs`, in place."""
     replaced: dict[int, nn.Module] = {}
     for name, elements in plan.layers.items():
-        conv = root.get_submodule(name)
-        gate = FilterGate(groups, conv.weight, elements)  # type: ignore[arg-type]
-        replaced[id(conv)] = GATED[type(conv)].wrap(conv, gate)  # type: ignore[arg-type]
+        layer = root.get_submodule(name)
+        replaced[id(layer)] = GATED[type(layer)].wrap(layer, FilterGate(groups, layer, elements))
     for module in list(root.modules()):
         for name, child in list(module._modules.items()):  # by every name it goes by
             if id(child) in replaced:

@@ -127,6 +127,9 @@ MOVEMENT: frozenset[Key] = frozenset(
     | {nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold}
 )
 
+# have the same result for the same constants, in evaluation mode
+OF_CONSTANTS: frozenset[Key] = ELEMENTWISE | RELAYOUTS | REDUCTIONS | MOVEMENT
+
 SIZES: frozenset[Key] = frozenset({"size", "dim", "numel"})
 
 _FUNCTIONAL = {

@@ -4,7 +4,8 @@ A compact value is a tensor that holds some channels of the original one; the ot
 unread. Every operator wants its operands aligned to certain lists of channels:
 
 1. A layer takes its input as it is. Filters that read the same live channels form a group, groups
-   of equal size form one grouped convolution, filters are ordered group by group.
+   of equal size form one grouped convolution, filters are ordered group by group. Every group of
+   a linear layer is a part of its own.
 2. A channelwise operator takes its input as it is, plus channels that are zero before it and a
    constant after it. A depthwise convolution takes only what is kept.
 3. An elementwise operator aligns its operands to the longest of them, without what is not kept.
@@ -17,7 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import Node
 
 from dspfx.passes import operators
@@ -152,7 +153,8 @@ class _Planner:
         inputs = np.arange(op.channels) if op.restored else self.held(op.operands[0])
         filters = np.flatnonzero(kept)
         live, row = self.live.reads_live(node, op)[:, inputs], self.live.reads[op.layer].row
-        parts = _parts(filters, live, row)
+        layer = self.root.get_submodule(op.layer)
+        parts = _parts(filters, live, row, alike=not isinstance(layer, nn.Linear))
         absolute = tuple(GroupedConv(p.filters, inputs[p.inputs], p.constant) for p in parts)
         self.layers[node] = LayerPlan(absolute, self._norm_to_fold(node, kept))
         self._set(node, self.layers[node].order, (None if op.restored else inputs,))
@@ -219,8 +221,8 @@ class _Planner:
         self._set(node, np.concatenate(order), tuple(wants))
 
 
-def _parts(filters: IntArray, live: BoolArray, row: IntArray) -> list[GroupedConv]:
-    """Group filters by what they read, and groups by their sizes; inputs are positions."""
+def _parts(filters: IntArray, live: BoolArray, row: IntArray, alike: bool) -> list[GroupedConv]:
+    """Group filters by what they read, and `alike` groups by size; inputs are positions."""
     by_inputs: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for r in dict.fromkeys(row[filters].tolist()):
         inputs = tuple(np.flatnonzero(live[r]).tolist()) if r >= 0 else ()
@@ -229,8 +231,12 @@ def _parts(filters: IntArray, live: BoolArray, row: IntArray) -> list[GroupedCon
     for inputs, members in by_inputs.items():
         by_size[len(members), len(inputs)].append(inputs)
     parts = []
-    for (_, width), alike in by_size.items():
-        rows = np.array([sorted(by_inputs[inputs]) for inputs in alike], np.int64)
-        positions = np.array(alike, np.int64) if width else np.zeros((len(alike), 1), np.int64)
-        parts.append(GroupedConv(rows, positions, constant=not width))
+    for (_, width), lists in by_size.items():
+        rows = np.array([sorted(by_inputs[inputs]) for inputs in lists], np.int64)
+        positions = np.array(lists, np.int64) if width else np.zeros((len(lists), 1), np.int64)
+        step = len(lists) if alike else 1
+        parts += [
+            GroupedConv(rows[i : i + step], positions[i : i + step], constant=not width)
+            for i in range(0, len(lists), step)
+        ]
     return parts

@@ -55,7 +55,7 @@ class Source(Op):
 
 @dataclass(frozen=True)
 class Constant(Op):
-    """A parameter or buffer used directly: it may be cut along any dimension."""
+    """A parameter or buffer, or what is reckoned from such alone: it may be cut anywhere."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from test_penalty import central_difference, plain_penalty
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gates import GatedConv, gated_layers
+from dspfx.gates import GatedLayer, gated_layers
 from helpers import unchanged
 
 X = torch.randn(6, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def tiny() -> dspfx.PreparedModule:
     return prepared
 
 
-def conv(prepared: dspfx.PreparedModule) -> GatedConv:
+def conv(prepared: dspfx.PreparedModule) -> GatedLayer:
     return gated_layers(prepared)["2"]
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx.errors import PrepareError
-from dspfx.gates import GatedConv, gated_layers
+from dspfx.filters import as_weight
+from dspfx.gates import GatedLayer, gated_layers
 from helpers import assert_equal, macs
 from random_networks import SMOOTH, MaskRecipe, mask_recipes, networks
 
@@ -77,7 +78,7 @@ def test_masked_equals_an_oracle_that_watches_values(model: nn.Module, recipe: M
     layers = dict(model.named_modules())
     with torch.no_grad():
         for name, mask in masks.items():
-            layers[name].weight.mul_(mask[:, :, None, None])
+            layers[name].weight.mul_(spread(layers[name], mask))
             layers[name].register_forward_hook(silence_dead_filters)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -86,17 +87,25 @@ def test_masked_equals_an_oracle_that_watches_values(model: nn.Module, recipe: M
         assert_equal(model(x), prepared(x))
 
 
-def silence_dead_filters(conv: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    response = out if conv.bias is None else out - conv.bias[:, None, None]
-    return torch.where(is_zero(response), 0.0, out)
+def silence_dead_filters(layer: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    dim = out.dim() - 1 if isinstance(layer, nn.Linear) else 1
+    response = out
+    if layer.bias is not None:
+        response = out - layer.bias.reshape(-1, *[1] * (out.dim() - 1 - dim))
+    return torch.where(is_zero(response, dim), 0.0, out)
 
 
 def keep_zeros(norm: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     return torch.where(is_zero(args[0]), 0.0, out)
 
 
-def is_zero(x: Tensor) -> Tensor:
-    return x.abs().amax((0, 2, 3), keepdim=True) < 1e-13
+def is_zero(x: Tensor, dim: int = 1) -> Tensor:
+    return x.abs().amax([d for d in range(x.dim()) if d != dim], keepdim=True) < 1e-13
+
+
+def spread(layer: nn.Module, mask: Tensor) -> Tensor:
+    """`mask`, `[O, C/S]`, to be multiplied with the layer's weight."""
+    return as_weight(layer, mask.reshape(*mask.shape, *[1] * (layer.weight.dim() - 2)))
 
 
 @settings(EXAMPLES, max_examples=40)
@@ -115,8 +124,8 @@ def test_masked_weights_have_no_effect(model: nn.Module, recipe: MaskRecipe, see
         assert_equal(expected, prepared(x), tolerance=0)
 
 
-def scramble(layer: GatedConv, generator: torch.Generator) -> None:
+def scramble(layer: GatedLayer, generator: torch.Generator) -> None:
     noise = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)
-    layer.weight.add_(noise * ~layer.gate.mask[:, :, None, None])
+    layer.weight.add_(noise * spread(layer, ~layer.gate.mask))
     if layer.bias is not None:
         layer.bias.add_(~layer.gate.alive)

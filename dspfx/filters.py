@@ -1,0 +1,44 @@
+"""The weight of a layer, seen as filters: `[O, C/S, *taps]`, whatever way torch stores it.
+
+O filters read C input channels in S structural groups. Convolutions and linear layers store their
+weight in this form (linear layers without taps). Transposed convolutions store `[C, O/S, *taps]`.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+TRANSPOSED = _ConvTransposeNd
+
+
+def structural_groups(layer: nn.Module) -> int:
+    """S: `groups` of a convolution, 1 for a linear layer."""
+    return int(getattr(layer, "groups", 1))
+
+
+def filters_first(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """`weight`, else the layer's own, as `[O, C/S, *taps]`."""
+    own: Any = layer
+    weight = own.weight if weight is None else weight
+    if not isinstance(layer, TRANSPOSED):
+        return weight
+    (channels, filters), taps, groups = weight.shape[:2], weight.shape[2:], own.groups
+    split = weight.reshape(groups, channels // groups, filters, *taps)
+    return split.transpose(1, 2).reshape(groups * filters, channels // groups, *taps)
+
+
+def as_weight(layer: nn.Module, filters: Tensor, groups: int | None = None) -> Tensor:
+    """`filters`, `[O, C/S, *taps]`, in the form in which the layer stores its weight.
+
+    Args:
+        layer: says which form that is.
+        filters: the sizes of the taps may also be 1.
+        groups: S, if not the layer's own.
+    """
+    if not isinstance(layer, TRANSPOSED):
+        return filters
+    (count, channels), taps = filters.shape[:2], filters.shape[2:]
+    groups = structural_groups(layer) if groups is None else groups
+    split = filters.reshape(groups, count // groups, channels, *taps)
+    return split.transpose(1, 2).reshape(groups * channels, count // groups, *taps)
