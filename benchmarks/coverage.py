@@ -1,4 +1,4 @@
-"""Which models of torchvision and timm go through, whether the result is equal, and how long it takes.
+"""Which models of torchvision and timm go through, whether they stay equal, and how long it takes.
 
     python -m benchmarks.coverage [--only PATTERN] [--output docs/coverage.md]
 
@@ -8,29 +8,40 @@ they may be dropped), converted with verification, and the two are compared.
 """
 
 import fnmatch
+import math
 import multiprocessing
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import timm
 import torch
+import torchvision
 import typer
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import dspfx
 from benchmarks.zoo import Case, build, example_inputs, timm_cases, torchvision_cases
+from dspfx.gates import gated_layers
+from dspfx.gating import analyse_prepared
+from dspfx.parts import compact_parts_of, parts_of
+from dspfx.passes.droppable import droppable_layers
 
 GROUPS, KEEP, DROP = 3, 0.5, 0.2
 SECONDS_AT_MOST = 600
-LARGE = 150_000_000  # parameters; such models are examined one at a time
+OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
+WIDEST_REASON = 200
+# more than 200 million parameters: examined alone
+LARGE = (
+    *("regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32", "deepseek_vit_412m"),
+    *("gemma4_vit_150m", "convnext_large", "regnet_y_32gf"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,3 +67,197 @@ class Outcome:
     double: float = float("nan")
     single: float = float("nan")
     why: str = ""
+
+
+def main(
+    only: Annotated[str, typer.Option(help="pattern of model names")] = "*",
+    output: Annotated[Path, typer.Option(help="where the table is written")] = OUTPUT,
+    workers: Annotated[int, typer.Option(min=1, help="models examined at a time")] = 2,
+) -> None:
+    """Examine the models, print a table and write it as Markdown."""
+    cases = [c for c in torchvision_cases() + timm_cases() if fnmatch.fnmatchcase(c.name, only)]
+    if not cases:
+        typer.echo(f"error: no model is called {only!r}", err=True)
+        raise typer.Exit(1)
+    started = time.perf_counter()
+    outcomes = examine_all(cases, workers)
+    minutes = (time.perf_counter() - started) / 60
+    text = document(outcomes, minutes, workers)
+    print(text)
+    if only == "*" or output != OUTPUT:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text)
+
+
+def examine_all(cases: list[Case], workers: int) -> list[Outcome]:
+    """The outcomes in the order of `cases`, each found in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    outcomes: dict[Case, Outcome] = {}
+    with tqdm(total=len(cases), unit="model", disable=None) as bar:
+        for large in (False, True):
+            now = [c for c in cases if (c.name in LARGE) == large]
+            settings = {"maxtasksperchild": 1}
+            with context.Pool(1 if large else workers, **settings) as pool:
+                for outcome in pool.imap_unordered(examine, now):
+                    outcomes[outcome.case] = outcome
+                    bar.update()
+                    if outcome.status == "failed":
+                        bar.write(f"{outcome.case.name} failed: {outcome.why}")
+    return [outcomes[case] for case in cases]
+
+
+def examine(case: Case) -> Outcome:
+    """Prepare, mask, convert and compare one model."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(SECONDS_AT_MOST)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _examine(case)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Outcome(case, "failed", why=reason[:300])
+    finally:
+        signal.alarm(0)
+
+
+def _give_up(*_: Any) -> None:
+    raise TimeoutError(f"took more than {SECONDS_AT_MOST} s")
+
+
+def _examine(case: Case) -> Outcome:
+    model = build(case)
+    parameters = sum(p.numel() for p in model.parameters())
+    inputs = example_inputs(case, model)
+    started = time.perf_counter()
+    prepared = dspfx.prepare(model, inputs, config=dspfx.PrepareConfig(groups=GROUPS))
+    seconds = time.perf_counter() - started
+    del model
+    report = dspfx.report(prepared)
+    dspfx.set_masks(prepared, random_masks(prepared))
+    started = time.perf_counter()
+    compact = dspfx.convert(prepared)
+    converted = time.perf_counter() - started
+    with torch.no_grad():
+        expected, actual = prepared.eval()(*inputs), compact(*inputs)
+    macs = dspfx.report(compact)
+    return Outcome(
+        case,
+        "partly frozen" if report.declined or _opaque(report) else "ok",
+        parameters,
+        prunable_share(prepared, report),
+        macs.after.macs / macs.before.macs,
+        seconds,
+        converted,
+        worst_verified(compact),
+        relative_difference(expected, actual),
+        "; ".join(dict.fromkeys([d.reason for d in report.declined] + _opaque(report))),
+    )
+
+
+def random_masks(prepared: nn.Module) -> dict[str, Tensor]:
+    """Random groups of every gated layer, each with a share of the inputs; some filters dropped."""
+    generator = torch.Generator().manual_seed(0)
+    droppable = {
+        part.full_name(name)
+        for part in parts_of(prepared)
+        for name in droppable_layers(analyse_prepared(part.module))
+    }
+    masks = {}
+    for name, layer in gated_layers(prepared).items():
+        (filters, channels), groups = layer.gate.mask.shape, len(layer.gate.logits)
+        order = torch.rand(groups, channels, generator=generator).argsort(1)
+        keep = order < max(1, int(channels * KEEP))
+        mask = keep[torch.randint(groups, (filters,), generator=generator)]
+        if name in droppable:
+            mask[torch.rand(filters, generator=generator) < DROP] = False
+        masks[name] = mask
+    return masks
+
+
+def prunable_share(prepared: nn.Module, report: dspfx.Report) -> float:
+    """Of the MACs of all convolutions: those of layers with a gate or with free filters."""
+    convolutions = [
+        layer
+        for layer in report.layers
+        if not isinstance(prepared.get_submodule(layer.name), nn.Linear)
+    ]
+    total = sum(layer.before.macs for layer in convolutions)
+    prunable = sum(layer.before.macs for layer in convolutions if layer.gated or layer.free)
+    return prunable / total if total else float("nan")
+
+
+def worst_verified(compact: nn.Module) -> float:
+    """The largest difference that verification found in float64; NaN where it took another type."""
+    found = [module.difference for _, module in compact_parts_of(compact)]
+    if any(d is None or d[1] != torch.float64 for d in found):
+        return float("nan")
+    return max(d[0] for d in found if d is not None)
+
+
+def relative_difference(expected: Any, actual: Any) -> float:
+    """The largest difference of any output, relative to the largest value of that output."""
+    worst = 0.0
+    for a, b in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
+        if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
+            continue
+        if a.shape != b.shape:
+            return float("inf")
+        difference = float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30)
+        worst = float("inf") if math.isnan(difference) else max(worst, difference)
+    return worst
+
+
+def _opaque(report: dspfx.Report) -> list[str]:
+    return [note for note in report.notes if note.startswith(("opaque", "prepared in parts"))]
+
+
+def document(outcomes: list[Outcome], minutes: float, workers: int) -> str:
+    """The outcomes as a page of Markdown."""
+    count = {s: sum(o.status == s for o in outcomes) for s in ("ok", "partly frozen", "failed")}
+    shares = sorted(o.prunable for o in outcomes if o.prunable == o.prunable)
+    median = shares[len(shares) // 2] if shares else float("nan")
+    rows = [
+        (
+            *(o.case.library, o.case.family, o.case.name, o.status),
+            *(f"{o.parameters / 1e6:.1f}", f"{o.prunable:.0%}", f"{o.kept:.0%}"),
+            *(f"{o.prepare:.1f}", f"{o.convert:.1f}", f"{o.double:.0e}", f"{o.single:.0e}"),
+            o.why[:WIDEST_REASON].replace("|", "\\|"),
+        )
+        for o in outcomes
+    ]
+    header = (
+        *("library", "family", "model", "status", "million parameters", "prunable", "kept"),
+        *("prepare s", "convert s", "float64", "float32", "why not whole"),
+    )
+    return "\n".join(
+        [
+            "# Coverage",
+            "",
+            f"{len(outcomes)} models: {count['ok']} ok, {count['partly frozen']} partly frozen, "
+            f"{count['failed']} failed. In the median model {median:.1%} of the MACs of "
+            "convolutions are prunable.",
+            "",
+            "Written by `python -m benchmarks.coverage` "
+            f"in {minutes:.0f} minutes, {workers} models at a time with one thread each; torch "
+            f"{torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}.",
+            "",
+            "- *partly frozen*: some operator is given all its channels; the rest is pruned.",
+            "- *prunable*: share of the MACs of all convolutions, in layers that have a gate or "
+            "filters that can leave.",
+            f"- *kept*: share of all MACs left when every gated layer has {GROUPS} random groups, "
+            f"each with {KEEP:.0%} of the inputs, and {DROP:.0%} of the filters are dropped where "
+            "they may be.",
+            "- *convert* includes verification.",
+            "- *float64*, *float32*: largest difference between masked and compact model, relative "
+            "to the largest output; nan where the model does not run in float64.",
+            "",
+            tabulate(rows, header, tablefmt="github", disable_numparse=True),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

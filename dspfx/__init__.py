@@ -6,6 +6,7 @@ compact = dspfx.convert(prepared)    # the same function, smaller and faster, ve
 """
 
 from dspfx.compile import compile
+from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.errors import (
     BudgetError,
@@ -22,7 +23,7 @@ from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
 from dspfx.masks import get_masks, set_masks
 from dspfx.module import CompactModule, PreparedModule
-from dspfx.prepare import PrepareConfig, prepare
+from dspfx.prepare import prepare
 from dspfx.prune import Budget, PruneReport, prune
 from dspfx.report import Report, report
 

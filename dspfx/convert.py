@@ -1,48 +1,58 @@
 """`convert`: from a masked model to a compact one that computes the same function."""
 
 import copy
+from typing import Any
 
 from torch import nn
 
-from dspfx.masks import present_liveness, require_prepared
+from dspfx.gating import fitting_inputs
+from dspfx.masks import present_liveness
 from dspfx.module import CompactModule, PreparedModule
+from dspfx.parts import compact_parts_of, parts_of
 from dspfx.passes.compact import compact
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import summarise
 from dspfx.passes.verify import verify as verify_equal
-from dspfx.prepare import fitting_inputs
 
 
-def convert(prepared: nn.Module, *, verify: bool = True) -> CompactModule:
+def convert(prepared: nn.Module, *, verify: bool = True) -> nn.Module:
     """Emit the compact form of a masked model; `prepared` is left as it is.
 
     Dead channels leave the graph, residual streams included; the filters of a layer are ordered
     by group and become grouped convolutions; batch norms are folded into them.
 
     Args:
-        prepared: from `dspfx.prepare`, pruned or not. A compact module is returned as a copy.
+        prepared: from `dspfx.prepare`, pruned or not. A compact model is returned as a copy.
         verify: run both models on random inputs, in float64 where they allow it, and compare.
 
     Returns:
-        An evaluation-mode `GraphModule` of standard operators that shares nothing with `prepared`.
+        A `CompactModule`, an evaluation-mode `GraphModule` of standard operators that shares
+        nothing with `prepared`. From a model prepared in parts, a copy of it whose parts are
+        `CompactModule`s.
 
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
         EquivalenceError: the two differ; the message names the first node that does.
     """
-    if isinstance(prepared, CompactModule):
+    if compact_parts_of(prepared):
         return copy.deepcopy(prepared)
-    require_prepared(prepared)
-    assert isinstance(prepared, PreparedModule)
+    # a copy of the whole in which every part is taken for its compact form
+    copies: dict[int, Any] = {
+        id(part.module): _convert(part.module, verify) for part in parts_of(prepared)
+    }
+    return copy.deepcopy(prepared, copies).eval()
+
+
+def _convert(prepared: PreparedModule, verify: bool) -> CompactModule:
     inputs = fitting_inputs(prepared)
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
         layout = plan(view, analysis, live)
-        if verify:
-            verify_equal(view, analysis, live, layout, inputs)
+        difference = verify_equal(view, analysis, live, layout, inputs) if verify else None
         compacted = compact(view, analysis, layout)
     graphs = dict.fromkeys((False, True), compacted.graph)
     module = CompactModule(compacted.root, graphs, type(prepared).__name__)
-    module.example_inputs = inputs
-    module.summary = summarise(analysis, live, layout)
+    module.example_inputs, module.difference = inputs, difference
+    module.stands_for = copy.deepcopy(prepared.stands_for)
+    module.summary = summarise(analysis, live, layout, prepared.left_alone, prepared.lines)
     return module

@@ -4,14 +4,14 @@ from collections import defaultdict
 
 import networkx as nx
 import numpy as np
+from torch import nn
 
-from dspfx.masks import require_prepared
-from dspfx.module import PreparedModule
+from dspfx.gating import analyse_prepared
+from dspfx.parts import parts_of
 from dspfx.passes.values import ChannelAnalysis, Mix, Restored, Source
-from dspfx.prepare import analyse_prepared, fitting_inputs
 
 
-def channel_graph(prepared: PreparedModule) -> "nx.DiGraph[str]":
+def channel_graph(prepared: nn.Module) -> "nx.DiGraph[str]":
     """The dependency structure of a prepared model.
 
     Returns:
@@ -24,8 +24,14 @@ def channel_graph(prepared: PreparedModule) -> "nx.DiGraph[str]":
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    require_prepared(prepared)
-    analysis = analyse_prepared(prepared, fitting_inputs(prepared), prepared.frozen)
+    whole: nx.DiGraph[str] = nx.DiGraph()
+    for part in parts_of(prepared):
+        graph = _graph_of(analyse_prepared(part.module))
+        whole.update(nx.relabel_nodes(graph, part.full_name))
+    return whole
+
+
+def _graph_of(analysis: ChannelAnalysis) -> "nx.DiGraph[str]":
     graph: nx.DiGraph[str] = nx.DiGraph()
     writers = _add_writers(graph, analysis)
     members: dict[frozenset[str], set[int]] = defaultdict(set)

@@ -3,27 +3,28 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dspfx.errors import ConvertError, MaskError
+from dspfx.errors import MaskError
 from dspfx.gates import ChannelGate, gated_layers
+from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
+from dspfx.parts import parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import ChannelAnalysis, Gate, Mix
-from dspfx.prepare import analyse_prepared, fitting_inputs
 
 
-def get_masks(prepared: PreparedModule) -> dict[str, Tensor]:
+def get_masks(prepared: nn.Module) -> dict[str, Tensor]:
     """The masks of all gated layers: name -> bool `[O, C/groups]`, copies.
 
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    require_prepared(prepared)
+    parts_of(prepared)
     return {name: layer.gate.mask.clone() for name, layer in gated_layers(prepared).items()}
 
 
-def set_masks(prepared: PreparedModule, masks: Mapping[str, Tensor]) -> None:
+def set_masks(prepared: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Prune `prepared` to `masks`; layers that are not named keep the mask they have.
 
     Dead means zero: a filter whose inputs are all masked or dead is dead itself, its output
@@ -40,11 +41,14 @@ def set_masks(prepared: PreparedModule, masks: Mapping[str, Tensor]) -> None:
             changed then.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    require_prepared(prepared)
+    parts = parts_of(prepared)
     groups = _validated(prepared, masks)
-    analysis = analyse_prepared(prepared, fitting_inputs(prepared), prepared.frozen)
-    reads = current_reads(prepared, analysis, masks)
-    apply_reads(prepared, analysis, liveness(analysis, reads))
+    for part in parts:
+        analysis = analyse_prepared(part.module)
+        names = {part.full_name(name): name for name in gated_layers(part.module)}
+        own = {names[name]: mask for name, mask in masks.items() if name in names}
+        reads = current_reads(part.module, analysis, own)
+        apply_reads(part.module, analysis, liveness(analysis, reads))
     for name, group in groups.items():
         gated_layers(prepared)[name].gate.assign(group)
 
@@ -66,7 +70,7 @@ def current_reads(
 
 def present_liveness(prepared: PreparedModule) -> tuple[ChannelAnalysis, Liveness]:
     """The analysis of `prepared`, and its liveness under the masks and gates that it has."""
-    analysis = analyse_prepared(prepared, fitting_inputs(prepared), prepared.frozen)
+    analysis = analyse_prepared(prepared)
     alive = {
         name: module.alive.cpu().numpy()
         for name, module in prepared.named_modules()
@@ -94,15 +98,7 @@ def apply_reads(prepared: PreparedModule, analysis: ChannelAnalysis, live: Liven
         layers[name].gate.set_mask(mask)
 
 
-def require_prepared(module: object) -> None:
-    """Raise `ConvertError` unless `module` comes from `dspfx.prepare`."""
-    if not isinstance(module, PreparedModule):
-        raise ConvertError(
-            f"{type(module).__name__} was never prepared; call dspfx.prepare(model) first"
-        )
-
-
-def _validated(prepared: PreparedModule, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _validated(prepared: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The group of every filter, int `[O]`, that each of `masks` implies."""
     layers = gated_layers(prepared)
     groups: dict[str, Tensor] = {}

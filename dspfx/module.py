@@ -6,11 +6,15 @@ attributes that the next verb needs. All of it survives `deepcopy` and `pickle`.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import fx, nn
+
+from dspfx.config import PrepareConfig
 
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -21,12 +25,33 @@ class TwoModeModule(fx.GraphModule):
 
     carried: ClassVar[tuple[str, ...]] = ()
     graphs: dict[bool, fx.Graph]
+    stands_for: tuple[type[nn.Module], dict[str, Any]] | None = None
 
     def __init__(self, root: nn.Module, graphs: dict[bool, fx.Graph], name: str) -> None:
         super().__init__(root, graphs[root.training], name)
         # adopt the whole root: modules no graph names, aliases, and the original order of keys
         vars(self).update({kind: copy.copy(vars(root)[kind]) for kind in _STATE})
         self.graphs = graphs
+
+    def answer_for(self, module: nn.Module) -> None:
+        """Let the methods and plain attributes of `module`, which this stands for, be found here.
+
+        The code around a child may use more of it than its `forward`.
+        """
+        own = vars(nn.Module())
+        plain = {name: value for name, value in vars(module).items() if name not in own}
+        self.stands_for = type(module), plain
+
+    def __getattr__(self, name: str) -> Any:
+        stands_for = vars(self).get("stands_for")
+        if stands_for is not None:
+            kind, plain = stands_for
+            if name in plain:
+                return plain[name]
+            found = inspect.getattr_static(kind, name, None)
+            if hasattr(found, "__get__") and not hasattr(nn.Module, name):
+                return found.__get__(self, kind)
+        return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> Self:
         """Switch every submodule to `mode`, and to the graph of that mode."""
@@ -54,7 +79,7 @@ class TwoModeModule(fx.GraphModule):
         evaluation = copy.deepcopy(self.graphs[False])
         same = self.graphs[True] is self.graphs[False]
         training = evaluation if same else copy.deepcopy(self.graphs[True])
-        carried = {name: copy.deepcopy(getattr(self, name), memo) for name in self.carried}
+        carried = {name: copy.deepcopy(value, memo) for name, value in self._carried().items()}
         graphs = {False: evaluation, True: training}
         twin: Self = self._rebuild(state, self.training, graphs, carried)
         return twin
@@ -66,8 +91,10 @@ class TwoModeModule(fx.GraphModule):
         for graph in distinct:
             graph.owning_module = self
         state = {kind: vars(self)[kind] for kind in _STATE}
-        carried = {name: getattr(self, name) for name in self.carried}
-        return _unpickle, (self._kind(), plain, state, self.training, carried)
+        return _unpickle, (self._kind(), plain, state, self.training, self._carried())
+
+    def _carried(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*self.carried, "stands_for")}
 
     @classmethod
     def _kind(cls) -> "type[TwoModeModule]":
@@ -109,13 +136,19 @@ class PreparedModule(TwoModeModule):
 
     Attributes:
         example_inputs: positional inputs of the shapes the model was prepared for.
+        config: how it was prepared.
         frozen: names of the layers that keep all their filters and inputs.
+        left_alone: the layers that are not gated, and why.
+        lines: the line of source that each node of the graphs comes from, where it is known.
         notes: what was decided without the user, for the report.
     """
 
-    carried = ("example_inputs", "frozen", "notes")
+    carried = ("example_inputs", "config", "frozen", "left_alone", "lines", "notes")
     example_inputs: tuple[Any, ...]
+    config: PrepareConfig
     frozen: frozenset[str]
+    left_alone: dict[str, str]
+    lines: dict[str, str]
     notes: tuple[str, ...]
 
 
@@ -125,8 +158,11 @@ class CompactModule(TwoModeModule):
     Attributes:
         example_inputs: positional inputs of the shapes the model was prepared for.
         summary: what became of every layer, see `dspfx.report`.
+        difference: the largest relative difference from the masked model that verification
+            found, and the type it ran in; None if it was not asked for.
     """
 
-    carried = ("example_inputs", "summary")
+    carried = ("difference", "example_inputs", "summary")
+    difference: tuple[float, torch.dtype] | None
     example_inputs: tuple[Any, ...]
     summary: Any

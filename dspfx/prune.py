@@ -1,25 +1,29 @@
 """`prune`: one threshold for the whole network, found by bisection on costs alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from dspfx.errors import BudgetError, PrepareError
 from dspfx.filters import filters_first
 from dspfx.gates import GatedLayer, gated_layers
-from dspfx.masks import apply_reads, require_prepared
+from dspfx.gating import analyse_prepared
+from dspfx.masks import apply_reads
 from dspfx.module import PreparedModule
+from dspfx.parts import parts_of
 from dspfx.passes.cost import Cost, layer_costs, total
 from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
 from dspfx.penalty import energy as layer_energy
-from dspfx.prepare import analyse_prepared, fitting_inputs
 
 BISECTIONS = 40
 CLOSE_ENOUGH = 0.005
+
+Candidate = tuple[list[Liveness], Cost]  # of every part, and of all together
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class PruneReport:
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
-def prune(prepared: PreparedModule, budget: Budget) -> PruneReport:
+def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     """Mask `prepared` down to `budget`, by the energy of its weights and its groups.
 
     For every group of filters of a gated layer, the channel energies `e[g,c]`, the sum over the
@@ -97,27 +101,36 @@ def prune(prepared: PreparedModule, budget: Budget) -> PruneReport:
         PrepareError: a gated weight is not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    require_prepared(prepared)
-    analysis = analyse_prepared(prepared, fitting_inputs(prepared), prepared.frozen)
-    layers = _prunable_layers(prepared, analysis)
-    before = total(layer_costs(analysis), analysis)
+    parts = [part.module for part in parts_of(prepared)]
+    analyses = [analyse_prepared(part) for part in parts]
+    layers = [_prunable_layers(*pair) for pair in zip(parts, analyses, strict=True)]
+    before = _sum(total(layer_costs(analysis), analysis) for analysis in analyses)
 
-    def candidate(beta: float) -> tuple[Liveness, Cost]:
-        live = liveness(analysis, {name: layer.reads(beta) for name, layer in layers.items()})
-        return live, total(layer_costs(analysis, live), analysis)
+    def candidate(beta: float) -> Candidate:
+        lives = [
+            liveness(analysis, {name: layer.reads(beta) for name, layer in own.items()})
+            for analysis, own in zip(analyses, layers, strict=True)
+        ]
+        pairs = zip(analyses, lives, strict=True)
+        return lives, _sum(total(layer_costs(a, live), a) for a, live in pairs)
 
-    beta, live, after = _bisect(candidate, budget, before)
+    beta, lives, after = _bisect(candidate, budget, before)
     achieved = budget.of(after) / budget.of(before)
-    apply_reads(prepared, analysis, live)
+    for part, analysis, live in zip(parts, analyses, lives, strict=True):
+        apply_reads(part, analysis, live)
     note = ""
     if achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
     return PruneReport(budget.fraction, achieved, beta, before, after, note)
 
 
+def _sum(costs: Iterable[Cost]) -> Cost:
+    return sum(costs, Cost(0, 0))
+
+
 def _bisect(
-    candidate: Callable[[float], tuple[Liveness, Cost]], budget: Budget, before: Cost
-) -> tuple[float, Liveness, Cost]:
+    candidate: Callable[[float], Candidate], budget: Budget, before: Cost
+) -> tuple[float, list[Liveness], Cost]:
     """The smallest threshold, to 2^-40, whose cost is within the budget."""
     limit = budget.fraction * budget.of(before)
     low, (live, cost) = 0.0, candidate(0.0)

@@ -1,18 +1,21 @@
 """`report`: what a prepared or compact model is made of, layer by layer."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 from torch import nn
 
-from dspfx.errors import ConvertError
 from dspfx.masks import present_liveness
-from dspfx.module import CompactModule, PreparedModule
+from dspfx.module import PreparedModule
+from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.cost import Cost
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import LayerSummary, Summary, summarise
+from dspfx.passes.values import Declined
 
 WIDEST_GROUPS = 32
+MOST_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class Report:
         layers: every convolution and linear layer, in the order of execution.
         before, after: cost of the whole model for one sample, dense and pruned.
         gated_before, gated_after: of its gated layers alone, the figure papers report.
-        declined: (node, reason) of every node that keeps its inputs at full width.
+        declined: the nodes that keep their inputs at full width, and why.
         notes: what was decided without being asked.
+        prepared: whether the table says what could be pruned, as it does of a prepared model.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -32,8 +36,9 @@ class Report:
     after: Cost
     gated_before: Cost
     gated_after: Cost
-    declined: tuple[tuple[str, str], ...]
+    declined: tuple[Declined, ...]
     notes: tuple[str, ...]
+    prepared: bool
 
     def __str__(self) -> str:
         rows = [
@@ -61,46 +66,95 @@ class Report:
             disable_numparse=True,
             colalign=("left", "right", "right", "right"),
         )
-        full = [f"kept at full width: {node}: {reason}" for node, reason in self.declined]
-        return "\n".join([table, "", totals, *full, *self.notes])
+        full = [f"kept at full width: {declined}" for declined in self.declined]
+        possible = [self._possible(), ""] if self.prepared else []
+        return "\n".join([table, "", *possible, totals, *full, *self.notes])
+
+    def _possible(self) -> str:
+        """What of every layer could be pruned, with what it is coupled, and why not."""
+        rows = [
+            (
+                layer.name,
+                "yes" if layer.gated else "no",
+                f"{layer.free} of {layer.filters[0]}",
+                _shortened(layer.coupled),
+                _reasons(layer),
+            )
+            for layer in self.layers
+        ]
+        header = ("layer", "gated", "free filters", "coupled with", "why not")
+        return tabulate(rows, header, disable_numparse=True)
 
 
 def report(model: nn.Module) -> Report:
     """The report of a prepared model as it is masked now, or of a compact one.
 
     MACs are multiply-accumulates of convolutions and linear layers for one sample of the example
-    inputs; parameters include those of norms, before they are folded.
+    inputs; parameters include those of norms, before they are folded. Of a model in parts, only
+    the parts are counted.
 
     Raises:
         ConvertError: `model` comes from neither `dspfx.prepare` nor `dspfx.convert`.
     """
-    if isinstance(model, CompactModule):
-        return _report(model.summary, ())
-    if isinstance(model, PreparedModule):
-        return _report(_summary(model), model.notes)
-    raise ConvertError(
-        f"{type(model).__name__} is neither prepared nor compact; call dspfx.prepare(model) first"
-    )
+    compact = compact_parts_of(model)
+    if compact:
+        return _joined([(name, module.summary) for name, module in compact], (), prepared=False)
+    parts = parts_of(model)
+    notes = tuple(note for part in parts for note in part.module.notes)
+    summaries = [(part.name, _summary(part.module)) for part in parts]
+    return _joined(summaries, notes, prepared=True)
 
 
 def _summary(prepared: PreparedModule) -> Summary:
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
-        return summarise(analysis, live, plan(view, analysis, live))
+        layout = plan(view, analysis, live)
+        return summarise(analysis, live, layout, prepared.left_alone, prepared.lines)
 
 
-def _report(summary: Summary, notes: tuple[str, ...]) -> Report:
-    gated = [layer for layer in summary.layers if layer.gated]
-    nothing = Cost(0, 0)
+def _joined(summaries: list[tuple[str, Summary]], notes: tuple[str, ...], prepared: bool) -> Report:
+    """The summaries of the parts of a model, under their full names."""
+    layers = [
+        replace(
+            layer,
+            name=full_name(part, layer.name),
+            coupled=tuple(full_name(part, other) for other in layer.coupled),
+        )
+        for part, summary in summaries
+        for layer in summary.layers
+    ]
+    gated = [layer for layer in layers if layer.gated]
     return Report(
-        summary.layers,
-        summary.before,
-        summary.after,
-        sum((layer.before for layer in gated), nothing),
-        sum((layer.after for layer in gated), nothing),
-        tuple((d.node, d.reason) for d in summary.declined),
+        tuple(layers),
+        _sum(summary.before for _, summary in summaries),
+        _sum(summary.after for _, summary in summaries),
+        _sum(layer.before for layer in gated),
+        _sum(layer.after for layer in gated),
+        tuple(
+            replace(declined, node=full_name(part, declined.node))
+            for part, summary in summaries
+            for declined in summary.declined
+        ),
         notes,
+        prepared,
     )
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    return sum(costs, Cost(0, 0))
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:MOST_NAMES])
+    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES} more"
+
+
+def _reasons(layer: LayerSummary) -> str:
+    """Why a layer has no gate, and what keeps its filters in place."""
+    reasons = [layer.why_not] if layer.why_not else []
+    if layer.pin is not None:
+        reasons.append(f"filters stay: {layer.pin}")
+    return "; ".join(reasons)
 
 
 def _change(before: int, after: int) -> str:

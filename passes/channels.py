@@ -16,7 +16,7 @@ Whether a zero channel stays zero is found by running the operator on zeros.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,10 @@ LAYERS = frozenset((*GATED, *GATED.values()))
 
 
 def analyse(
-    root: fx.GraphModule, inputs: tuple[Any, ...], frozen: frozenset[str] = frozenset()
+    root: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    frozen: frozenset[str] = frozenset(),
+    rules: Mapping[operators.Key, operators.Rule] | None = None,
 ) -> ChannelAnalysis:
     """Analyse the graph of `root`, which must be in evaluation mode, on example `inputs`.
 
@@ -59,18 +62,25 @@ def analyse(
         root: only run, never changed.
         inputs: positional inputs; a batch of two or more tells batch and channels apart.
         frozen: names of the layers that keep all their filters and input channels.
+        rules: what is known of further operators; takes precedence.
     """
-    analyser = _Analyser(root, frozen)
+    analyser = _Analyser(root, frozen, rules or {})
     with torch.no_grad():
         analyser.run(*inputs)
     return analyser.result()
 
 
 class _Analyser(fx.Interpreter):
-    def __init__(self, root: fx.GraphModule, frozen: frozenset[str]) -> None:
+    def __init__(
+        self,
+        root: fx.GraphModule,
+        frozen: frozenset[str],
+        rules: Mapping[operators.Key, operators.Rule],
+    ) -> None:
         super().__init__(root)
         self.root = root
         self.frozen = frozen
+        self.rules = rules
         self.ops: dict[Node, Op] = {}
         self.values: dict[Node, Value] = {}
         self.coupling = Coupling()
@@ -111,11 +121,15 @@ class _Analyser(fx.Interpreter):
             return self._size_or_nothing(node, result)
         if not isinstance(result, Tensor):
             return self._size(node, operands) or self._parts(node, operands)
+        rule = self._rule(node)
+        found = None if rule is None else rule(self, node, operands, result)
+        return found or self._opaque(node, operands)
+
+    def _rule(self, node: Node) -> "_Rule | None":
         key = operators.key(node, self.root)
-        for keys, rule in _RULES:
-            if key in keys:
-                return rule(self, node, operands, result) or self._opaque(node, operands)
-        return self._opaque(node, operands)
+        if key in self.rules:
+            return _TAUGHT.get(self.rules[key])
+        return next((rule for keys, rule in _RULES if key in keys), None)
 
     def _operands(self, node: Node) -> tuple[Node, ...]:
         """The inputs of `node` that carry tensors, each once."""
@@ -457,6 +471,12 @@ _RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
     (operators.ELEMENTWISE, _Analyser._elementwise),
     (operators.MOVEMENT, _Analyser._move),
 )
+
+_TAUGHT: dict[operators.Rule, _Rule] = {
+    "elementwise": _Analyser._elementwise,
+    "channelwise": _Analyser._channelwise,
+    "movement": _Analyser._move,
+}
 
 
 def _numpy(tensor: Tensor) -> BoolArray:

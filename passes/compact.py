@@ -319,10 +319,11 @@ def _folded(source: fx.GraphModule, layer: Any, plan: LayerPlan) -> tuple[Tensor
         return weight, None if bias is None else bias.detach()
     norm: Any = source.get_submodule(str(plan.norm.target))
     scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.affine:
+    affine = norm.weight is not None
+    if affine:
         scale = scale * norm.weight.detach()
     shift = -norm.running_mean if bias is None else bias.detach() - norm.running_mean
-    shift = shift * scale + (norm.bias.detach() if norm.affine else 0.0)
+    shift = shift * scale + (norm.bias.detach() if affine else 0.0)
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
 
 

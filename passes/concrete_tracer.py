@@ -7,10 +7,15 @@ depends on the data.
 """
 
 import inspect
+import linecache
 import math
 import operator
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -21,9 +26,13 @@ from torch.fx.node import Node, map_aggregate
 from torch.nn.utils import parametrize
 
 from dspfx.gates import ChannelGate, GatedLayer
+from dspfx.passes import operators
 
 # create tensors from sizes alone, so that nothing in their arguments tells fx of a proxy
 FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
+
+LINE = "line of source"  # a key of `Node.meta`
+_MACHINERY = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 class UntraceableError(Exception):
@@ -107,10 +116,16 @@ class ConcreteProxy(Proxy):
 class ConcreteTracer(fx.Tracer):
     """Enters everything but torch's own layers and the modules named `opaque`."""
 
-    def __init__(self, inputs: Mapping[str, Any], opaque: frozenset[str]) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        opaque: frozenset[str] = frozenset(),
+        leaves: frozenset[type] = frozenset(),
+    ) -> None:
         super().__init__(param_shapes_constant=True)
         self.inputs = inputs
         self.opaque = opaque
+        self.leaves = leaves | operators.LEAVES
         self.executing = False
         self.failed_in: str | None = None
 
@@ -135,6 +150,7 @@ class ConcreteTracer(fx.Tracer):
         """Torch's layers, gates, layers with computed weights, and what was found opaque."""
         return (
             module_qualified_name in self.opaque
+            or type(m) in self.leaves
             or isinstance(m, GatedLayer | ChannelGate)
             or parametrize.is_parametrized(m)
             or super().is_leaf_module(m, module_qualified_name)
@@ -157,6 +173,9 @@ class ConcreteTracer(fx.Tracer):
         """Record the call, and make it."""
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         assert isinstance(proxy, ConcreteProxy)
+        line = _line()
+        if line:
+            proxy.node.meta[LINE] = line
         proxy.concrete = self._execute(kind, target, args, kwargs)
         return proxy
 
@@ -218,6 +237,19 @@ class ConcreteTracer(fx.Tracer):
             return self.create_proxy("call_function", factory, args, kwargs)
 
         return create
+
+
+def _line() -> str:
+    """The innermost line of the user's code under way: "file.py:12: code"."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+        if frame.f_code is ConcreteTracer.trace_concretely.__code__:
+            return ""
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    file, number = frame.f_code.co_filename, frame.f_lineno
+    return f"{Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
 
 
 def _value(item: Any) -> Any:

@@ -9,6 +9,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import fx, nn
@@ -27,14 +28,31 @@ class GatePlan:
     Attributes:
         layers: the convolutions to gate, with the elements of their input for one sample.
         norms: the norms to follow by a gate: (module name, number of the call), channels, dim.
+        left_alone: the layers that are not gated, and why.
     """
 
     layers: dict[str, int]
     norms: dict[tuple[str, int], tuple[int, int]]
+    left_alone: dict[str, str]
 
 
-def plan_gates(root: fx.GraphModule, analysis: ChannelAnalysis, frozen: frozenset[str]) -> GatePlan:
-    """Choose the layers and norms of `root` to gate; changes nothing."""
+def plan_gates(
+    root: fx.GraphModule,
+    analysis: ChannelAnalysis,
+    kinds: tuple[type[nn.Module], ...],
+    frozen: frozenset[str],
+    gate_first: bool,
+) -> GatePlan:
+    """Choose the layers and norms of `root` to gate; changes nothing.
+
+    Args:
+        root: the traced model.
+        analysis: of its graph.
+        kinds: the types of layers to gate.
+        frozen: the layers that keep all their filters and inputs.
+        gate_first: whether layers that read the inputs directly are gated too.
+    """
+    left_alone: dict[str, str] = {}
     layers: dict[str, int] = {}
     norms: dict[tuple[str, int], tuple[int, int]] = {}
     calls: Counter[str] = Counter()
@@ -43,31 +61,43 @@ def plan_gates(root: fx.GraphModule, analysis: ChannelAnalysis, frozen: frozense
         if node.op != "call_module":
             continue
         name = str(node.target)
-        if isinstance(op, Mix) and _gateable(root, analysis, op, frozen | last):
-            elements = 1
-            for size in analysis.values[op.operands[0]].shape[1:]:
-                elements *= size
-            layers.setdefault(name, elements)
+        if isinstance(op, Mix):
+            why_not = _why_not(root, analysis, op, kinds, gate_first)
+            if op.layer in frozen:
+                why_not = "it is to be ignored"
+            elif op.layer in last:
+                why_not = "it is the last linear layer"
+            if why_not:
+                left_alone.setdefault(op.layer, why_not)
+            else:
+                layers.setdefault(name, prod(analysis.values[op.operands[0]].shape[1:]))
         if isinstance(op, Channelwise) and op.is_norm:
             value = analysis.values[node]
             assert value.dim is not None
             norms[name, calls[name]] = value.channels, value.dim
             calls[name] += 1
-    return GatePlan(layers, norms)
+    layers = {name: elements for name, elements in layers.items() if name not in left_alone}
+    return GatePlan(layers, norms, left_alone)
 
 
-def _gateable(
-    root: fx.GraphModule, analysis: ChannelAnalysis, op: Mix, frozen: frozenset[str]
-) -> bool:
+def _why_not(
+    root: fx.GraphModule,
+    analysis: ChannelAnalysis,
+    op: Mix,
+    kinds: tuple[type[nn.Module], ...],
+    gate_first: bool,
+) -> str:
+    """Why one call of a layer forbids a gate; empty if it does not."""
     module = root.get_submodule(op.layer)
-    return (
-        type(module) in GATED
-        and op.layer not in frozen
-        and op.channels // op.structural_groups > 1
-        and not isinstance(analysis.ops[op.operands[0]], Source)
-        and type(getattr(module, "weight", None)) is nn.Parameter
-        and not module._forward_pre_hooks
-    )
+    if type(module) not in kinds:
+        return f"gates for {type(module).__name__} were not asked for"
+    if op.channels // op.structural_groups == 1:
+        return "its filters read one channel each"
+    if isinstance(analysis.ops[op.operands[0]], Source) and not gate_first:
+        return "it reads the model's inputs"
+    if module._forward_pre_hooks:
+        return "a hook computes its inputs or weights"
+    return ""
 
 
 def _last_linear_layers(root: fx.GraphModule, analysis: ChannelAnalysis) -> frozenset[str]:

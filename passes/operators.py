@@ -7,15 +7,17 @@ no set is opaque: correct, and left at its full width.
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.stochastic_depth import stochastic_depth
 
 Key = Callable[..., Any] | str | type[nn.Module]
+Rule = Literal["elementwise", "channelwise", "movement", "opaque"]
 
 
 def key(node: Node, root: nn.Module) -> Key:
@@ -74,10 +76,14 @@ RELAYOUTS: frozenset[Key] = frozenset(_functions("clone", "detach", "contiguous"
 NORMS: frozenset[Key] = frozenset(
     {
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, FrozenBatchNorm2d),
     }
 )
-BATCH_NORMS: frozenset[Key] = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
+BATCH_NORMS: frozenset[Key] = frozenset(
+    {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d}
+)
+# modules outside torch.nn that are known whole
+LEAVES: frozenset[type[nn.Module]] = frozenset({FrozenBatchNorm2d})
 
 # work on dimension 1, one channel at a time, mixing positions
 CHANNELWISE: frozenset[Key] = frozenset(

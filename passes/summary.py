@@ -1,9 +1,14 @@
 """What became of every layer, as plain data that a compact model can carry along."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from dspfx.passes.cost import Cost, layer_costs, total
 from dspfx.passes.liveness import Liveness
+from dspfx.passes.pins import pinned_classes, with_lines
 from dspfx.passes.plan import CompactionPlan
 from dspfx.passes.values import ChannelAnalysis, Channelwise, Declined, Mix
 
@@ -14,10 +19,14 @@ class LayerSummary:
 
     Attributes:
         name: of the module.
-        gated: whether its inputs could be pruned by groups.
+        gated: whether its inputs can be pruned by groups.
         filters: before and after.
         inputs: its input channels before, and those of each group after.
         before, after: its cost for one sample.
+        free: how many of its filters can leave the network whole.
+        coupled: the other layers that write the same channels, by addition or multiplication.
+        why_not: why it has no gate; empty where it has one.
+        pin: what keeps the other filters in place; None where all are free.
     """
 
     name: str
@@ -26,6 +35,10 @@ class LayerSummary:
     inputs: tuple[int, tuple[int, ...]]
     before: Cost
     after: Cost
+    free: int
+    coupled: tuple[str, ...]
+    why_not: str
+    pin: Declined | None
 
 
 @dataclass(frozen=True)
@@ -38,24 +51,56 @@ class Summary:
     declined: tuple[Declined, ...]
 
 
-def summarise(analysis: ChannelAnalysis, live: Liveness, plan: CompactionPlan) -> Summary:
+def summarise(
+    analysis: ChannelAnalysis,
+    live: Liveness,
+    plan: CompactionPlan,
+    left_alone: Mapping[str, str],
+    lines: Mapping[str, str],
+) -> Summary:
     """Collect the summary of a compaction, layer by layer in the order of the graph."""
     before, after = layer_costs(analysis), layer_costs(analysis, live)
+    pinned, writers = pinned_classes(analysis, lines), _writers(analysis)
     layers = []
     for node, op in analysis.ops.items():
         if not isinstance(op, Mix | Channelwise) or op.layer is None:
             continue
         kept = int(live.kept[node].sum()) if node in live.kept else 0
-        channels = analysis.values[node].channels
+        classes = analysis.class_of(node).tolist()
         if isinstance(op, Mix):
             groups = plan.layers[node].groups if node in plan.layers else []
             inputs = op.channels, tuple(read for _, read in groups)
+            why_not = left_alone.get(op.layer, "")
         else:
-            inputs = channels, (kept,)
-        gated = isinstance(op, Mix) and op.gated
+            inputs, why_not = (len(classes), (kept,)), "its filters read one channel each"
+        others = {name: None for c in dict.fromkeys(classes) for name in writers[c]}
         layers.append(
-            LayerSummary(op.layer, gated, (channels, kept), inputs, before[node], after[node])
+            LayerSummary(
+                op.layer,
+                isinstance(op, Mix) and op.gated,
+                (len(classes), kept),
+                inputs,
+                before[node],
+                after[node],
+                free=sum(c not in pinned for c in classes),
+                coupled=tuple(name for name in others if name != op.layer),
+                why_not=why_not,
+                pin=next((pinned[c] for c in classes if c in pinned), None),
+            )
         )
     return Summary(
-        tuple(layers), total(before, analysis), total(after, analysis), analysis.declined
+        tuple(layers),
+        total(before, analysis),
+        total(after, analysis),
+        with_lines(analysis.declined, lines),
     )
+
+
+def _writers(analysis: ChannelAnalysis) -> dict[int, dict[str, None]]:
+    """The layers that write to every coupling class."""
+    writers: dict[int, dict[str, None]] = defaultdict(dict)
+    for node, op in analysis.ops.items():
+        if isinstance(op, Mix):
+            for channel in np.unique(analysis.class_of(node)).tolist():
+                writers[channel][op.layer] = None
+    return writers

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 
 from dspfx.errors import TraceError
-from dspfx.passes.concrete_tracer import ConcreteTracer, UntraceableError
+from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
 from dspfx.passes.lift import lift
 from dspfx.passes.operators import is_in_place
 
@@ -34,11 +34,13 @@ class Traced:
     Attributes:
         eval, train: the graphs.
         opaque: the submodules that could not be entered, and why.
+        lines: where the nodes of both graphs come from: name -> "file.py:12: code".
     """
 
     eval: fx.Graph
     train: fx.Graph
     opaque: dict[str, str]
+    lines: dict[str, str]
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -56,21 +58,32 @@ def copy_model(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def trace(root: nn.Module, inputs: Mapping[str, Any]) -> Traced:
+def trace(
+    root: nn.Module,
+    inputs: Mapping[str, Any],
+    opaque: frozenset[str] = frozenset(),
+    leaves: frozenset[type] = frozenset(),
+) -> Traced:
     """Trace `root`, a private copy of the user's model, in both modes; its state is kept.
 
     Args:
         root: gains buffers for the tensors that its code holds as plain attributes.
         inputs: example inputs by the name of the argument.
+        opaque: names of the submodules that are not to be entered.
+        leaves: types of the submodules that are not to be entered.
 
     Raises:
         TraceError: the code of the root itself cannot be traced; the message names the place.
     """
     modes = {module: module.training for module in root.modules()}
     state = {name: tensor.clone() for name, tensor in _tensors(root).items()}
-    opaque: dict[str, str] = {}
+    failed: dict[str, str] = {}
+
+    def trace_in(mode: bool) -> fx.Graph:
+        return _trace_graph(root.train(mode), inputs, opaque, failed, leaves)
+
     try:
-        graphs = {mode: _trace_graph(root.train(mode), inputs, opaque) for mode in (False, True)}
+        graphs = {mode: trace_in(mode) for mode in (False, True)}
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -86,28 +99,35 @@ def trace(root: nn.Module, inputs: Mapping[str, Any]) -> Traced:
     for graph in set(graphs.values()):
         follow_in_place_writes(graph, root)
         graph.lint()
-    return Traced(graphs[False], graphs[True], opaque)
+    lines = {n.name: n.meta[LINE] for g in graphs.values() for n in g.nodes if LINE in n.meta}
+    return Traced(graphs[False], graphs[True], failed, lines)
 
 
 def _tensors(root: nn.Module) -> dict[str, Tensor]:
     return {**dict(root.named_parameters()), **dict(root.named_buffers())}
 
 
-def _trace_graph(root: nn.Module, inputs: Mapping[str, Any], opaque: dict[str, str]) -> fx.Graph:
-    """Trace until it succeeds, every submodule that refuses becoming opaque."""
+def _trace_graph(
+    root: nn.Module,
+    inputs: Mapping[str, Any],
+    opaque: frozenset[str],
+    failed: dict[str, str],
+    leaves: frozenset[type],
+) -> fx.Graph:
+    """Trace until it succeeds, every submodule that refuses becoming one that `failed`."""
     while True:
-        tracer = ConcreteTracer(inputs, frozenset(opaque))
+        tracer = ConcreteTracer(inputs, opaque | failed.keys(), leaves)
         try:
             return tracer.trace_concretely(root)
         except UntraceableError as error:
-            if not error.module or error.module in opaque:
+            if not error.module or error.module in failed:
                 raise TraceError(
                     f"{type(root).__name__} cannot be traced: {error.reason} (after node "
                     f"'{error.node}'). Code whose control flow depends on the values of tensors "
                     "has no graph: move it out of the model, or prepare the submodules that can "
                     "be traced"
                 ) from error
-            opaque[error.module] = error.reason
+            failed[error.module] = error.reason
 
 
 def _register_constants(graph: fx.Graph, root: nn.Module) -> None:

@@ -145,10 +145,14 @@ class Query(Op):
 
 @dataclass(frozen=True)
 class Declined:
-    """A node that keeps its operands at full width, and why."""
+    """A node that keeps its operands at full width, why, and its line of source if known."""
 
     node: str
     reason: str
+    line: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason}" + (f" ({self.line})" if self.line else "")
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,10 @@ def verify(
     live: Liveness,
     plan: CompactionPlan,
     inputs: tuple[Any, ...],
-) -> float:
+) -> tuple[float, torch.dtype]:
     """The largest relative difference that compacting `masked` makes, on random inputs.
+
+    The type in which it was found is given with it.
 
     Args:
         masked: in evaluation mode; only read.
@@ -40,13 +42,13 @@ def verify(
     Raises:
         EquivalenceError: if the outputs differ by more than the type's tolerance.
     """
-    masked, inputs = _widest(masked, inputs)
+    masked, inputs, dtype = _widest(masked, inputs)
     compacted = compact(masked, analysis, plan)
     module = fx.GraphModule(compacted.root, compacted.graph)
     with torch.no_grad():
         worst = difference(masked(*inputs), module(*inputs))
     if worst is not None:
-        return worst
+        return worst, dtype
     names = {
         old.name: (new.name, plan.order.get(old), live.kept.get(old))
         for old, new in compacted.nodes.items()
@@ -83,7 +85,7 @@ def difference(expected: Any, actual: Any) -> float | None:
 
 def _widest(
     masked: fx.GraphModule, inputs: tuple[Any, ...]
-) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+) -> tuple[fx.GraphModule, tuple[Any, ...], torch.dtype]:
     """A float64 copy over the same graph, and inputs for it; `masked` if that does not run."""
     generator = torch.Generator().manual_seed(0)
 
@@ -102,8 +104,9 @@ def _widest(
         narrow = pytree.tree_map(
             lambda x, like: x.to(like.dtype) if isinstance(x, Tensor) else x, drawn, inputs
         )
-        return masked, narrow
-    return wide, drawn
+        own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
+        return masked, narrow, own
+    return wide, drawn, torch.float64
 
 
 def _first_difference(

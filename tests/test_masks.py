@@ -115,7 +115,7 @@ def test_what_was_never_prepared() -> None:
     for call in (dspfx.get_masks, dspfx.convert, lambda m: dspfx.set_masks(m, {})):
         with unchanged(model), pytest.raises(dspfx.ConvertError, match="never prepared"):
             call(model)
-    with pytest.raises(dspfx.ConvertError, match="neither prepared nor compact"):
+    with pytest.raises(dspfx.ConvertError, match="never prepared"):
         dspfx.report(model)
     with pytest.raises(dspfx.ConvertError, match="never prepared"):
         dspfx.prune(model, dspfx.Budget(macs=0.5))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import dspfx
 from dspfx import Budget
 from dspfx.gates import gated_layers
+from dspfx.gating import analyse_prepared
 from dspfx.passes.droppable import droppable_layers
-from dspfx.prepare import analyse_prepared
 from helpers import assert_equal, macs, unchanged
 
 
@@ -94,7 +94,7 @@ def test_dead_layers_are_never_chosen() -> None:
 
 def test_filters_are_dropped_only_where_a_sum_follows() -> None:
     prepared = prepared_model()
-    analysis = analyse_prepared(prepared, prepared.example_inputs, frozenset())
+    analysis = analyse_prepared(prepared)
     droppable = droppable_layers(analysis)
     assert {n for n in droppable if n.endswith("conv2")} == {
         f"layer{i}.{j}.conv2" for i in range(1, 5) for j in range(2)

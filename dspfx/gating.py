@@ -1,0 +1,114 @@
+"""From a private copy of a module to a gated graph of it, and the analysis of what came out."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dspfx.config import PrepareConfig
+from dspfx.errors import PrepareError, TraceError
+from dspfx.inputs import by_name, evaluate, fresh, parameter_dtype_and_device
+from dspfx.module import PreparedModule
+from dspfx.passes.channels import analyse
+from dspfx.passes.insert_gates import insert_gates, plan_gates
+from dspfx.passes.trace import trace
+from dspfx.passes.values import ChannelAnalysis
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be gated, and how.
+
+    Attributes:
+        config: the user's.
+        frozen: names of the layers that keep all their filters and inputs.
+        opaque: names of the modules that are not traced into.
+        gate_first: whether layers that read the inputs directly are gated too.
+        notes: what was decided without the user, for the report.
+    """
+
+    config: PrepareConfig
+    frozen: frozenset[str] = frozenset()
+    opaque: frozenset[str] = frozenset()
+    gate_first: bool = False
+    notes: tuple[str, ...] = ()
+
+    def within(self, prefix: str, gate_first: bool) -> "Task":
+        """The same for the child at the path `prefix`."""
+
+        def inside(names: frozenset[str]) -> frozenset[str]:
+            return frozenset(n[len(prefix) + 1 :] for n in names if n.startswith(f"{prefix}."))
+
+        return replace(
+            self, frozen=inside(self.frozen), opaque=inside(self.opaque), gate_first=gate_first
+        )
+
+
+def gate(root: nn.Module, inputs: tuple[Any, ...], task: Task) -> PreparedModule:
+    """Trace `root`, a private copy, and put gates into it.
+
+    Raises:
+        TraceError: it has no graph, or its graph computes something else.
+        PrepareError: there is no layer to gate.
+    """
+    config, name = task.config, type(root).__name__
+    expected = evaluate(root, inputs)
+    leaves = frozenset(key for key in config.rules if isinstance(key, type))
+    traced = trace(root, by_name(root, inputs), task.opaque, leaves)
+    prepared = PreparedModule(root, {False: traced.eval, True: traced.train}, name)
+    prepared.example_inputs, prepared.frozen, prepared.config = inputs, task.frozen, config
+    prepared.lines = traced.lines
+    _check_trace(prepared, name, expected)
+    analysis = analyse_prepared(prepared)
+    plan = plan_gates(prepared, analysis, config.layers, task.frozen, task.gate_first)
+    if not plan.layers:
+        raise PrepareError(
+            f"{name} has no layer to prune: dspfx gates convolutions and linear layers that have "
+            "two or more input channels for each filter and do not read the model's inputs "
+            "directly, apart from linear layers that come last"
+        )
+    insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
+    prepared.recompile()
+    prepared.left_alone = plan.left_alone
+    prepared.notes = task.notes + tuple(
+        f"opaque, since it cannot be traced: {child}: {why}" for child, why in traced.opaque.items()
+    )
+    return prepared
+
+
+def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:
+    """The analysis of the evaluation graph, whose nodes are the keys of the result."""
+    with prepared.evaluation_view() as view:
+        return analyse(view, fitting_inputs(prepared), prepared.frozen, prepared.config.rules)
+
+
+def fitting_inputs(prepared: PreparedModule) -> tuple[Any, ...]:
+    """The example inputs, as the prepared model's present dtype and device want them."""
+    dtype, device = parameter_dtype_and_device(prepared)
+
+    def fit(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, dtype if leaf.is_floating_point() else None)
+
+    fitted: tuple[Any, ...] = pytree.tree_map(fit, prepared.example_inputs)
+    return fitted
+
+
+def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
+    """Compare the evaluation graph's outputs for the example inputs with the model's own."""
+    with torch.no_grad(), prepared.evaluation_view() as view:
+        actual = pytree.tree_leaves(view(*fresh(prepared.example_inputs)))
+    expected = pytree.tree_leaves(expected)
+    same = len(expected) == len(actual) and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else a == b
+        for a, b in zip(expected, actual, strict=True)
+    )
+    if not same:
+        raise TraceError(
+            f"the graph of {name} does not compute what the model does: its code probably reads "
+            "a tensor under one name after overwriting it under another (`+=`); write "
+            "`y = y + x` there"
+        )

@@ -1,0 +1,134 @@
+"""Models in parts: where the code of the whole cannot be traced, its children are prepared.
+
+A detector decides by the values of its tensors what to do next; there is no graph of it. Its
+backbone and heads have one. `prepare` then returns a copy of the user's own module in which these
+children are `PreparedModule`s; every verb works on all of them together. A model that was traced
+whole is its own only part, with an empty name.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dspfx.errors import ConvertError, PrepareError, TraceError
+from dspfx.gates import GATED
+from dspfx.inputs import evaluate, fresh
+from dspfx.module import CompactModule, PreparedModule
+
+
+@dataclass(frozen=True)
+class Part:
+    """A prepared child of a model.
+
+    Attributes:
+        name: its path in the model.
+        module: the child.
+    """
+
+    name: str
+    module: PreparedModule
+
+    def full_name(self, name: str) -> str:
+        """The path in the model of what the part knows as `name`."""
+        return full_name(self.name, name)
+
+
+def full_name(part: str, name: str) -> str:
+    """The path of what the part at the path `part` knows as `name`."""
+    return ".".join(n for n in (part, name) if n)
+
+
+def parts_of(model: nn.Module) -> list[Part]:
+    """The outermost prepared modules of `model`, each once.
+
+    Raises:
+        ConvertError: there are none.
+    """
+    parts = [Part(name, module) for name, module in _outermost(model, PreparedModule)]
+    if not parts:
+        raise ConvertError(
+            f"{type(model).__name__} was never prepared or is compact already; call "
+            "dspfx.prepare(model) first"
+        )
+    return parts
+
+
+def compact_parts_of(model: nn.Module) -> list[tuple[str, CompactModule]]:
+    """The compact modules of `model` with their paths."""
+    return list(_outermost(model, CompactModule))
+
+
+def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, kind) and not any(name.startswith(f"{s}.") for s in seen):
+            seen.append(name)
+            yield name, module
+            if not name:
+                return
+
+
+def prepare_in_parts(
+    root: nn.Module,
+    inputs: tuple[Any, ...],
+    prepare_one: Callable[[nn.Module, str, tuple[Any, ...]], PreparedModule],
+) -> int:
+    """Replace the largest children of `root` that can be prepared; how many there were.
+
+    Args:
+        root: a private copy; changed in place.
+        inputs: of the root. It is run on them once to see what its children are called with.
+        prepare_one: prepares the child of a name for its inputs.
+    """
+    calls = _calls(root, inputs)
+    done: dict[int, PreparedModule | None] = {}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in list(module._modules.items()):
+            if child is None:
+                continue
+            path = f"{prefix}{name}"
+            if id(child) not in done:
+                done[id(child)] = _try(child, path, calls.get(id(child)), prepare_one)
+                if done[id(child)] is None:
+                    visit(child, f"{path}.")
+            if done[id(child)] is not None:
+                module._modules[name] = done[id(child)]
+
+    visit(root, "")
+    return sum(part is not None for part in done.values())
+
+
+def _try(
+    child: nn.Module,
+    name: str,
+    inputs: tuple[Any, ...] | None,
+    prepare_one: Callable[[nn.Module, str, tuple[Any, ...]], PreparedModule],
+) -> PreparedModule | None:
+    """The child, prepared; None if it was not called, has no layer, or cannot be."""
+    if inputs is None or not any(type(m) in GATED for m in child.modules()):
+        return None
+    try:
+        return prepare_one(child, name, inputs)
+    except (TraceError, PrepareError):
+        return None
+
+
+def _calls(root: nn.Module, inputs: tuple[Any, ...]) -> dict[int, tuple[Any, ...]]:
+    """The positional inputs of the first call of every module, by its `id`."""
+    calls: dict[int, tuple[Any, ...]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not kwargs:
+            calls.setdefault(id(module), fresh(args))
+
+    with ExitStack() as hooks, torch.random.fork_rng(devices=[]):
+        for module in root.modules():
+            handle = module.register_forward_pre_hook(record, with_kwargs=True)
+            hooks.callback(handle.remove)
+        evaluate(root, inputs)
+    return calls
