@@ -4,17 +4,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
 from dspfx.config import PrepareConfig
 from dspfx.errors import PrepareError, TraceError
-from dspfx.inputs import by_name, evaluate, fresh, parameter_dtype_and_device
+from dspfx.inputs import Call, evaluate, fresh, parameter_dtype_and_device
 from dspfx.module import PreparedModule
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
+from dspfx.trees import leaves, map_leaves
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,21 @@ class Task:
         )
 
 
-def gate(root: nn.Module, inputs: tuple[Any, ...], task: Task) -> PreparedModule:
-    """Trace `root`, a private copy, and put gates into it.
+def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
+    """Trace `root`, a private copy, for the arguments of `call`, and put gates into it.
 
     Raises:
         TraceError: it has no graph, or its graph computes something else.
         PrepareError: there is no layer to gate.
     """
     config, name = task.config, type(root).__name__
-    expected = evaluate(root, inputs)
+    expected = evaluate(root, call)
     leaves = frozenset(key for key in config.rules if isinstance(key, type))
-    traced = trace(root, by_name(root, inputs), task.opaque, leaves)
+    arguments = call.map(fresh).by_name(root)
+    traced = trace(root, arguments, task.opaque, leaves)
     prepared = PreparedModule(root, {False: traced.eval, True: traced.train}, name)
-    prepared.example_inputs, prepared.frozen, prepared.config = inputs, task.frozen, config
+    prepared.example_inputs = _positional(prepared.graph, call.by_name(root))
+    prepared.frozen, prepared.config = task.frozen, config
     prepared.lines = traced.lines
     _check_trace(prepared, name, expected)
     analysis = analyse_prepared(prepared)
@@ -93,15 +95,31 @@ def fitting_inputs(prepared: PreparedModule) -> tuple[Any, ...]:
             return leaf
         return leaf.to(device, dtype if leaf.is_floating_point() else None)
 
-    fitted: tuple[Any, ...] = pytree.tree_map(fit, prepared.example_inputs)
+    fitted: tuple[Any, ...] = map_leaves(fit, prepared.example_inputs)
     return fitted
+
+
+def _positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments in the order of the graph's inputs, without the defaults at the end."""
+    for name in [name for name in arguments if name.startswith("**")]:
+        arguments |= arguments.pop(name)
+    inputs: list[Any] = []
+    for node in graph.find_nodes(op="placeholder"):
+        name = str(node.target)
+        if name.startswith("*"):
+            inputs += arguments.pop(name)
+        elif name in arguments:
+            inputs.append(arguments.pop(name))
+        elif arguments:
+            inputs.append(node.args[0])
+    return tuple(inputs)
 
 
 def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
     """Compare the evaluation graph's outputs for the example inputs with the model's own."""
     with torch.no_grad(), prepared.evaluation_view() as view:
-        actual = pytree.tree_leaves(view(*fresh(prepared.example_inputs)))
-    expected = pytree.tree_leaves(expected)
+        actual = list(leaves(view(*fresh(prepared.example_inputs))))
+    expected = list(leaves(expected))
     same = len(expected) == len(actual) and all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else a == b
         for a, b in zip(expected, actual, strict=True)

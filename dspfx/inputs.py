@@ -1,21 +1,44 @@
 """Example inputs: given or inferred, tried on the model, two samples where it takes two."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dspfx.errors import PrepareError
+from dspfx.trees import leaves, map_leaves
 
 IMAGE_SIZES = (224, 32, 28, 64, 299)
 _SPATIAL: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
-def choose_inputs(root: nn.Module, given: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """Positional inputs that `root` accepts, and notes on what was decided unasked.
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, function: Callable[[Any], Any]) -> "Call":
+        """The same call with `function` applied to every leaf of its arguments."""
+        return Call(map_leaves(function, self.args), map_leaves(function, self.kwargs))
+
+    def by_name(self, root: nn.Module) -> dict[str, Any]:
+        """The arguments by the names in `root.forward`; `*` or `**` before a variadic one's."""
+        signature = inspect.signature(root.forward)
+        stars: dict[Any, str] = {
+            inspect.Parameter.VAR_POSITIONAL: "*",
+            inspect.Parameter.VAR_KEYWORD: "**",
+        }
+        bound = signature.bind(*self.args, **self.kwargs).arguments
+        return {stars.get(signature.parameters[k].kind, "") + k: v for k, v in bound.items()}
+
+
+def choose_inputs(root: nn.Module, given: Any) -> tuple[Call, tuple[str, ...]]:
+    """A call that `root` accepts, and notes on what was decided unasked.
 
     A single sample is doubled if the model takes two, so that batch and channels cannot be
     mistaken for each other. `root` is run in evaluation mode; modes and buffers are restored.
@@ -25,29 +48,15 @@ def choose_inputs(root: nn.Module, given: Any) -> tuple[tuple[Any, ...], tuple[s
     """
     if given is None:
         return _inferred(root)
-    inputs = pytree.tree_map(
-        lambda x: x.detach() if isinstance(x, Tensor) else x, _positional(root, given)
-    )
-    error = _failure(root, inputs)
+    call = given if isinstance(given, Call) else _as_call(root, given)
+    call = call.map(lambda x: x.detach() if isinstance(x, Tensor) else x)
+    error = _failure(root, call)
     if error is not None:
         raise PrepareError(
-            f"the model does not accept the example inputs ({_shapes(inputs)}): {error}"
+            f"the model does not accept the example inputs ({_shapes(call)}): {error}"
         ) from error
-    doubled = pytree.tree_map(_two_samples, inputs)
-    return (doubled if _failure(root, doubled) is None else inputs), ()
-
-
-def by_name(root: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Fresh copies of `inputs` by the names of the arguments; `*` before a variadic one's."""
-    signature = inspect.signature(root.forward)
-    stars: dict[Any, str] = {
-        inspect.Parameter.VAR_POSITIONAL: "*",
-        inspect.Parameter.VAR_KEYWORD: "**",
-    }
-    return {
-        stars.get(signature.parameters[name].kind, "") + name: fresh(value)
-        for name, value in signature.bind(*inputs).arguments.items()
-    }
+    doubled = call.map(_two_samples)
+    return (doubled if _failure(root, doubled) is None else call), ()
 
 
 def as_inputs(given: Any) -> tuple[Any, ...]:
@@ -57,7 +66,7 @@ def as_inputs(given: Any) -> tuple[Any, ...]:
 
 def fresh(inputs: Any) -> Any:
     """`inputs` with copies of its tensors, which a model may overwrite."""
-    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    return map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
 
 
 def parameter_dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
@@ -68,17 +77,15 @@ def parameter_dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.de
     return torch.get_default_dtype(), torch.device("cpu")
 
 
-def _positional(root: nn.Module, given: Any) -> tuple[Any, ...]:
-    """`given` in the order of the arguments, a dict by its names unless the model takes one."""
+def _as_call(root: nn.Module, given: Any) -> Call:
+    """A dict gives arguments by name, unless the model takes a dict itself."""
     if not isinstance(given, Mapping):
-        return as_inputs(given)
+        return Call(as_inputs(given))
     try:
-        bound = inspect.signature(root.forward).bind(**given)
+        inspect.signature(root.forward).bind(**given)
     except TypeError:
-        return (given,)
-    bound.apply_defaults()
-    last = max((i for i, name in enumerate(bound.arguments) if name in given), default=-1)
-    return tuple(bound.arguments.values())[: last + 1]
+        return Call((given,))
+    return Call(kwargs=dict(given))
 
 
 def _two_samples(leaf: Any) -> Any:
@@ -86,7 +93,7 @@ def _two_samples(leaf: Any) -> Any:
     return torch.cat([leaf, leaf]) if single else leaf
 
 
-def _inferred(root: nn.Module) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+def _inferred(root: nn.Module) -> tuple[Call, tuple[str, ...]]:
     layer: Any = next((m for m in root.modules() if isinstance(m, (*_SPATIAL, nn.Linear))), None)
     dtype, device = parameter_dtype_and_device(root)
     shapes: list[tuple[int, ...]] = []
@@ -96,36 +103,37 @@ def _inferred(root: nn.Module) -> tuple[tuple[Any, ...], tuple[str, ...]]:
         rank = next(rank for kind, rank in _SPATIAL.items() if isinstance(layer, kind))
         shapes = [(2, layer.in_channels, *[size] * rank) for size in IMAGE_SIZES]
     for shape in shapes:
-        inputs = (torch.zeros(shape, dtype=dtype, device=device),)
-        if _failure(root, inputs) is None:
-            return inputs, (f"example inputs were inferred: one tensor of shape {shape}",)
+        call = Call((torch.zeros(shape, dtype=dtype, device=device),))
+        if _failure(root, call) is None:
+            return call, (f"example inputs were inferred: one tensor of shape {shape}",)
     raise PrepareError(
         "no example inputs were given and none could be inferred from the first layer; pass "
         "example_inputs=..., a tensor, a tuple of positional inputs or a dict of named ones"
     )
 
 
-def evaluate(root: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """What `root` computes in evaluation mode; nothing of it changes, nor of `inputs`."""
+def evaluate(root: nn.Module, call: Call) -> Any:
+    """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments."""
     modes = {module: module.training for module in root.modules()}
+    call = call.map(fresh)
     try:
         with torch.no_grad():
-            return root.eval()(*fresh(inputs))
+            return root.eval()(*call.args, **call.kwargs)
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _failure(root: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
+def _failure(root: nn.Module, call: Call) -> Exception | None:
     try:
-        evaluate(root, inputs)
+        evaluate(root, call)
     except Exception as error:
         return error
     return None
 
 
-def _shapes(inputs: Any) -> str:
-    leaves = pytree.tree_leaves(inputs)
+def _shapes(call: Call) -> str:
     return ", ".join(
-        str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in leaves
+        str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        for x in leaves((call.args, call.kwargs))
     )

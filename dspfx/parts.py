@@ -16,7 +16,7 @@ from torch import nn
 
 from dspfx.errors import ConvertError, PrepareError, TraceError
 from dspfx.gates import GATED
-from dspfx.inputs import evaluate, fresh
+from dspfx.inputs import Call, evaluate, fresh
 from dspfx.module import CompactModule, PreparedModule
 
 
@@ -74,8 +74,8 @@ def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, A
 
 def prepare_in_parts(
     root: nn.Module,
-    inputs: tuple[Any, ...],
-    prepare_one: Callable[[nn.Module, str, tuple[Any, ...]], PreparedModule],
+    inputs: Call,
+    prepare_one: Callable[[nn.Module, str, Call], PreparedModule],
 ) -> int:
     """Replace the largest children of `root` that can be prepared; how many there were.
 
@@ -106,8 +106,8 @@ def prepare_in_parts(
 def _try(
     child: nn.Module,
     name: str,
-    inputs: tuple[Any, ...] | None,
-    prepare_one: Callable[[nn.Module, str, tuple[Any, ...]], PreparedModule],
+    inputs: Call | None,
+    prepare_one: Callable[[nn.Module, str, Call], PreparedModule],
 ) -> PreparedModule | None:
     """The child, prepared; None if it was not called, has no layer, or cannot be."""
     if inputs is None or not any(type(m) in GATED for m in child.modules()):
@@ -118,13 +118,13 @@ def _try(
         return None
 
 
-def _calls(root: nn.Module, inputs: tuple[Any, ...]) -> dict[int, tuple[Any, ...]]:
-    """The positional inputs of the first call of every module, by its `id`."""
-    calls: dict[int, tuple[Any, ...]] = {}
+def _calls(root: nn.Module, inputs: Call) -> dict[int, Call]:
+    """The first call of every module, by its `id`."""
+    calls: dict[int, Call] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not kwargs:
-            calls.setdefault(id(module), fresh(args))
+        if id(module) not in calls:
+            calls[id(module)] = Call(args, kwargs).map(fresh)
 
     with ExitStack() as hooks, torch.random.fork_rng(devices=[]):
         for module in root.modules():

@@ -8,7 +8,7 @@ from torch import nn
 from dspfx.config import PrepareConfig, matching
 from dspfx.errors import PrepareError, TraceError
 from dspfx.gating import Task, gate
-from dspfx.inputs import choose_inputs
+from dspfx.inputs import Call, choose_inputs
 from dspfx.module import PreparedModule
 from dspfx.parts import prepare_in_parts
 from dspfx.passes.trace import copy_model
@@ -59,13 +59,11 @@ def prepare(
         return in_parts
 
 
-def _in_parts(
-    root: nn.Module, inputs: tuple[Any, ...], task: Task, error: TraceError
-) -> nn.Module | None:
+def _in_parts(root: nn.Module, inputs: Call, task: Task, error: TraceError) -> nn.Module | None:
     """`root` with its children prepared; None if none of them can be."""
     prepared: list[str] = []
 
-    def prepare_one(child: nn.Module, name: str, child_inputs: tuple[Any, ...]) -> PreparedModule:
+    def prepare_one(child: nn.Module, name: str, child_inputs: Call) -> PreparedModule:
         own, _ = choose_inputs(child, child_inputs)
         # the first part stands for the model where it reads images; later ones read features
         part = gate(child, own, task.within(name, gate_first=bool(prepared)))

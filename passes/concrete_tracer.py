@@ -32,6 +32,7 @@ from dspfx.passes import operators
 FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
 
 LINE = "line of source"  # a key of `Node.meta`
+_PLAIN = int | float | str | bool | None  # values that an input can be compared with
 _MACHINERY = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -123,7 +124,9 @@ class ConcreteTracer(fx.Tracer):
         leaves: frozenset[type] = frozenset(),
     ) -> None:
         super().__init__(param_shapes_constant=True)
-        self.inputs = inputs
+        self.inputs = dict(inputs)
+        for name in [name for name in inputs if name.startswith("**")]:
+            self.inputs |= self.inputs.pop(name)
         self.opaque = opaque
         self.leaves = leaves | operators.LEAVES
         self.executing = False
@@ -156,12 +159,48 @@ class ConcreteTracer(fx.Tracer):
             or super().is_leaf_module(m, module_qualified_name)
         )
 
-    def _proxy_placeholder(
-        self, name: str, concrete_args: Any, sig: inspect.Signature, fn_for_analysis: Any
-    ) -> Any:
-        """An argument that the example leaves out is its default, also for control flow."""
-        proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
-        return proxy if name in self.inputs else _value(proxy)
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The inputs of the graph: one for every argument that the example gives or may leave out.
+
+        Every keyword that `**` collects becomes an input of its own.
+        """
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        named = {p.name for p in parameters}
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in parameters:
+            match parameter.kind:
+                case inspect.Parameter.VAR_POSITIONAL:
+                    args += self.create_proxy("placeholder", f"*{parameter.name}", (), {})
+                case inspect.Parameter.VAR_KEYWORD:
+                    collected = [k for k in self.inputs if k not in named and k[0] != "*"]
+                    kwargs |= {key: self._input(key, (None,)) for key in collected}
+                case inspect.Parameter.KEYWORD_ONLY:
+                    kwargs[parameter.name] = self._argument(parameter)
+                case _:
+                    args.append(self._argument(parameter))
+        return lambda root: root_fn(root, *args, **kwargs), [self.root]
+
+    def _argument(self, parameter: inspect.Parameter) -> Any:
+        """An input, or the default of one that is left out and cannot be checked."""
+        default = parameter.default
+        if parameter.name not in self.inputs and not isinstance(default, _PLAIN):
+            return default
+        return self._input(parameter.name, () if default is parameter.empty else (default,))
+
+    def _input(self, name: str, default: tuple[Any, ...]) -> Any:
+        """A proxy; for a value that code may branch on the value, and a check that it stays so."""
+        proxy = self.create_proxy("placeholder", name, default, {})
+        value = proxy.concrete
+        if name in self.inputs and not isinstance(value, str | bool | None):
+            return proxy
+        same = operator.is_ if value is None else operator.eq
+        told = f"the model was prepared with {name}={value!r} and cannot be called otherwise"
+        check = self.create_proxy("call_function", same, (proxy, value), {})
+        self.create_proxy("call_function", torch._assert, (check, told), {})
+        return value
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy for `node`; `create_proxy` gives it its value."""
@@ -198,8 +237,7 @@ class ConcreteTracer(fx.Tracer):
 
     def _execute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "placeholder":
-            empty: Any = {"*": (), "**": {}}.get(target[: target.count("*")])
-            return self.inputs.get(target, args[0] if args else empty)
+            return self.inputs.get(target, args[0] if args else ())
         outside, self.executing = self.executing, True
         try:
             args, kwargs = map_aggregate(args, _value), map_aggregate(kwargs, _value)

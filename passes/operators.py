@@ -155,7 +155,7 @@ def is_in_place(node: Node, root: nn.Module) -> bool:
     if node.op == "call_function":
         return (
             node.target in _FUNCTIONAL
-            or _has_in_place_name(getattr(node.target, "__name__", ""))
+            or _twin(node.target) is not None
             or bool(_argument(node, "inplace"))
         )
     return False
@@ -176,9 +176,8 @@ def out_of_place(node: Node) -> None:
         node.target = _FUNCTIONAL[target]
     elif node.op == "call_method" and _has_in_place_name(target):
         node.target = target[:-1]
-    elif node.op == "call_function" and _has_in_place_name(getattr(target, "__name__", "")):
-        name = target.__name__[:-1]
-        node.target = getattr(torch, name, None) or getattr(F, name)
+    elif node.op == "call_function" and _twin(target) is not None:
+        node.target = _twin(target)
     elif node.op == "call_function" and _argument(node, "inplace"):
         bound = inspect.signature(target).bind(*node.args, **node.kwargs)
         bound.arguments["inplace"] = False
@@ -194,6 +193,14 @@ def tolerate_strides(node: Node) -> None:
 
 def _has_in_place_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
+
+
+def _twin(function: Any) -> Any:
+    """The function that does out of place what `function` does in place; None if it does not."""
+    name = getattr(function, "__name__", "")
+    if not _has_in_place_name(name):
+        return None
+    return getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
 
 
 def _argument(node: fx.Node, name: str) -> Any:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
-from torch.utils import _pytree as pytree
 
 from dspfx.errors import EquivalenceError
 from dspfx.passes.compact import compact
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.plan import CompactionPlan, Order
 from dspfx.passes.values import BoolArray, ChannelAnalysis
+from dspfx.trees import leaves, map_leaves
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
 
@@ -62,7 +62,7 @@ def verify(
 
 def difference(expected: Any, actual: Any) -> float | None:
     """The largest difference relative to the largest value; None if beyond the tolerance."""
-    pairs = list(zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True))
+    pairs = list(zip(leaves(expected), leaves(actual), strict=True))
     worst = 0.0
     for a, b in pairs:
         if not isinstance(a, Tensor):
@@ -95,15 +95,14 @@ def _widest(
         drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
         return drawn.to(leaf.device)
 
-    drawn = pytree.tree_map(draw, inputs)
+    drawn = map_leaves(draw, inputs)
     wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
     try:
         with torch.no_grad():
             wide(*drawn)
     except (RuntimeError, TypeError):
-        narrow = pytree.tree_map(
-            lambda x, like: x.to(like.dtype) if isinstance(x, Tensor) else x, drawn, inputs
-        )
+        types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
+        narrow = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, drawn)
         own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
         return masked, narrow, own
     return wide, drawn, torch.float64

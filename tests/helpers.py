@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dspfx.gates import gated_layers
+from dspfx.trees import leaves
 
 
 def assert_equal(expected: Any, actual: Any, tolerance: float = 1e-9) -> None:
     """Equal shapes, and values equal relative to the largest."""
-    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True):
+    for a, b in zip(leaves(expected), leaves(actual), strict=True):
         a, b = a.detach(), b.detach()
         assert a.shape == b.shape
         assert float((a - b).abs().max()) <= tolerance * max(float(a.abs().max()), 1e-300)
@@ -55,10 +55,13 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             module.running_var.uniform_(0.5, 2, generator=generator)
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(module.bias, 0, 0.5, generator=generator)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.normal_(module.weight, 0, module.weight[0].numel() ** -0.5, generator=generator)
             if module.bias is not None:
                 nn.init.normal_(module.bias, 0, 0.5, generator=generator)
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.5, generator=generator)
     return model
 
 
