@@ -27,6 +27,7 @@ class FilterGate(nn.Module):
         logits: `[G, O]`, learnable scores of filter o for group g; zero before learning.
         mask: bool `[O, C]`, which input channels each filter reads (C per structural group).
         input_elements: elements of the layer's input for one sample.
+        open: nothing is masked.
     """
 
     logits: Tensor
@@ -39,6 +40,7 @@ class FilterGate(nn.Module):
         self.input_elements = input_elements
         self.register_buffer("logits", weight.new_zeros(min(groups, filters), filters))
         self.register_buffer("mask", weight.new_ones(filters, channels, dtype=torch.bool))
+        self.open = True
 
     @property
     def alive(self) -> Tensor:
@@ -56,6 +58,13 @@ class FilterGate(nn.Module):
         if mask.shape != self.mask.shape:
             raise MaskError(f"expected {tuple(self.mask.shape)}, got {tuple(mask.shape)}")
         self.mask.copy_(mask)
+        self.open = bool(self.mask.all())
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.open = bool(self.mask.all())
 
     @torch.no_grad()
     def assign(self, groups: Tensor) -> None:
@@ -75,6 +84,7 @@ class ChannelGate(nn.Module):
     Attributes:
         alive: bool `[C]`.
         dim: the dimension of the value that holds the channels.
+        open: all are alive.
     """
 
     alive: Tensor
@@ -83,11 +93,11 @@ class ChannelGate(nn.Module):
         super().__init__()
         self.dim = dim
         self.register_buffer("alive", torch.ones(channels, dtype=torch.bool, device=device))
-        self._open = True
+        self.open = True
 
     def forward(self, value: Tensor) -> Tensor:
         """Zero the dead channels of `value`; the value itself while all are alive."""
-        if self._open:
+        if self.open:
             return value
         shape = [1] * value.dim()
         shape[self.dim] = -1
@@ -97,13 +107,13 @@ class ChannelGate(nn.Module):
     def set_alive(self, alive: Tensor) -> None:
         """Take over `alive`, bool `[C]`."""
         self.alive.copy_(alive)
-        self._open = bool(self.alive.all())
+        self.open = bool(self.alive.all())
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._open = bool(self.alive.all())
+        self.open = bool(self.alive.all())
 
     def extra_repr(self) -> str:
         """How many channels are alive."""
@@ -129,7 +139,9 @@ class GatedLayer(nn.Module):
         return gated.train(layer.training)
 
     def masked(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias, zero where they are masked."""
+        """Weight and bias, zero where they are masked; themselves while nothing is."""
+        if self.gate.open:
+            return self.weight, self.bias
         mask = self.gate.mask.reshape(*self.gate.mask.shape, *[1] * (self.weight.dim() - 2))
         weight = torch.where(as_weight(self, mask), self.weight, 0.0)
         bias = None if self.bias is None else torch.where(self.gate.alive, self.bias, 0.0)

@@ -13,7 +13,8 @@
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ from dspfx.errors import TraceError
 from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
 from dspfx.passes.lift import lift
 from dspfx.passes.operators import is_in_place
+
+_OWNED = ("_parameters", "_buffers", "_modules")
+_CONSTANT = "_tensor_constant"  # how fx names the tensors that it makes attributes of
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,13 @@ def trace(
     Raises:
         TraceError: the code of the root itself cannot be traced; the message names the place.
     """
-    modes = {module: module.training for module in root.modules()}
-    state = {name: tensor.clone() for name, tensor in _tensors(root).items()}
     failed: dict[str, str] = {}
 
     def trace_in(mode: bool) -> fx.Graph:
         return _trace_graph(root.train(mode), inputs, opaque, failed, leaves)
 
-    try:
+    with _state_kept(root):
         graphs = {mode: trace_in(mode) for mode in (False, True)}
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, tensor in _tensors(root).items():
-                if name in state:
-                    tensor.copy_(state[name])
     if _signature(graphs[False]) == _signature(graphs[True]):
         graphs[True] = graphs[False]
     for graph in set(graphs.values()):
@@ -103,8 +98,25 @@ def trace(
     return Traced(graphs[False], graphs[True], failed, lines)
 
 
-def _tensors(root: nn.Module) -> dict[str, Tensor]:
-    return {**dict(root.named_parameters()), **dict(root.named_buffers())}
+@contextmanager
+def _state_kept(root: nn.Module) -> Iterator[None]:
+    """Values and attributes are afterwards what they were; code may cache proxies in the latter."""
+    attributes = {module: dict(vars(module)) for module in root.modules()}
+    values = {tensor: tensor.clone() for tensor in (*root.parameters(), *root.buffers())}
+    children = {m: {k: dict(vars(m)[k]) for k in _OWNED} for m in attributes}
+    try:
+        yield
+    finally:
+        for module, before in attributes.items():
+            made = {k: v for k, v in vars(module).items() if k.startswith(_CONSTANT)}
+            vars(module).clear()
+            vars(module).update(made | before)
+            for kind, owned in children[module].items():
+                before[kind].clear()
+                before[kind].update(owned)
+        with torch.no_grad():
+            for tensor, value in values.items():
+                tensor.copy_(value)
 
 
 def _trace_graph(
