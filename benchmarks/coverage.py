@@ -70,12 +70,16 @@ class Outcome:
 
 
 def main(
-    only: Annotated[str, typer.Option(help="pattern of model names")] = "*",
+    only: Annotated[str, typer.Option(help="pattern of model names, or a library")] = "*",
     output: Annotated[Path, typer.Option(help="where the table is written")] = OUTPUT,
     workers: Annotated[int, typer.Option(min=1, help="models examined at a time")] = 2,
 ) -> None:
     """Examine the models, print a table and write it as Markdown."""
-    cases = [c for c in torchvision_cases() + timm_cases() if fnmatch.fnmatchcase(c.name, only)]
+    cases = [
+        case
+        for case in torchvision_cases() + timm_cases()
+        if fnmatch.fnmatchcase(case.name, only) or fnmatch.fnmatchcase(case.library, only)
+    ]
     if not cases:
         typer.echo(f"error: no model is called {only!r}", err=True)
         raise typer.Exit(1)
@@ -101,8 +105,7 @@ def examine_all(cases: list[Case], workers: int) -> list[Outcome]:
                 for outcome in pool.imap_unordered(examine, now):
                     outcomes[outcome.case] = outcome
                     bar.update()
-                    if outcome.status == "failed":
-                        bar.write(f"{outcome.case.name} failed: {outcome.why}")
+                    bar.write(f"{outcome.case.name}: {outcome.status} {outcome.why}".strip())
     return [outcomes[case] for case in cases]
 
 
