@@ -85,18 +85,23 @@ class _Analyser(fx.Interpreter):
         self.values: dict[Node, Value] = {}
         self.coupling = Coupling()
         self.ids = ElementIds(self.values)
+        self.born_whole: list[IntArray] = []  # atoms that exist whatever is pruned
 
     def result(self) -> ChannelAnalysis:
+        classes = self.coupling.classes()
+        losable = np.ones(len(classes), bool)
+        losable[np.concatenate([np.zeros(0, np.int64), *self.born_whole])] = False
+        losable = np.isin(classes, classes[losable])
         used: set[Node] = set()
         declined: list[Declined] = []
         for node, op in reversed(self.ops.items()):
             if node in used or node.op == "output":
                 used.update(op.operands)
-                if isinstance(op, Restored) and op.reason:
+                values = [self.values[o] for o in op.operands if o in self.values]
+                loses = any(losable[value.atoms].any() for value in values)
+                if isinstance(op, Restored) and op.reason and loses:
                     declined.append(Declined(node.name, op.reason))
-        return ChannelAnalysis(
-            self.ops, self.values, self.coupling.classes(), tuple(reversed(declined))
-        )
+        return ChannelAnalysis(self.ops, self.values, classes, tuple(reversed(declined)))
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
@@ -105,6 +110,7 @@ class _Analyser(fx.Interpreter):
             self.ops[n] = op
             if isinstance(result, Tensor) and n not in self.values:
                 self._new_atoms(n, result, 1 if result.dim() > 1 else None)
+                self.born_whole.append(self.values[n].atoms)
         return result
 
     def _classify(self, node: Node, result: Any) -> Op | None:

@@ -1,7 +1,7 @@
 """Random networks and random masks, drawn by hypothesis so that failures shrink.
 
 A network is a list of steps. Every step transforms the running tensor, of `channels` x `size` x
-`size`, and is written so that `fx` can trace it as a user's model would be.
+`size`, and is written as a user would.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,17 @@ ACTIVATIONS = {
     "elu": nn.ELU,
 }
 SMOOTH = ("silu", "leaky", "elu", "hardswish")
+# steps after which values may be zero that no rule can know to be
+BY_VALUE = ("mix", "instance")
 
 
 class ConvNorm(nn.Module):
     def __init__(self, c: int, o: int, k: int = 3, s: int = 1, g: int = 1, **how: Any) -> None:
         super().__init__()
         bias, norm, act = how.get("bias", False), how.get("norm", True), how.get("act", "relu")
-        self.conv = nn.Conv2d(c, o, k, s, k // 2, groups=g, bias=bias)
+        dilation, mode = how.get("dilation", 1), how.get("mode", "zeros")
+        settings = {"dilation": dilation, "groups": g, "bias": bias, "padding_mode": mode}
+        self.conv = nn.Conv2d(c, o, k, s, k // 2 * dilation, **settings)
         self.norm = nn.BatchNorm2d(o) if norm else None
         self.act = ACTIVATIONS[act]() if act else None
 
@@ -75,8 +79,8 @@ class Split(nn.Module):
 
     def __init__(self, c: int, first: int, swap: bool, chunk: bool, act: str) -> None:
         super().__init__()
-        self.sizes = [c // 2, c - c // 2] if chunk else [first, c - first]
-        self.chunk, self.swap = chunk and c % 2 == 0, swap
+        self.sizes = [c - c // 2, c // 2] if chunk else [first, c - first]
+        self.chunk, self.swap = chunk, swap
         self.conv = ConvNorm(self.sizes[1], self.sizes[1], act=act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,6 +156,81 @@ class PixelGate(nn.Module):
         return x * torch.sigmoid(self.conv(x))
 
 
+class Up(nn.Module):
+    """A transposed convolution that doubles the size."""
+
+    def __init__(self, c: int, o: int, groups: int, norm: bool, act: str) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(c, o, 3, 2, 1, output_padding=1, groups=groups)
+        self.norm = nn.BatchNorm2d(o) if norm else nn.Identity()
+        self.act = ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Pixels(nn.Module):
+    """Channels to space and back, with a convolution between; or the other way round."""
+
+    def __init__(self, c: int, up: bool, act: str) -> None:
+        super().__init__()
+        here, there = nn.PixelUnshuffle(2), nn.PixelShuffle(2)
+        self.first, self.last = (there, here) if up else (here, there)
+        inner = c // 4 if up else c * 4
+        self.conv = ConvNorm(inner, inner, 1, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.conv(self.first(x)))
+
+
+class ChannelsLast(nn.Module):
+    """A linear layer over channels that are moved to the end, and back."""
+
+    def __init__(self, c: int, o: int, norm: bool, act: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(c) if norm else nn.Identity()
+        self.fc, self.act = nn.Linear(c, o), ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.fc(self.norm(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2).contiguous()
+
+
+class Mixed(nn.Module):
+    """Reshapes that mix channels and positions, before and after a convolution."""
+
+    def __init__(self, c: int, size: int, rows: bool, act: str) -> None:
+        super().__init__()
+        self.shape = (size, c, size) if rows else (c * size, 1, size)
+        self.back = (c, size, size)
+        self.conv = ConvNorm(self.shape[0], self.shape[0], 1, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.reshape(-1, *self.shape)).reshape(x.shape[0], *self.back)
+
+
+class Mirrored(nn.Module):
+    """One convolution for the image and its mirror image."""
+
+    def __init__(self, c: int, act: str) -> None:
+        super().__init__()
+        self.body = ConvNorm(c, c, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(self.body(x), self.body(x.flip(3)).flip(3))
+
+
+class Attention(nn.Module):
+    """Every channel scaled by a vector, every position by a map."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.vector, self.map = nn.Linear(c, c), nn.Conv2d(c, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        vector = self.vector(x.amax((2, 3))).unsqueeze(-1).unsqueeze(-1)
+        return x * vector.sigmoid() * self.map(x).tanh()
+
+
 class Head(nn.Module):
     def __init__(self, c: int, size: int, kind: str) -> None:
         super().__init__()
@@ -172,80 +251,175 @@ class Head(nn.Module):
 
 
 class RandomNetwork(nn.Module):
-    def __init__(self, steps: list[nn.Module]) -> None:
+    """Takes `[N, 3, size, size]`."""
+
+    def __init__(self, steps: list[nn.Module], size: int) -> None:
         super().__init__()
-        self.steps = nn.Sequential(*steps)
+        self.steps, self.size = nn.Sequential(*steps), size
 
     def forward(self, x: Tensor) -> Any:
         return self.steps(x)
 
 
 @st.composite
-def networks(draw: st.DrawFn, activations: tuple[str, ...] = tuple(ACTIVATIONS)) -> nn.Module:
-    """A network in float64 that takes `[N, 3, 8, 8]`."""
+def networks(
+    draw: st.DrawFn,
+    activations: tuple[str, ...] = tuple(ACTIVATIONS),
+    without: tuple[str, ...] = (),
+) -> RandomNetwork:
+    """A network in float64, of at most five steps that are not in `without`, and a head."""
     act = st.sampled_from(activations)
-    width = st.integers(2, 9)
-    flag = st.booleans()
-    channels, size = draw(width), 8
+    kinds = st.sampled_from([kind for kind in STEPS if kind not in without])
+    start = size = draw(st.integers(6, 9))
+    channels = draw(WIDTH)
     steps: list[nn.Module] = [ConvNorm(3, channels, act=draw(act))]
-    for kind in draw(
-        st.lists(
-            st.sampled_from(
-                (
-                    *("conv", "conv", "residual", "residual", "concat", "split", "slice"),
-                    *("depthwise", "grouped", "se", "shuffle", "pool", "twice", "scale"),
-                    *("pixel", "bare"),
-                )
-            ),
-            min_size=1,
-            max_size=5,
-        )
-    ):
-        c = channels
-        if kind == "conv":
-            channels, stride = draw(width), draw(st.integers(1, 2))
-            steps.append(
-                ConvNorm(c, channels, draw(st.sampled_from([1, 3])), stride, act=draw(act))
-            )
-            size = (size - 1) // stride + 1
-        elif kind == "bare":
-            channels = draw(width)
-            norm, a = draw(flag), draw(st.sampled_from(["", *activations]))
-            steps.append(ConvNorm(c, channels, bias=True, norm=norm, act=a))
-        elif kind == "residual":
-            steps.append(Residual(c, draw(width), draw(flag), draw(flag), draw(act)))
-        elif kind == "concat":
-            a, b, dense = draw(width), draw(width), draw(flag)
-            steps.append(Concat(c, a, b, dense, draw(act)))
-            channels = a + b + c * dense
-        elif kind == "split" and c > 1:
-            first = draw(st.integers(1, c - 1))
-            steps.append(Split(c, first, draw(flag), draw(flag), draw(act)))
-        elif kind == "slice" and c > 1:
-            steps.append(Slice(c, draw(st.integers(1, c - 1))))
-        elif kind == "depthwise":
-            steps.append(ConvNorm(c, c, g=c, bias=draw(flag), norm=draw(flag), act=draw(act)))
-        elif kind == "grouped":
-            groups = draw(st.integers(2, 3))
-            steps.append(ConvNorm(c, 2 * groups * 2, 1, act=draw(act)))
-            channels = groups * draw(st.integers(1, 3))
-            steps.append(ConvNorm(2 * groups * 2, channels, g=groups, act=draw(act)))
-        elif kind == "se":
-            steps.append(SqueezeExcite(c, draw(width), draw(flag), draw(act)))
-        elif kind == "shuffle" and c % 2 == 0:
-            steps.append(Shuffle(2))
-        elif kind == "pool" and size > 1:
-            steps.append(draw(st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]))(2))
-            size //= 2
-        elif kind == "twice":
-            steps.append(Twice(c, draw(act)))
-        elif kind == "scale":
-            steps.append(Scale(c))
-        elif kind == "pixel":
-            steps.append(PixelGate(c))
+    for kind in draw(st.lists(kinds, min_size=1, max_size=5)):
+        step = STEPS[kind](draw, channels, size, act)
+        if step is not None:
+            made, channels, size = step
+            steps.append(made)
     heads = ["pool", "conv", "flatten", "hard-coded", "two outputs"]
     steps.append(Head(channels, size, draw(st.sampled_from(heads))))
-    return randomise(RandomNetwork(steps), draw(st.integers(0, 99))).double().eval()
+    network = RandomNetwork(steps, start)
+    randomise(network, draw(st.integers(0, 99)))
+    return network.double().eval()
+
+
+# a step draws itself for `channels` and `size`; None where it cannot follow
+Step = tuple[nn.Module, int, int] | None
+WIDTH = st.integers(2, 9)
+FLAG = st.booleans()
+LARGEST = 16
+
+
+def _conv(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    o, stride, k = draw(WIDTH), draw(st.integers(1, 2)), draw(st.sampled_from([1, 3]))
+    mode = draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
+    dilation = draw(st.integers(1, 2))
+    if size <= k // 2 * dilation:
+        mode = "zeros"
+    step = ConvNorm(c, o, k, stride, act=draw(act), dilation=dilation, mode=mode)
+    return step, o, (size - 1) // stride + 1
+
+
+def _bare(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    o = draw(WIDTH)
+    norm, a = draw(FLAG), draw(st.one_of(st.just(""), act))
+    return ConvNorm(c, o, bias=True, norm=norm, act=a), o, size
+
+
+def _residual(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return Residual(c, draw(WIDTH), draw(FLAG), draw(FLAG), draw(act)), c, size
+
+
+def _concat(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    a, b, dense = draw(WIDTH), draw(WIDTH), draw(FLAG)
+    return Concat(c, a, b, dense, draw(act)), a + b + c * dense, size
+
+
+def _split(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    first = draw(st.integers(1, max(c - 1, 1)))
+    return (Split(c, first, draw(FLAG), draw(FLAG), draw(act)), c, size) if c > 1 else None
+
+
+def _slice(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return (Slice(c, draw(st.integers(1, c - 1))), c, size) if c > 1 else None
+
+
+def _depthwise(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return ConvNorm(c, c, g=c, bias=draw(FLAG), norm=draw(FLAG), act=draw(act)), c, size
+
+
+def _grouped(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    groups = draw(st.integers(2, 3))
+    inner, o = 4 * groups, groups * draw(st.integers(1, 3))
+    first, last = ConvNorm(c, inner, 1, act=draw(act)), ConvNorm(inner, o, g=groups, act=draw(act))
+    return nn.Sequential(first, last), o, size
+
+
+def _squeeze(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return SqueezeExcite(c, draw(WIDTH), draw(FLAG), draw(act)), c, size
+
+
+def _shuffle(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    if c % 2:
+        return None
+    return (Shuffle(2) if draw(FLAG) else nn.ChannelShuffle(2)), c, size
+
+
+def _pool(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    kind = draw(st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]))
+    return (kind(2), c, size // 2) if size > 1 else None
+
+
+def _twice(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return (Twice(c, draw(act)) if draw(FLAG) else Mirrored(c, draw(act))), c, size
+
+
+def _scale(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return Scale(c), c, size
+
+
+def _pixel_gate(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return (PixelGate(c) if draw(FLAG) else Attention(c)), c, size
+
+
+def _up(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    groups = draw(st.sampled_from([g for g in (1, 2, 3, c) if c % g == 0]))
+    o = groups * draw(st.integers(1, 3))
+    return (Up(c, o, groups, draw(FLAG), draw(act)), o, 2 * size) if 2 * size <= LARGEST else None
+
+
+def _pixels(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    up = c % 4 == 0 and 2 * size <= LARGEST and draw(FLAG)
+    return (Pixels(c, up, draw(act)), c, size) if up or size % 2 == 0 else None
+
+
+def _channels_last(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    o = draw(WIDTH)
+    return ChannelsLast(c, o, draw(FLAG), draw(act)), o, size
+
+
+def _mix(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return Mixed(c, size, draw(FLAG), draw(act)), c, size
+
+
+def _group_norm(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    groups = draw(st.sampled_from([g for g in (1, 2, 3, c) if c % g == 0]))
+    return nn.Sequential(nn.GroupNorm(groups, c), ACTIVATIONS[draw(act)]()), c, size
+
+
+def _instance_norm(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return (nn.InstanceNorm2d(c, affine=draw(FLAG)), c, size) if size > 1 else None
+
+
+def _parametric(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return nn.PReLU(c if draw(FLAG) else 1), c, size
+
+
+STEPS = {
+    "conv": _conv,
+    "bare": _bare,
+    "residual": _residual,
+    "concat": _concat,
+    "split": _split,
+    "slice": _slice,
+    "depthwise": _depthwise,
+    "grouped": _grouped,
+    "se": _squeeze,
+    "shuffle": _shuffle,
+    "pool": _pool,
+    "twice": _twice,
+    "scale": _scale,
+    "pixel gate": _pixel_gate,
+    "up": _up,
+    "pixels": _pixels,
+    "last": _channels_last,
+    "mix": _mix,
+    "group norm": _group_norm,
+    "instance": _instance_norm,
+    "prelu": _parametric,
+}
 
 
 @dataclass(frozen=True)
