@@ -49,8 +49,9 @@ def set_masks(prepared: nn.Module, masks: Mapping[str, Tensor]) -> None:
         own = {names[name]: mask for name, mask in masks.items() if name in names}
         reads = current_reads(part.module, analysis, own)
         apply_reads(part.module, analysis, liveness(analysis, reads))
+    layers = gated_layers(prepared)
     for name, group in groups.items():
-        gated_layers(prepared)[name].gate.assign(group)
+        layers[name].gate.assign(group)
 
 
 def current_reads(
@@ -76,7 +77,8 @@ def present_liveness(prepared: PreparedModule) -> tuple[ChannelAnalysis, Livenes
         for name, module in prepared.named_modules()
         if isinstance(module, ChannelGate)
     }
-    return analysis, liveness(analysis, current_reads(prepared, analysis), alive)
+    reads = current_reads(prepared, analysis)
+    return analysis, liveness(analysis, reads, alive, prepared.config.round_to)
 
 
 def apply_reads(prepared: PreparedModule, analysis: ChannelAnalysis, live: Liveness) -> None:

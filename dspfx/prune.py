@@ -101,23 +101,21 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
         PrepareError: a gated weight is not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    parts = [part.module for part in parts_of(prepared)]
-    analyses = [analyse_prepared(part) for part in parts]
-    layers = [_prunable_layers(*pair) for pair in zip(parts, analyses, strict=True)]
-    before = _sum(total(layer_costs(analysis), analysis) for analysis in analyses)
+    parts = [_PrunablePart.of(part.module) for part in parts_of(prepared)]
+    before = _sum(total(layer_costs(part.analysis), part.analysis) for part in parts)
 
     def candidate(beta: float) -> Candidate:
-        lives = [
-            liveness(analysis, {name: layer.reads(beta) for name, layer in own.items()})
-            for analysis, own in zip(analyses, layers, strict=True)
-        ]
-        pairs = zip(analyses, lives, strict=True)
-        return lives, _sum(total(layer_costs(a, live), a) for a, live in pairs)
+        lives = [part.liveness(beta) for part in parts]
+        costs = (
+            total(layer_costs(part.analysis, live), part.analysis)
+            for part, live in zip(parts, lives, strict=True)
+        )
+        return lives, _sum(costs)
 
     beta, lives, after = _bisect(candidate, budget, before)
     achieved = budget.of(after) / budget.of(before)
-    for part, analysis, live in zip(parts, analyses, lives, strict=True):
-        apply_reads(part, analysis, live)
+    for part, live in zip(parts, lives, strict=True):
+        apply_reads(part.module, part.analysis, live)
     note = ""
     if achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
@@ -166,7 +164,7 @@ class _PrunableLayer:
         lost_channels: `[S, G, C/S]`, the share of its group's energy that is lost when the
             channel and all weaker ones are dropped.
         lost_filters: `[O]`, likewise for filters; infinite where filters may not be dropped.
-        masked: bool `[O, C/S]`, what may be kept at most.
+        alive: bool `[O]`, the filters that may be kept at most.
     """
 
     mix: Mix
@@ -175,31 +173,58 @@ class _PrunableLayer:
     lost_filters: np.ndarray
     alive: BoolArray
 
-    def reads(self, beta: float) -> ReadLists:
-        """The read lists at threshold `beta`."""
-        keep = self.lost_channels >= beta
-        alive = self.alive & (self.lost_filters >= beta)
+    def reads(self, beta: float, round_to: int, live: BoolArray | None = None) -> ReadLists:
+        """The read lists at threshold `beta`, in multiples of `round_to`, of `live` inputs only."""
+        lost = self.lost_channels
+        if live is not None:
+            lost = np.where(live.reshape(len(lost), 1, -1), lost, -1.0)
+        keep = _above(lost, beta, round_to)
+        alive = self.alive & _above(self.lost_filters, beta, round_to)
         return ReadLists.grouped(self.mix, self.group, keep, alive)
 
 
-def _prunable_layers(
-    prepared: PreparedModule, analysis: ChannelAnalysis
-) -> dict[str, _PrunableLayer]:
-    droppable = droppable_layers(analysis)
-    modules = gated_layers(prepared)
-    return {
-        op.layer: _prunable_layer(modules[op.layer], op, op.layer, op.layer in droppable)
-        for op in analysis.ops.values()
-        if isinstance(op, Mix) and op.gated
-    }
+@dataclass(frozen=True)
+class _PrunablePart:
+    """A prepared module, its analysis, and its gated layers by name."""
+
+    module: PreparedModule
+    analysis: ChannelAnalysis
+    layers: dict[str, _PrunableLayer]
+
+    @staticmethod
+    def of(module: PreparedModule) -> "_PrunablePart":
+        analysis = analyse_prepared(module)
+        droppable = droppable_layers(analysis)
+        gated = gated_layers(module)
+        layers = {
+            op.layer: _prunable_layer(gated[op.layer], op, op.layer in droppable)
+            for op in analysis.ops.values()
+            if isinstance(op, Mix) and op.gated
+        }
+        return _PrunablePart(module, analysis, layers)
+
+    def liveness(self, beta: float) -> Liveness:
+        """The liveness at threshold `beta`."""
+        round_to = self.module.config.round_to
+        reads = {name: layer.reads(beta, round_to) for name, layer in self.layers.items()}
+        live = liveness(self.analysis, reads, round_to=round_to)
+        if round_to == 1:
+            return live
+        # what died elsewhere is made up for, or the lists would be no multiples
+        alive: dict[str, BoolArray] = {}
+        for node, op in self.analysis.ops.items():
+            if isinstance(op, Mix) and op.gated:
+                alive[op.layer] = live.live_inputs(node, op) | alive.get(op.layer, False)
+        reads = {n: layer.reads(beta, round_to, alive[n]) for n, layer in self.layers.items()}
+        return liveness(self.analysis, reads, round_to=round_to)
 
 
-def _prunable_layer(layer: GatedLayer, mix: Mix, name: str, droppable: bool) -> _PrunableLayer:
+def _prunable_layer(layer: GatedLayer, mix: Mix, droppable: bool) -> _PrunableLayer:
     with torch.no_grad():
         weight = filters_first(layer, layer.masked()[0]).double()
         energy = layer_energy(weight).cpu().numpy()  # [O, C/S]
     if not np.isfinite(energy).all():
-        raise PrepareError(f"{name} holds NaN or infinite weights; repair them first")
+        raise PrepareError(f"{mix.layer} holds NaN or infinite weights; repair them first")
     group = layer.gate.assignment.cpu().numpy()
     structural, groups = mix.structural_groups, len(layer.gate.logits)
     members = np.eye(groups)[group].reshape(structural, -1, groups)  # [S, O/S, G]
@@ -208,6 +233,21 @@ def _prunable_layer(layer: GatedLayer, mix: Mix, name: str, droppable: bool) -> 
     filters = _lost(energy.sum(1)) if droppable else np.full(mix.filters, np.inf)
     alive = layer.gate.alive.cpu().numpy()
     return _PrunableLayer(mix, group, _lost(channels), filters, alive)
+
+
+def _above(lost: np.ndarray, beta: float, round_to: int) -> BoolArray:
+    """Where `lost` reaches `beta`, and the next best along the last axis to make a multiple.
+
+    What has no energy at all is never among them.
+    """
+    keep: BoolArray = lost >= beta
+    if round_to == 1:
+        return keep
+    count = keep.sum(-1, keepdims=True)
+    wanted = np.minimum(-(-count // round_to) * round_to, (lost >= 0).sum(-1, keepdims=True))
+    rank = np.argsort(np.argsort(-lost, axis=-1, kind="stable"), axis=-1)
+    above: BoolArray = rank < wanted
+    return above
 
 
 def _lost(energy: np.ndarray) -> np.ndarray:

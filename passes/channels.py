@@ -435,7 +435,7 @@ class _Analyser(fx.Interpreter):
             args, kwargs = _pad_with_ids(args, kwargs)
         try:
             return getattr(self, node.op)(node.target, args, kwargs)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
             return None
 
     def _is_index(self, node: Node) -> bool:

@@ -10,6 +10,7 @@
 """
 
 import copy
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,7 @@ class _Emitter:
         self.graph = fx.Graph()
         self.env: dict[Node, Any] = {}
         self.aligned: dict[tuple[Node, bytes], Node] = {}
+        self.taken: dict[str, int] = defaultdict(int)  # how often a name was asked for
         self.constants: dict[Node, Tensor] = {}
         self.interpreter = fx.Interpreter(source)
         self.device = _device(source)
@@ -270,9 +272,11 @@ class _Emitter:
             if not isinstance(getattr(parent, part, None), nn.Module):
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        free, number = leaf, 1
+        free, number = leaf, self.taken[name]
         while hasattr(parent, free):
-            free, number = f"{leaf}_{number}", number + 1
+            number += 1
+            free = f"{leaf}_{number}"
+        self.taken[name] = number
         if isinstance(value, nn.Module):
             parent.add_module(free, value)
         else:

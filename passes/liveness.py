@@ -13,6 +13,7 @@ Backward, `kept[v][c] = needed and not zero`:
 6. A kept filter needs the live channels that it reads; other operators need the channels their
    kept channels are made of; an opaque operator and the outputs of the model need every channel.
 7. A value that somebody needs the shape of, but all of whose channels are zero, keeps one.
+8. Widths that shall be multiples of n are rounded up with channels that are not zero.
 """
 
 from collections.abc import Mapping
@@ -78,9 +79,12 @@ class ReadLists:
     def masked(mix: Mix, mask: BoolArray) -> "ReadLists":
         """From a mask, bool `[O, C/S]`: filters with equal rows share a list."""
         structural = mix.structural_groups
-        rows, group = np.unique(mask, axis=0, return_inverse=True)
+        numbers: dict[bytes, int] = {}  # hashing rows is far faster than sorting them
+        packed = np.packbits(mask, axis=1)
+        group = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in packed])
+        rows = mask[np.unique(group, return_index=True)[1]]
         keep = np.broadcast_to(rows, (structural, *rows.shape))
-        return ReadLists.grouped(mix, group.reshape(-1), keep, any_along(mask, 1))
+        return ReadLists.grouped(mix, group, keep, any_along(mask, 1))
 
     def mask(self, mix: Mix) -> BoolArray:
         """Bool `[O, C/S]`, the mask that these lists stand for."""
@@ -108,13 +112,18 @@ class Liveness:
 
     def reads_live(self, node: Node, mix: Mix) -> BoolArray:
         """Bool `[R, C]`, the lists of a layer without the channels that are zero."""
-        return self.reads[mix.layer].lists & _live_inputs(self.zero, node, mix)
+        return self.reads[mix.layer].lists & self.live_inputs(node, mix)
+
+    def live_inputs(self, node: Node, mix: Mix) -> BoolArray:
+        """Bool `[C]`, the input channels of a layer that are not zero."""
+        return _live_inputs(self.zero, node, mix)
 
 
 def liveness(
     analysis: ChannelAnalysis,
     reads: Mapping[str, ReadLists],
     alive: Mapping[str, BoolArray] | None = None,
+    round_to: int = 1,
 ) -> Liveness:
     """Both passes.
 
@@ -123,6 +132,7 @@ def liveness(
         reads: the lists of the masked layers; the others are dense.
         alive: what each channel gate lets through; None if the gates follow the masks, which
             is how masks are evaluated before they are set.
+        round_to: n.
     """
     lists = {
         op.layer: reads.get(op.layer) or ReadLists.dense(op)
@@ -133,7 +143,7 @@ def liveness(
     for node, op in analysis.ops.items():
         if node in analysis.values:
             zero[node] = _zero(analysis, op, node, zero, lists, alive)
-    return _Backward(analysis, lists, zero, alive).run()
+    return _Backward(analysis, lists, zero, alive, round_to).run()
 
 
 def _zero(
@@ -190,9 +200,11 @@ class _Backward:
         reads: dict[str, ReadLists],
         zero: dict[Node, BoolArray],
         alive: Mapping[str, BoolArray] | None,
+        round_to: int,
     ) -> None:
         self.analysis = analysis
         self.alive = alive
+        self.round_to = round_to
         self.result = Liveness(reads, zero, {}, {})
         self.needed: dict[Node, BoolArray] = {}
         self.demanded: set[Node] = set()
@@ -213,6 +225,8 @@ class _Backward:
             kept = np.ones(len(zero), bool)
         elif len(kept) and not kept.any():
             kept[0] = True
+        missing = -int(kept.sum()) % self.round_to
+        kept[np.flatnonzero(~kept & ~zero)[:missing]] = True
         self.result.kept[node] = kept
         return kept
 

@@ -126,6 +126,8 @@ class _Reader:
         rank = self.ids.dim()
         nodes = tuple(r.node for r in self.roots)
         zeros_only = not bool((self.ids == PADDED_VALUE).any())
+        if not self.ids.numel():
+            rank = 0
         preferred = [r.value.dim for r in self.roots if r.value.dim is not None]
         for dim in dict.fromkeys((*preferred, *range(rank))):
             channel = self._channels_along(dim) if dim < rank else None

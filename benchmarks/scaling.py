@@ -1,0 +1,100 @@
+"""How the time of `prepare` and `convert` grows with the size of a network.
+
+    python -m benchmarks.scaling [--output docs/scaling.md]
+
+ResNets at 224x224, and chains of residual blocks. `convert` includes verification in float64.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torchvision
+import typer
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dspfx
+from benchmarks.coverage import GROUPS, random_masks
+from benchmarks.zoo import fill
+
+OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+RESNETS = ("resnet18", "resnet50", "resnet152")
+BLOCKS = (125, 250, 500, 1000)
+
+
+class Block(nn.Module):
+    """Two convolutions and norms beside the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv_a = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm_a = nn.BatchNorm2d(width)
+        self.conv_b = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm_b = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` plus what the block makes of it, rectified."""
+        return torch.relu(x + self.norm_b(self.conv_b(torch.relu(self.norm_a(self.conv_a(x))))))
+
+
+def chain(blocks: int, width: int = 16) -> nn.Module:
+    """A stem, `blocks` residual blocks and a head."""
+    body = [Block(width) for _ in range(blocks)]
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), *body, nn.Conv2d(width, 4, 1))
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="where the table is written")] = OUTPUT,
+    threads: Annotated[int, typer.Option(min=1, help="threads torch uses")] = 2,
+) -> None:
+    """Print the seconds of every network, and write them as Markdown."""
+    torch.set_num_threads(threads)
+    rows = []
+    cases = [(name, 224) for name in RESNETS] + [(str(n), 16) for n in BLOCKS]
+    for name, size in tqdm(cases, disable=None):
+        model = chain(int(name)) if name.isdigit() else torchvision.models.get_model(name)
+        rows.append((f"chain of {name} blocks" if name.isdigit() else name, *measure(model, size)))
+    header = ("network", "nodes", "prepare s", "set_masks s", "convert s", "all three s")
+    table = tabulate(rows, header, tablefmt="github", floatfmt=("", "", *[".2f"] * 4))
+    text = "\n".join(
+        [
+            "# Time by size",
+            "",
+            f"Written by `python -m benchmarks.scaling`; {threads} threads, torch "
+            f"{torch.__version__}. ResNets at 224x224, chains at 16x16, two images.",
+            "",
+            table,
+            "",
+        ]
+    )
+    print(text)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
+
+
+def measure(model: nn.Module, size: int) -> tuple[int, float, float, float, float]:
+    """The nodes of the graph, and the seconds of `prepare`, `set_masks`, `convert` and all."""
+    model = fill(model).eval()
+    x = torch.zeros(2, 3, size, size)
+    config = dspfx.PrepareConfig(groups=GROUPS)
+    prepared, preparing = _timed(lambda: dspfx.prepare(model, x, config=config))
+    masks = random_masks(prepared)
+    _, masking = _timed(lambda: dspfx.set_masks(prepared, masks))
+    _, converting = _timed(lambda: dspfx.convert(prepared))
+    nodes = len(prepared.graph.nodes)
+    return nodes, preparing, masking, converting, preparing + masking + converting
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What `call` returns, and the seconds that it took."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    typer.run(main)
