@@ -129,9 +129,16 @@ def _timm(name: str) -> nn.Module:
 
 
 def _timm_input(model: Any) -> tuple[int, int, int]:
+    """The smallest of a few sizes that the model accepts."""
     config = model.pretrained_cfg
     channels, height, width = config["input_size"]
-    if config.get("fixed_input_size"):
-        return channels, height, width
-    smallest = config.get("min_input_size", (channels, 128, 128))
-    return channels, max(smallest[1], 128), max(smallest[2], 128)
+    smallest = config.get("min_input_size", (channels, 0, 0))
+    for size in () if config.get("fixed_input_size") else (128, 112):
+        shape = channels, max(smallest[1], size), max(smallest[2], size)
+        try:
+            with torch.no_grad():
+                model(torch.zeros(2, *shape))
+        except (RuntimeError, AssertionError, ValueError):
+            continue
+        return shape
+    return channels, height, width

@@ -109,7 +109,7 @@ class _Analyser(fx.Interpreter):
         if op is not None:
             self.ops[n] = op
             if isinstance(result, Tensor) and n not in self.values:
-                self._new_atoms(n, result, 1 if result.dim() > 1 else None)
+                self._new_atoms(n, result, self._likely_dim(op.operands, result))
                 self.born_whole.append(self.values[n].atoms)
         return result
 
@@ -142,6 +142,14 @@ class _Analyser(fx.Interpreter):
         return tuple(
             n for n in node.all_input_nodes if n in self.ops and not isinstance(self.ops[n], Query)
         )
+
+    def _likely_dim(self, operands: tuple[Node, ...], result: Tensor) -> int | None:
+        """Where the channels of an opaque operator's result lie: as in an operand, or second."""
+        for value in (self.values[o] for o in operands if o in self.values):
+            same_rank = value.dim is not None and len(value.shape) == result.dim()
+            if same_rank and value.shape[value.dim] == result.shape[value.dim]:
+                return value.dim
+        return 1 if result.dim() > 1 else None
 
     def _new_atoms(self, node: Node, result: Tensor, dim: int | None) -> None:
         count = 0 if dim is None else result.shape[dim]

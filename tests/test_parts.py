@@ -1,0 +1,187 @@
+"""Models whose own code has no graph: their children are prepared in place."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import dspfx
+from dspfx.gates import gated_layers
+from helpers import assert_equal, random_masks, randomise, unchanged
+
+
+class Head(nn.Module):
+    """More than a `forward`: the code around it uses a method, a property and an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threshold = 0.0
+        self.conv, self.out = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, levels: list[Tensor], *, scale: float = 1.0) -> list[Tensor]:
+        return [self.out(torch.relu(self.conv(x))) * scale for x in levels]
+
+    @property
+    def limit(self) -> float:
+        return self.threshold - 1
+
+    def loss(self, outputs: list[Tensor]) -> Tensor:
+        return sum(out.square().mean() for out in outputs) * self.weight()
+
+    @staticmethod
+    def weight() -> float:
+        return 2.0
+
+
+class Detector(nn.Module):
+    """Goes on only where the first level is bright enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, 5, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(5, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+        )
+        self.head = Head()
+        self.refine = nn.ModuleList([nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)])
+
+    def forward(self, images: list[Tensor]) -> Any:
+        x = self.backbone(torch.stack(images))
+        levels = self.head([x, nn.functional.max_pool2d(x, 2)], scale=0.5)
+        if self.training:
+            return self.head.loss(levels)
+        found = []
+        for level in levels:
+            if level.abs().max() > self.head.limit:  # depends on the data
+                found.append(level)
+        y = torch.cat([level.mean((2, 3)) for level in found * 2], 1)
+        for layer in self.refine:
+            y = layer(y)
+        return {"found": found, "refined": y}
+
+
+IMAGES = list(torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.manual_seed(0)))
+
+
+def prepared_detector() -> tuple[nn.Module, nn.Module]:
+    model = randomise(Detector()).double().eval()
+    with unchanged(model):
+        prepared = dspfx.prepare(model, (IMAGES,), config=dspfx.PrepareConfig(groups=2))
+    return model, prepared
+
+
+def test_parts_are_prepared_in_place() -> None:
+    model, prepared = prepared_detector()
+    assert type(prepared) is Detector
+    assert isinstance(prepared.backbone, dspfx.PreparedModule)
+    assert isinstance(prepared.head, dspfx.PreparedModule)
+    assert list(gated_layers(prepared)) == ["backbone.2", "head.conv", "head.out", "refine.0"][:3]
+    assert [k for k in prepared.state_dict() if "gate" not in k] == list(model.state_dict())
+    assert_equal(model(IMAGES), prepared(IMAGES), tolerance=0)
+    report = str(dspfx.report(prepared))
+    assert "prepared in parts, backbone, head, since Detector cannot be traced" in report
+    assert "depends on the values" in report
+
+
+def test_every_verb_works_on_all_parts() -> None:
+    model, prepared = prepared_detector()
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.2))
+    masks = dspfx.get_masks(prepared)
+    assert list(masks) == list(gated_layers(prepared))
+    compact = dspfx.convert(prepared)
+    assert type(compact) is Detector
+    assert isinstance(compact.head, dspfx.CompactModule)
+    assert_equal(prepared(IMAGES), compact(IMAGES))
+    assert dspfx.report(compact).after == dspfx.report(prepared).after
+    assert dspfx.report(compact).after.macs < dspfx.report(compact).before.macs
+    assert_equal(compact(IMAGES), dspfx.convert(compact)(IMAGES), tolerance=0)
+    graph = dspfx.channel_graph(prepared)
+    assert {n for n, kind in graph.nodes(data="kind") if kind == "layer"} == {
+        "backbone.0",
+        "backbone.2",
+        "head.conv",
+        "head.out",
+    }
+    for twin in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        assert_equal(prepared(IMAGES), twin(IMAGES), tolerance=0)
+        assert twin.head.limit == -1
+
+
+def test_one_budget_for_all_parts() -> None:
+    _, prepared = prepared_detector()
+    report = dspfx.prune(prepared, dspfx.Budget(macs=0.5))
+    assert 0.3 < report.achieved <= 0.5
+    after = dspfx.report(prepared)
+    assert after.after.macs == report.after.macs
+    assert after.before.macs == report.before.macs
+    assert_equal(prepared(IMAGES), dspfx.convert(prepared)(IMAGES))
+
+
+def test_trains_through_the_methods_of_its_parts() -> None:
+    model, prepared = prepared_detector()
+    for module in (model.train(), prepared.train()):
+        module(IMAGES).backward()
+    for name, parameter in prepared.named_parameters():
+        theirs = model.get_parameter(name).grad
+        assert (theirs is None) == (parameter.grad is None)
+        if theirs is not None:
+            assert_equal(theirs, parameter.grad, 1e-12)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+    learner = dspfx.GroupLearner(prepared, optimizer, total_steps=2)
+    learner.step(lambda: prepared(IMAGES))
+    assert any(layer.gate.logits.any() for layer in gated_layers(prepared).values())
+
+
+def test_a_part_answers_for_nothing_it_does_not_have() -> None:
+    _, prepared = prepared_detector()
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        prepared.head.no_such_thing  # noqa: B018
+
+
+def test_a_failed_trace_leaves_nothing_behind() -> None:
+    """Code that caches what it computes would otherwise keep proxies."""
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(4, 4, 1), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x
+            return self.conv(x) if x.max() > 0 else self.conv(-x)
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+            self.caching = Caching()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.caching(self.stem(x)) if x.shape[0] else x
+
+    prepared = dspfx.prepare(Root(), torch.randn(2, 3, 4, 4))
+    assert not isinstance(prepared.caching.last, torch.fx.Proxy)
+
+
+@pytest.mark.parametrize(
+    "name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"]
+)
+def test_detectors(name: str) -> None:
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    images = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
+    prepared = dspfx.prepare(model.eval(), (images,))
+    assert "backbone" in {
+        n for n, m in prepared.named_modules() if isinstance(m, dspfx.PreparedModule)
+    }
+    dspfx.set_masks(prepared, random_masks(prepared))
+    compact = dspfx.convert(prepared)
+    with torch.no_grad():
+        x = torch.rand(2, 3, 64, 64)
+        assert_equal(prepared.backbone(x), compact.backbone(x), 1e-5)
+        assert [set(d) for d in compact(images)] == [{"boxes", "labels", "scores"}] * 2
