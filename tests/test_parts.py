@@ -90,7 +90,7 @@ def test_parts_are_prepared_in_place() -> None:
 
 
 def test_every_verb_works_on_all_parts() -> None:
-    model, prepared = prepared_detector()
+    _, prepared = prepared_detector()
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.2))
     masks = dspfx.get_masks(prepared)
     assert list(masks) == list(gated_layers(prepared))

@@ -136,3 +136,20 @@ def test_weights_that_are_not_finite() -> None:
     with pytest.raises(dspfx.PrepareError, match=r"layer1\.0\.conv1 holds NaN"):
         dspfx.prune(prepared, Budget(macs=0.5))
     assert all(torch.equal(before[k], v) for k, v in dspfx.get_masks(prepared).items())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_round_to_keeps_widths_and_inputs_to_multiples(name: str) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    config = dspfx.PrepareConfig(groups=2, round_to=8)
+    prepared = dspfx.prepare(model, x, config=config)
+    report = dspfx.prune(prepared, dspfx.Budget(macs=0.4))
+    assert 0.38 < report.achieved <= 0.4
+    compact = dspfx.convert(prepared)
+    layers = dspfx.report(compact).layers
+    assert all(layer.filters[1] % 8 == 0 for layer in layers[:-1])
+    assert all(n % 8 == 0 for layer in layers if layer.gated for n in layer.inputs[1])
+    assert macs(compact, x) <= report.after.macs == dspfx.report(compact).after.macs
+    assert any(layer.filters[1] < layer.filters[0] for layer in layers)
