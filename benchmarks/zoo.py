@@ -117,6 +117,8 @@ def _torchvision(name: str) -> nn.Module:
     settings: dict[str, Any] = {"weights": None}
     if any(part in name for part in (*DETECTORS, "deeplabv3", "fcn", "lraspp")):
         settings["weights_backbone"] = None
+    if any(part in name for part in ("rcnn", "retinanet", "fcos")):
+        settings |= {"min_size": 128, "max_size": 192}  # images are scaled to this
     if "googlenet" in name or "inception" in name:
         settings["init_weights"] = False
     model: nn.Module = torchvision.models.get_model(name, **settings)

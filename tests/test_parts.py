@@ -56,10 +56,8 @@ class Detector(nn.Module):
         levels = self.head([x, nn.functional.max_pool2d(x, 2)], scale=0.5)
         if self.training:
             return self.head.loss(levels)
-        found = []
-        for level in levels:
-            if level.abs().max() > self.head.limit:  # depends on the data
-                found.append(level)
+        # what is found depends on the data
+        found = [level for level in levels if level.abs().max() > self.head.limit]
         y = torch.cat([level.mean((2, 3)) for level in found * 2], 1)
         for layer in self.refine:
             y = layer(y)
