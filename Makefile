@@ -3,13 +3,21 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 TYPED := build/typed
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz coverage lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/dspfx demo $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# the property tests on 10,000 random networks, other ones each time
+fuzz: $(VENV)/installed
+	DSPFX_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_properties.py $(ARGS)
+
+# every model of torchvision and every family of timm; writes docs/coverage.md
+coverage: $(VENV)/installed
+	$(BIN)/python -m benchmarks.coverage $(ARGS)
 
 # mypy reads the package as it is installed: only there are passes/ at dspfx.passes
 lint: $(VENV)/installed

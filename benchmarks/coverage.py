@@ -23,6 +23,7 @@ import torchvision
 import typer
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dspfx
@@ -34,6 +35,7 @@ from dspfx.passes.droppable import droppable_layers
 from dspfx.trees import leaves
 
 GROUPS, KEEP, DROP = 3, 0.5, 0.2
+CONVOLUTION = torch.ops.aten.convolution
 SECONDS_AT_MOST = 600
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
 WIDEST_REASON = 200
@@ -117,7 +119,7 @@ def examine(case: Case) -> Outcome:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _examine(case)
+            return outcome_of(case)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Outcome(case, "failed", why=reason[:300])
@@ -129,7 +131,8 @@ def _give_up(*_: Any) -> None:
     raise TimeoutError(f"took more than {SECONDS_AT_MOST} s")
 
 
-def _examine(case: Case) -> Outcome:
+def outcome_of(case: Case) -> Outcome:
+    """What becomes of one model; raises what goes wrong."""
     model = build(case)
     parameters = sum(p.numel() for p in model.parameters())
     inputs = example_inputs(case, model)
@@ -138,6 +141,7 @@ def _examine(case: Case) -> Outcome:
     seconds = time.perf_counter() - started
     del model
     report = dspfx.report(prepared)
+    share = prunable_share(prepared, report, inputs)
     dspfx.set_masks(prepared, random_masks(prepared))
     started = time.perf_counter()
     compact = dspfx.convert(prepared)
@@ -147,7 +151,7 @@ def _examine(case: Case) -> Outcome:
         case,
         "partly frozen" if report.declined or _opaque(report) else "ok",
         parameters,
-        prunable_share(prepared, report),
+        share,
         macs.after.macs / macs.before.macs,
         seconds,
         converted,
@@ -177,15 +181,18 @@ def random_masks(prepared: nn.Module) -> dict[str, Tensor]:
     return masks
 
 
-def prunable_share(prepared: nn.Module, report: dspfx.Report) -> float:
-    """Of the MACs of all convolutions: those of layers with a gate or with free filters."""
-    convolutions = [
-        layer
-        for layer in report.layers
-        if not isinstance(prepared.get_submodule(layer.name), nn.Linear)
-    ]
-    total = sum(layer.before.macs for layer in convolutions)
-    prunable = sum(layer.before.macs for layer in convolutions if layer.gated or layer.free)
+def prunable_share(prepared: nn.Module, report: dspfx.Report, inputs: tuple[Any, ...]) -> float:
+    """Of the MACs of all convolutions that torch counts: those in layers that can be pruned.
+
+    These have a gate, or filters that can leave the network.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        prepared.eval()(*inputs)
+    counts = counter.get_flop_counts()
+    root = type(prepared).__name__
+    names = {f"{root}.{layer.name}" for layer in report.layers if layer.gated or layer.free}
+    total = counts.get("Global", {}).get(CONVOLUTION, 0)
+    prunable = sum(counts.get(name, {}).get(CONVOLUTION, 0) for name in names)
     return prunable / total if total else float("nan")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dspfx.errors import MaskError
 from dspfx.filters import as_weight, filters_first
+from dspfx.weighted import WeightedConv1d, WeightedConv2d, WeightedConv3d
 
 
 class FilterGate(nn.Module):
@@ -124,8 +125,8 @@ class GatedLayer(nn.Module):
     """A layer of torch's that reads its weight through a `FilterGate`; dead filters give zero."""
 
     gate: FilterGate
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # a parameter
+    bias: Any  # a parameter, or None
     plain: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -138,12 +139,13 @@ class GatedLayer(nn.Module):
         gated.gate = gate
         return gated.train(layer.training)
 
-    def masked(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias, zero where they are masked; themselves while nothing is."""
+    def masked(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight, or a computed one, and the bias: zero where masked, as they are if open."""
+        weight = self.weight if weight is None else weight
         if self.gate.open:
-            return self.weight, self.bias
-        mask = self.gate.mask.reshape(*self.gate.mask.shape, *[1] * (self.weight.dim() - 2))
-        weight = torch.where(as_weight(self, mask), self.weight, 0.0)
+            return weight, self.bias
+        mask = self.gate.mask.reshape(*self.gate.mask.shape, *[1] * (weight.dim() - 2))
+        weight = torch.where(as_weight(self, mask), weight, 0.0)
         bias = None if self.bias is None else torch.where(self.gate.alive, self.bias, 0.0)
         return weight, bias
 
@@ -155,11 +157,19 @@ class _GatedConv(GatedLayer):
         return cast(Tensor, cast(Any, self)._conv_forward(input, *self.masked()))
 
 
+class _GatedWeighted(GatedLayer):
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The convolution of `input` with `weight`, gated, and the gated bias."""
+        return cast(Tensor, cast(Any, self)._conv_forward(input, *self.masked(weight)))
+
+
 class _GatedTransposed(GatedLayer):
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         """The transposed convolution of `input` with the gated weight and bias."""
         own: Any = self
-        how = own.stride, own.padding, own.output_padding, own.groups, own.dilation
+        sizes = own.stride, own.padding, own.kernel_size
+        extra = own._output_padding(input, output_size, *sizes, input.dim() - 2, own.dilation)
+        how = own.stride, own.padding, extra, own.groups, own.dilation
         return cast(Tensor, _TRANSPOSED[self.plain](input, *self.masked(), *how))
 
 
@@ -206,6 +216,24 @@ class GatedConvTranspose3d(_GatedTransposed, nn.ConvTranspose3d):
     plain = nn.ConvTranspose3d
 
 
+class GatedWeightedConv1d(_GatedWeighted, WeightedConv1d):
+    """`WeightedConv1d` with a `FilterGate` as its `gate`."""
+
+    plain = WeightedConv1d
+
+
+class GatedWeightedConv2d(_GatedWeighted, WeightedConv2d):
+    """`WeightedConv2d` with a `FilterGate` as its `gate`."""
+
+    plain = WeightedConv2d
+
+
+class GatedWeightedConv3d(_GatedWeighted, WeightedConv3d):
+    """`WeightedConv3d` with a `FilterGate` as its `gate`."""
+
+    plain = WeightedConv3d
+
+
 class GatedLinear(GatedLayer, nn.Linear):
     """`nn.Linear` with a `FilterGate` as its `gate`."""
 
@@ -221,6 +249,7 @@ GATED: dict[type[nn.Module], type[GatedLayer]] = {
     for kind in (
         *(GatedConv1d, GatedConv2d, GatedConv3d),
         *(GatedConvTranspose1d, GatedConvTranspose2d, GatedConvTranspose3d),
+        *(GatedWeightedConv1d, GatedWeightedConv2d, GatedWeightedConv3d),
         GatedLinear,
     )
 }

@@ -46,6 +46,7 @@ from dspfx.passes.values import (
     Source,
     Value,
 )
+from dspfx.weighted import is_weighted
 
 LAYERS = frozenset((*GATED, *GATED.values()))
 
@@ -146,9 +147,11 @@ class _Analyser(fx.Interpreter):
     def _likely_dim(self, operands: tuple[Node, ...], result: Tensor) -> int | None:
         """Where the channels of an opaque operator's result lie: as in an operand, or second."""
         for value in (self.values[o] for o in operands if o in self.values):
-            same_rank = value.dim is not None and len(value.shape) == result.dim()
-            if same_rank and value.shape[value.dim] == result.shape[value.dim]:
-                return value.dim
+            dim = value.dim
+            if dim is None or len(value.shape) != result.dim():
+                continue
+            if value.shape[dim] == result.shape[dim]:
+                return dim
         return 1 if result.dim() > 1 else None
 
     def _new_atoms(self, node: Node, result: Tensor, dim: int | None) -> None:
@@ -227,7 +230,10 @@ class _Analyser(fx.Interpreter):
         name = str(node.target)
         layer: Any = self.root.get_submodule(name)
         value = self.values.get(operands[0])
-        takes_one_tensor = len(node.args) + len(node.kwargs) == len(operands) == 1
+        weighted = is_weighted(layer)
+        if weighted and len(operands) == 2 and isinstance(self.ops[operands[1]], Constant):
+            operands = operands[:1]
+        takes_one_tensor = len(node.args) + len(node.kwargs) - weighted == len(operands) == 1
         if not takes_one_tensor or type(layer.weight) is not nn.Parameter:
             return None
         if value is None or len(value.shape) != result.dim():
@@ -239,7 +245,7 @@ class _Analyser(fx.Interpreter):
         # every filter is applied at each position of the output, or of the input if transposed
         swept = self.env[operands[0]] if isinstance(layer, TRANSPOSED) else result
         positions = swept[0].numel() // swept.shape[dim]
-        if groups == filters == value.channels > 1 and value.dim == dim:
+        if groups == filters == value.channels > 1 and value.dim == dim and not weighted:
             return self._depthwise(node, operands, result, taps * positions)
         self._new_atoms(node, result, dim)
         gated = isinstance(layer, GatedLayer)
@@ -259,7 +265,7 @@ class _Analyser(fx.Interpreter):
     ) -> Op | None:
         layer = self.root.get_submodule(str(node.target))
         if str(node.target) in self.frozen:
-            return None
+            return Restored(operands, "the layer is to be ignored")
         parameters = sum(p[0].numel() for p in layer.parameters(recurse=False))
         self._pass_atoms(node, result, 1, self.values[operands[0]].atoms)
         zeros = self._on_zeros(node, operands, result, 1)

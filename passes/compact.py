@@ -35,6 +35,7 @@ from dspfx.passes.values import (
     Op,
     Query,
 )
+from dspfx.weighted import is_weighted
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ class _Emitter:
         (x,) = self._operands(node, op).values()
         layer: Any = self.source.get_submodule(op.layer)
         plan = self.plan.layers[node]
-        weight, bias = _folded(self.source, layer, plan)
+        computed = self._constant(node.args[1]) if is_weighted(layer) else None  # type: ignore[arg-type]
+        weight, bias = _folded(self.source, layer, plan, computed)
         held = self.plan.wants[node][0]
         held = np.arange(op.channels) if held is None else held
         place = np.zeros(op.channels, np.int64)
@@ -311,13 +313,19 @@ def _cut(module: nn.Module, wanted: IntArray, channels: int) -> None:
             setattr(module, count, len(wanted))
 
 
-def _folded(source: fx.GraphModule, layer: Any, plan: LayerPlan) -> tuple[Tensor, Tensor | None]:
+def _folded(
+    source: fx.GraphModule, layer: Any, plan: LayerPlan, computed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Masked weight `[O, C/S, *taps]` and bias `[O]` of a layer, its batch norm folded in.
+
+    The weight is `computed` where that is given.
 
     y = (conv(x) + b - mean) * scale + beta, with scale = gamma / sqrt(var + eps), is the
     convolution by W * scale plus (b - mean) * scale + beta.
     """
-    weight, bias = layer.masked() if isinstance(layer, GatedLayer) else (layer.weight, layer.bias)
+    weight, bias = layer.weight if computed is None else computed, layer.bias
+    if isinstance(layer, GatedLayer):
+        weight, bias = layer.masked(weight)
     weight = filters_first(layer, weight.detach())
     if plan.norm is None:
         return weight, None if bias is None else bias.detach()
@@ -348,7 +356,7 @@ def _rebuild(layer: Any, op: Mix, part: Any, weight: Tensor, bias: Tensor | None
     else:
         settings = [*_SETTINGS, *(["output_padding"] if isinstance(layer, TRANSPOSED) else [])]
         how = {name: getattr(layer, name) for name in settings}
-        kind: Any = layer.plain if isinstance(layer, GatedLayer) else type(layer)
+        kind: Any = next(k for k in _PLAIN if isinstance(layer, k))
         new = kind(
             groups * reads, count, **how, groups=groups, bias=bias is not None, device="meta"
         )
@@ -358,6 +366,10 @@ def _rebuild(layer: Any, op: Mix, part: Any, weight: Tensor, bias: Tensor | None
     return new
 
 
+_PLAIN = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 

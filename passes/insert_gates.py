@@ -48,7 +48,7 @@ def plan_gates(
     Args:
         root: the traced model.
         analysis: of its graph.
-        kinds: the types of layers to gate.
+        kinds: the types of layers to gate, all of `GATED` or some.
         frozen: the layers that keep all their filters and inputs.
         gate_first: whether layers that read the inputs directly are gated too.
     """
@@ -89,7 +89,7 @@ def _why_not(
 ) -> str:
     """Why one call of a layer forbids a gate; empty if it does not."""
     module = root.get_submodule(op.layer)
-    if type(module) not in kinds:
+    if not isinstance(module, kinds):
         return f"gates for {type(module).__name__} were not asked for"
     if op.channels // op.structural_groups == 1:
         return "its filters read one channel each"

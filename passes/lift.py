@@ -5,10 +5,12 @@ parameters of such a call belong to one module of the matching kind,
 
 1. `F.batch_norm` becomes an `nn.BatchNorm`, its counter of batches included,
 2. `F.conv1d`, `F.conv2d` and `F.conv3d` become an `nn.Conv`, `F.linear` an `nn.Linear`,
+3. a convolution whose weight is computed from the module's own parameters becomes a `WeightedConv`,
+   which is given the weight,
 
 and that module takes the place of the user's in the private copy, with the same parameters, buffers
-and children under the same names. Left alone: computed weights, parameters of several modules, and
-modules that one call uses otherwise than another.
+and children under the same names. Left alone: parameters of several modules, and modules that one
+call uses otherwise than another.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node
+
+from dspfx.weighted import WEIGHTED, is_weighted
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS: dict[Callable[..., Any], type[nn.Module]] = {
@@ -43,7 +47,7 @@ def lift(graphs: set[fx.Graph], root: nn.Module) -> bool:
             lifted = True
             _replace_module(root, name, first)
             for node, _ in sites:
-                _replace_call(node, name)
+                _replace_call(node, name, is_weighted(first))
     return lifted
 
 
@@ -84,11 +88,14 @@ def _batch_norm(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
 def _convolution(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
     given = _given(node, _CONV_ARGUMENTS)
     owner = _own_weight(given)
-    module: Any = None if owner is None else root.get_submodule(owner)
     kind: Any = CONVOLUTIONS[node.target]  # type: ignore[index]
+    plain = kind
+    if owner is None:
+        owner, kind = _computed_by(given), WEIGHTED[kind]
+    module: Any = None if owner is None else root.get_submodule(owner)
     settings = [given.get(k, d) for k, d in zip(_CONV_ARGUMENTS[3:], (1, 0, 1, 1), strict=True)]
     fixed = all(isinstance(s, int | str) or all(isinstance(i, int) for i in s) for s in settings)
-    if owner is None or not isinstance(module, kind) or type(module) is kind or not fixed:
+    if owner is None or not isinstance(module, plain) or type(module) is plain or not fixed:
         return None
     bias = given.get("bias") is not None
     shape = module.out_channels, module.in_channels, module.kernel_size
@@ -96,6 +103,29 @@ def _convolution(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
         return None
     out, channels, kernel = shape
     return owner, kind(channels, out, kernel, *settings, bias=bias, device="meta")
+
+
+def _computed_by(given: dict[str, Any]) -> str | None:
+    """The one module from whose parameters and buffers alone the weight is computed."""
+    seen: set[Node] = set()
+    ahead = [given["weight"]]
+    while ahead:
+        node = ahead.pop()
+        if isinstance(node, Node) and node not in seen:
+            seen.add(node)
+            ahead += node.all_input_nodes
+    targets = [str(node.target) if node.op == "get_attr" else "" for node in seen if _is_leaf(node)]
+    owners = {target.rpartition(".")[0] for target in targets}
+    if len(owners) != 1 or "" in owners:
+        return None
+    (owner,) = owners
+    bias = given.get("bias")
+    own_bias = bias is None or (isinstance(bias, Node) and bias.target == f"{owner}.bias")
+    return owner if own_bias and f"{owner}.weight" in targets else None
+
+
+def _is_leaf(node: Node) -> bool:
+    return not node.all_input_nodes
 
 
 def _linear(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
@@ -144,10 +174,12 @@ def _replace_module(root: nn.Module, name: str, plain: nn.Module) -> None:
                 module._modules[child_name] = plain
 
 
-def _replace_call(node: Node, name: str) -> None:
-    x = node.args[0] if node.args else node.kwargs["input"]
+def _replace_call(node: Node, name: str, weighted: bool) -> None:
+    given = _given(node, ("input", "weight"))
     with node.graph.inserting_before(node):
-        call = node.graph.call_module(name, (x,))
+        operands = (given["input"], given["weight"]) if weighted else (given["input"],)
+        call = node.graph.call_module(name, operands)
+    call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     parameters = [n for n in node.all_input_nodes if n.op == "get_attr" and len(n.users) == 1]
     node.graph.erase_node(node)

@@ -174,8 +174,8 @@ def _zero(
                 if spans
             ]
             broadcast = [o for o, spans in zip(op.operands, op.spans, strict=True) if not spans]
-            silent = any(len(zero[o]) > 0 and bool(zero[o].all()) for o in broadcast)
-            some = any_along(np.stack(terms), 0) | silent
+            muted = any(len(zero[o]) > 0 and bool(zero[o].all()) for o in broadcast)
+            some = any_along(np.stack(terms), 0) | muted
             every = ~any_along(~np.stack(terms), 0) & all(op.spans)
             return (every & op.keeps_zero) | (some & op.absorbing)
         case Gather():

@@ -134,7 +134,14 @@ MOVEMENT: frozenset[Key] = frozenset(
 )
 
 # have the same result for the same constants, in evaluation mode
-OF_CONSTANTS: frozenset[Key] = ELEMENTWISE | RELAYOUTS | REDUCTIONS | MOVEMENT
+OF_CONSTANTS: frozenset[Key] = frozenset(
+    ELEMENTWISE
+    | RELAYOUTS
+    | REDUCTIONS
+    | MOVEMENT
+    | _functions("var_mean", "std_mean", "norm", "matmul", "softmax", "batch_norm", "layer_norm")
+    | {operator.matmul}
+)
 
 SIZES: frozenset[Key] = frozenset({"size", "dim", "numel"})
 

@@ -40,14 +40,14 @@ def with_lines(declined: tuple[Declined, ...], lines: Mapping[str, str]) -> tupl
 def _pins(node: Node, op: Op) -> Iterator[tuple[Node, str]]:
     match op:
         case Source():
-            yield node, "is an input of the model"
+            yield node, "the model's input"
         case Restored() if node.op == "output":
-            yield from ((operand, "is the output of the model") for operand in op.operands)
+            yield from ((operand, "the model's output") for operand in op.operands)
         case Restored() if node.users:
-            reason = op.reason or "asks for its whole size"
+            reason = op.reason or "the whole size is asked for"
             yield from ((operand, reason) for operand in op.operands)
         case Mix(frozen=True):
-            yield node, "is to be ignored"
-            yield op.operands[0], "is to be ignored"
+            yield node, "the layer is to be ignored"
+            yield op.operands[0], "the layer is to be ignored"
         case Mix(restored=True):
-            yield op.operands[0], "does not read whole channels of its input"
+            yield op.operands[0], "the layer does not read whole channels of it"

@@ -157,7 +157,7 @@ def test_what_pins_a_layer_is_named_with_its_line_of_source() -> None:
     assert "0 of 8" in str(report)
     assert pin.line in str(report)
     assert layers["head"].pin is not None
-    assert layers["head"].pin.reason == "is the output of the model"
+    assert layers["head"].pin.reason == "the model's output"
 
 
 def test_coupled_layers_are_named() -> None:

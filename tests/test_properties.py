@@ -1,5 +1,6 @@
 """The main net: random networks, random masks, and the masked dense model as the oracle."""
 
+import os
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from dspfx.gates import GatedLayer, gated_layers
 from helpers import assert_equal, macs
 from random_networks import BY_VALUE, SMOOTH, MaskRecipe, mask_recipes, networks
 
+COUNT = int(os.environ.get("DSPFX_EXAMPLES", "300"))
 EXAMPLES = settings(
-    max_examples=300,
+    max_examples=COUNT,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -109,7 +111,7 @@ def spread(layer: nn.Module, mask: Tensor) -> Tensor:
     return as_weight(layer, mask.reshape(*mask.shape, *[1] * (layer.weight.dim() - 2)))
 
 
-@settings(EXAMPLES, max_examples=40)
+@settings(EXAMPLES, max_examples=COUNT // 7)
 @given(model=networks(), recipe=mask_recipes(), seed=st.integers(0, 99))
 def test_masked_weights_have_no_effect(model: nn.Module, recipe: MaskRecipe, seed: int) -> None:
     prepared = prepare(model, 3)

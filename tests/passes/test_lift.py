@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gates import gated_layers
+from dspfx.gates import GatedWeightedConv2d, gated_layers
 from helpers import assert_equal, random_masks, randomise, unchanged
 
 
@@ -38,7 +38,7 @@ class SameConv(nn.Conv2d):
 
 
 class Standardised(nn.Conv2d):
-    """Computes its weight: left alone."""
+    """Computes its weight from its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -76,11 +76,11 @@ def test_plain_modules_take_over_with_their_state() -> None:
     model = zoo().eval()
     with unchanged(model):
         prepared = dspfx.prepare(model, X)
-    assert list(gated_layers(prepared)) == ["same"]
+    assert list(gated_layers(prepared)) == ["same", "standardised"]
     kinds = {name: type(prepared.get_submodule(name)) for name in ("norm_1", "norm_2", "head")}
     assert kinds == {"norm_1": nn.BatchNorm2d, "norm_2": nn.BatchNorm2d, "head": nn.Linear}
     assert type(prepared.get_submodule("norm_1.act")) is nn.ReLU
-    assert type(prepared.get_submodule("standardised")) is Standardised
+    assert type(prepared.get_submodule("standardised")) is GatedWeightedConv2d
     assert [k for k in prepared.state_dict() if "gate" not in k] == list(model.state_dict())
     names = " ".join(str(n.target) for n in prepared.graph.nodes)
     assert "batch_norm" not in names
@@ -101,5 +101,59 @@ def test_lifted_layers_are_pruned_and_folded() -> None:
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.4))
     compact = dspfx.convert(prepared)
     assert_equal(prepared(X), compact(X))
-    assert compact.get_submodule("head").in_features == 8
+    assert type(compact.get_submodule("standardised")).__name__ in ("Conv2d", "Module")
+    assert compact.get_submodule("head").in_features < 8
     assert not isinstance(getattr(compact, "norm_2", None), nn.BatchNorm2d)
+
+
+def test_masks_act_on_the_computed_weight() -> None:
+    """What is masked is what the convolution sees: masked entries still count in the mean."""
+    model = zoo().eval()
+    prepared = dspfx.prepare(model, X)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask[:, 2:6] = False
+    mask[5] = False
+    dspfx.set_masks(prepared, {"standardised": mask})
+    layer = model.standardised
+    weight = layer.weight - layer.weight.mean((1, 2, 3), keepdim=True)
+    bias = torch.where(mask.any(1), layer.bias, 0.0)
+
+    norm = model.norm_3
+
+    def by_hand(x: Tensor) -> Tensor:
+        y = norm(F.conv2d(x, weight * mask[:, :, None, None], bias))
+        return torch.where(mask.any(1)[:, None, None], y, 0.0)
+
+    model.standardised.forward, model.norm_3 = by_hand, nn.Identity()
+    assert_equal(model(X), prepared(X), 1e-12)
+    assert_equal(prepared(X), dspfx.convert(prepared)(X))
+
+
+def test_computed_weights_train_and_learn() -> None:
+    model = zoo().train()
+    prepared = dspfx.prepare(model, X)
+    for module in (model, prepared):
+        module(X).square().sum().backward()
+    for name, parameter in prepared.named_parameters():
+        assert_equal(model.get_parameter(name).grad, parameter.grad, 1e-12)
+    learner = dspfx.GroupLearner(
+        prepared, torch.optim.SGD(prepared.parameters(), lr=0.1), total_steps=1
+    )
+    learner.step(lambda: prepared(X).square().mean())
+    assert gated_layers(prepared)["standardised"].gate.logits.any()
+
+
+def test_weights_of_several_modules_are_left_alone() -> None:
+    class Mixture(nn.Conv2d):
+        def __init__(self, c: int) -> None:
+            super().__init__(c, c, 1, bias=False)
+            self.other = nn.Conv2d(c, c, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight + self.other.weight)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), Mixture(4)).double()
+    prepared = dspfx.prepare(model, X)
+    assert list(gated_layers(prepared)) == ["1"]
+    dspfx.set_masks(prepared, random_masks(prepared))
+    assert_equal(prepared(X), dspfx.convert(prepared)(X))
