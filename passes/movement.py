@@ -112,15 +112,27 @@ class _Reader:
     def __init__(self, roots: list[_Root], ids: Tensor) -> None:
         self.ids = ids
         self.padding = ids <= 0
+        self.padded = bool(self.padding.any())
         starts = torch.tensor([r.first_id for r in roots])
+        known = ids[~self.padding] if self.padded else ids.reshape(-1)
+        if not len(known):
+            self.roots, self.channel = [], torch.zeros_like(ids)
+            return
+        ends = torch.stack(known.aminmax())
+        first, last = (torch.searchsorted(starts, ends, right=True) - 1).tolist()
+        if first == last:  # as nearly always
+            (root,) = self.roots = [roots[first]]
+            channel = (ids - root.first_id).div_(root.stride, rounding_mode="floor")
+            self.channel = channel.remainder_(root.channels).add_(root.first_channel)
+            return
         number = torch.searchsorted(starts, ids.clamp(min=1).contiguous(), right=True) - 1
-        present = np.unique(number[~self.padding].numpy()).tolist()
-        self.roots = [roots[i] for i in present]
+        present = torch.bincount(number[~self.padding], minlength=len(roots))
+        self.roots = [roots[i] for i in present.nonzero().flatten().tolist()]
         stride = torch.tensor([r.stride for r in roots])[number]
         channels = torch.tensor([r.channels for r in roots])[number]
-        first = torch.tensor([r.first_channel for r in roots])[number]
+        offset = torch.tensor([r.first_channel for r in roots])[number]
         self.channel = (ids - starts[number]).div_(stride, rounding_mode="floor")
-        self.channel.remainder_(channels).add_(first)
+        self.channel.remainder_(channels).add_(offset)
 
     def read(self) -> Move:
         rank = self.ids.dim()
@@ -141,11 +153,17 @@ class _Reader:
 
     def _channels_along(self, dim: int) -> Tensor | None:
         """Int `[C]`, the root channel at every position of `dim` (-1: padding), if unique."""
-        high = self.channel.masked_fill(self.padding, -1).movedim(dim, 0)
-        high = high.reshape(len(high), -1).amax(1)
-        none = int(self.channel.max()) + 1 if self.channel.numel() else 0
-        low = self.channel.masked_fill(self.padding, none).movedim(dim, 0)
-        low = low.reshape(len(low), -1).amin(1)
+        channel = self.channel.movedim(dim, 0)
+        if not self.padded:
+            corner = (0,) * (channel.dim() - 1), (-1,) * (channel.dim() - 1)
+            if not torch.equal(*(channel[(slice(None), *c)] for c in corner)):
+                return None  # most often seen at a glance
+            channel = channel.reshape(len(channel), -1)
+            return channel[:, 0] if bool((channel == channel[:, :1]).all()) else None
+        padding = self.padding.movedim(dim, 0).reshape(len(channel), -1)
+        channel = channel.reshape(len(channel), -1)
+        high = channel.masked_fill(padding, -1).amax(1)
+        low = channel.masked_fill(padding, int(channel.max()) + 1).amin(1)
         return high if bool(((low == high) | (high < 0)).all()) else None
 
     def _locate(self, channel: Tensor) -> tuple[IntArray, IntArray]:
