@@ -20,7 +20,7 @@ from torch import Tensor, nn
 SMALLEST = Path(__file__).with_name("timm_smallest.json")
 DETECTORS = ("rcnn", "retinanet", "fcos", "ssd")
 SIZE = 64
-SIZES = {"inception_v3": 299, "googlenet": 64, "maxvit_t": 224, "alexnet": 96}
+SIZES = {"inception_v3": 299, "googlenet": 64, "maxvit_t": 224, "alexnet": 96, "s3d": 224}
 
 
 @dataclass(frozen=True)

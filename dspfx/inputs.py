@@ -89,8 +89,10 @@ def _as_call(root: nn.Module, given: Any) -> Call:
 
 
 def _two_samples(leaf: Any) -> Any:
-    single = isinstance(leaf, Tensor) and leaf.dim() > 1 and len(leaf) == 1
-    return torch.cat([leaf, leaf]) if single else leaf
+    """Two samples of a tensor that has one, or none."""
+    if not isinstance(leaf, Tensor) or leaf.dim() < 2 or len(leaf) > 1:
+        return leaf
+    return torch.cat([leaf, leaf]) if len(leaf) else leaf.new_zeros(2, *leaf.shape[1:])
 
 
 def _inferred(root: nn.Module) -> tuple[Call, tuple[str, ...]]:

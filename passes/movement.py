@@ -179,7 +179,11 @@ class _Reader:
         """Whether every channel is a root's channel, element by element."""
         for k, root in enumerate(self.roots):
             here = torch.from_numpy(np.flatnonzero(source == k))
-            if root.value.dim is None or root.value.dim != dim:
+            others = [n for d, n in enumerate(root.value.shape) if d != dim]
+            if root.value.dim != dim or others != [
+                *self.ids.shape[:dim],
+                *self.ids.shape[dim + 1 :],
+            ]:
                 return False
             expected = root.ids().long().index_select(dim, torch.from_numpy(index)[here])
             if not torch.equal(self.ids.index_select(dim, here), expected):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import dspfx
 from dspfx.passes.channels import analyse
 from dspfx.passes.values import (
     ChannelAnalysis,
@@ -18,6 +19,7 @@ from dspfx.passes.values import (
     Op,
     Restored,
 )
+from helpers import assert_equal, random_masks, randomise
 
 X = torch.randn(2, 6, 4, 5)
 
@@ -106,7 +108,9 @@ def test_moving_positions_is_channelwise(function: Callable[[Tensor], Tensor], r
 )
 def test_what_takes_channels_apart_is_declined(function: Callable[[Tensor], Tensor]) -> None:
     _, analysis = analysed(Applies(function))
-    assert isinstance(list(analysis.ops.values())[-2], Restored)
+    op = list(analysis.ops.values())[-2]
+    assert isinstance(op, Channelwise)
+    assert op.repeat == 2000
     assert analysis.declined
     assert all(d.reason for d in analysis.declined)
 
@@ -171,7 +175,9 @@ def test_a_batch_of_one_is_not_mistaken_for_channels() -> None:
     fold = Applies(lambda x: x.reshape(1, -1, 4, 5))
     assert isinstance(list(analysed(fold, x)[1].ops.values())[-2], Gather | Channelwise)
     _, analysis = analysed(fold, X)
-    assert isinstance(list(analysis.ops.values())[-2], Restored)
+    op = list(analysis.ops.values())[-2]
+    assert isinstance(op, Channelwise)
+    assert op.repeat == 2000
 
 
 def test_the_analysis_changes_nothing() -> None:
@@ -180,3 +186,36 @@ def test_the_analysis_changes_nothing() -> None:
     analyse(module, (X,))
     assert module.code == before
     assert all(torch.equal(state[k], v) for k, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.cat([x, x[:, :0]], 1),
+        lambda x: x + x[:, :, :0].sum(2, keepdim=True),
+        lambda x: x[:, torch.arange(x.shape[1]).flip(0)],
+        lambda x: x[:, :, torch.arange(x.shape[2]).flip(0).long()],
+        lambda x: torch.where((x > 0) & (x < 1), x, -x),
+    ],
+)
+def test_what_once_crashed_the_analysis(function: Callable[[Tensor], Tensor]) -> None:
+    """Empty slices, indices that are computed, and operators of Python that end in `_`."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Applies(function), nn.LazyConv2d(2, 1)).double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    model(x)
+    prepared = dspfx.prepare(randomise(model).eval(), x)
+    dspfx.set_masks(prepared, random_masks(prepared, keep=0.4, drop=0.2))
+    assert_equal(prepared(x), dspfx.convert(prepared)(x))
+
+
+def test_one_channel_of_many_positions_is_not_unfolded() -> None:
+    """An attention map of one head, transposed, once took n^3 numbers: here 128 GB."""
+
+    class Map(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.transpose(2, 3)).transpose(1, 2)
+
+    _, analysis = analysed(Map(), torch.zeros(2, 1, 2000, 1))
+    op = list(analysis.ops.values())[-2]
+    assert isinstance(op, Channelwise)
+    assert op.repeat == 2000
