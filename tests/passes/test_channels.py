@@ -108,9 +108,7 @@ def test_moving_positions_is_channelwise(function: Callable[[Tensor], Tensor], r
 )
 def test_what_takes_channels_apart_is_declined(function: Callable[[Tensor], Tensor]) -> None:
     _, analysis = analysed(Applies(function))
-    op = list(analysis.ops.values())[-2]
-    assert isinstance(op, Channelwise)
-    assert op.repeat == 2000
+    assert isinstance(list(analysis.ops.values())[-2], Restored)
     assert analysis.declined
     assert all(d.reason for d in analysis.declined)
 
@@ -175,9 +173,7 @@ def test_a_batch_of_one_is_not_mistaken_for_channels() -> None:
     fold = Applies(lambda x: x.reshape(1, -1, 4, 5))
     assert isinstance(list(analysed(fold, x)[1].ops.values())[-2], Gather | Channelwise)
     _, analysis = analysed(fold, X)
-    op = list(analysis.ops.values())[-2]
-    assert isinstance(op, Channelwise)
-    assert op.repeat == 2000
+    assert isinstance(list(analysis.ops.values())[-2], Restored)
 
 
 def test_the_analysis_changes_nothing() -> None:
