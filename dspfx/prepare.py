@@ -64,7 +64,7 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, error: TraceError) -> n
     prepared: list[str] = []
 
     def prepare_one(child: nn.Module, name: str, child_inputs: Call) -> PreparedModule:
-        own, _ = choose_inputs(child, child_inputs)
+        own = _for_part(child, child_inputs)
         # the first part stands for the model where it reads images; later ones read features
         part = gate(child, own, task.within(name, gate_first=bool(prepared)))
         part.answer_for(child)
@@ -77,6 +77,15 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, error: TraceError) -> n
     assert isinstance(first, PreparedModule)
     first.notes = (*first.notes, f"prepared in parts, {', '.join(prepared)}, since {error}")
     return root
+
+
+def _for_part(child: nn.Module, call: Call) -> Call:
+    """The arguments of a part: two samples where it was called with more, as heads often are."""
+    few = call.map(lambda x: x[:2] if isinstance(x, torch.Tensor) and x.dim() > 1 else x)
+    try:
+        return choose_inputs(child, few)[0]
+    except PrepareError:
+        return choose_inputs(child, call)[0]
 
 
 def _check_weights(model: nn.Module) -> None:
