@@ -117,8 +117,8 @@ SQUEEZES: frozenset[Key] = frozenset(_functions("squeeze"))
 # may run unchanged on fewer channels, as long as they leave the list of channels alone
 SIZE_FREE: frozenset[Key] = frozenset(
     _functions("permute", "transpose", "swapaxes", "movedim", "flatten", "unsqueeze", "pad")
-    | _functions("flip", "roll", "select")
-    | {operator.getitem, nn.Flatten}
+    | _functions("flip", "roll", "select", "pixel_unshuffle")
+    | {operator.getitem, nn.Flatten, nn.PixelUnshuffle}
 )
 MOVEMENT: frozenset[Key] = frozenset(
     SIZED
@@ -128,9 +128,9 @@ MOVEMENT: frozenset[Key] = frozenset(
         *("unflatten", "t", "expand_as", "view_as", "reshape_as", "repeat", "tile"),
         *("repeat_interleave", "cat", "concat", "concatenate", "stack", "split", "chunk"),
         *("tensor_split", "unbind", "narrow", "index_select", "pixel_shuffle"),
-        *("pixel_unshuffle", "channel_shuffle", "unfold", "split_with_sizes"),
+        *("channel_shuffle", "unfold", "split_with_sizes"),
     )
-    | {nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold}
+    | {nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle, nn.Unfold}
 )
 
 # have the same result for the same constants, in evaluation mode

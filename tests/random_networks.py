@@ -27,7 +27,7 @@ ACTIVATIONS = {
 }
 SMOOTH = ("silu", "leaky", "elu", "hardswish")
 # steps after which values may be zero that no rule can know to be
-BY_VALUE = ("mix", "instance")
+BY_VALUE = ("mix", "instance", "pixels")
 
 
 class ConvNorm(nn.Module):

@@ -82,6 +82,7 @@ def test_moving_channels_is_a_gather(function: Callable[[Tensor], Tensor], index
         (lambda x: x[:, :, ::2, 1], 1),
         (lambda x: F.pad(x, (1, 1, 0, 0)), 1),
         (lambda x: x[:, :, None], 1),
+        (lambda x: F.pixel_unshuffle(x[..., :4], 2), 4),
         (lambda x: x.mean((2, 3)), 1),
         (lambda x: F.max_pool2d(x, 2), 1),
     ],
