@@ -155,8 +155,10 @@ class _Reader:
         """Int `[C]`, the root channel at every position of `dim` (-1: padding), if unique."""
         channel = self.channel.movedim(dim, 0)
         if not self.padded:
-            corner = (0,) * (channel.dim() - 1), (-1,) * (channel.dim() - 1)
-            if not torch.equal(*(channel[(slice(None), *c)] for c in corner)):
+            first, last = channel, channel
+            while first.dim() > 1:
+                first, last = first[:, 0], last[:, -1]
+            if not torch.equal(first, last):
                 return None  # most often seen at a glance
             channel = channel.reshape(len(channel), -1)
             return channel[:, 0] if bool((channel == channel[:, :1]).all()) else None
