@@ -10,10 +10,12 @@ they may be dropped), converted with verification, and the two are compared.
 import fnmatch
 import math
 import multiprocessing
+import resource
 import signal
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +59,7 @@ class Outcome:
         prepare, convert: seconds, verification included.
         double, single: largest relative difference in float64 and in float32.
         why: what failed or what stays at full width.
+        memory: GiB that the process held at most, torch itself included.
     """
 
     case: Case
@@ -69,6 +72,7 @@ class Outcome:
     double: float = float("nan")
     single: float = float("nan")
     why: str = ""
+    memory: float = float("nan")
 
 
 def main(
@@ -107,7 +111,7 @@ def examine_all(cases: list[Case], workers: int) -> list[Outcome]:
                 for outcome in pool.imap_unordered(examine, now):
                     outcomes[outcome.case] = outcome
                     bar.update()
-                    bar.write(f"{outcome.case.name}: {outcome.status} {outcome.why}".strip())
+                    bar.write(f"{outcome.case.name}: {outcome.status} {outcome.why[:120]}".strip())
     return [outcomes[case] for case in cases]
 
 
@@ -119,7 +123,9 @@ def examine(case: Case) -> Outcome:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return outcome_of(case)
+            outcome = outcome_of(case)
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return replace(outcome, memory=used)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Outcome(case, "failed", why=reason[:300])
@@ -231,6 +237,10 @@ def _opaque(report: dspfx.Report) -> list[str]:
     return [note for note in report.notes if note.startswith(("opaque", "prepared in parts"))]
 
 
+def _largest(values: Iterable[float]) -> float:
+    return max((value for value in values if not math.isnan(value)), default=float("nan"))
+
+
 def document(outcomes: list[Outcome], minutes: float, workers: int) -> str:
     """The outcomes as a page of Markdown."""
     count = {s: sum(o.status == s for o in outcomes) for s in ("ok", "partly frozen", "failed")}
@@ -240,14 +250,15 @@ def document(outcomes: list[Outcome], minutes: float, workers: int) -> str:
         (
             *(o.case.library, o.case.family, o.case.name, o.status),
             *(f"{o.parameters / 1e6:.1f}", f"{o.prunable:.0%}", f"{o.kept:.0%}"),
-            *(f"{o.prepare:.1f}", f"{o.convert:.1f}", f"{o.double:.0e}", f"{o.single:.0e}"),
+            *(f"{o.prepare:.1f}", f"{o.convert:.1f}", f"{o.memory:.1f}"),
+            *(f"{o.double:.0e}", f"{o.single:.0e}"),
             o.why[:WIDEST_REASON].replace("|", "\\|"),
         )
         for o in outcomes
     ]
     header = (
         *("library", "family", "model", "status", "million parameters", "prunable", "kept"),
-        *("prepare s", "convert s", "float64", "float32", "why not whole"),
+        *("prepare s", "convert s", "memory GiB", "float64", "float32", "why not whole"),
     )
     return "\n".join(
         [
@@ -255,7 +266,9 @@ def document(outcomes: list[Outcome], minutes: float, workers: int) -> str:
             "",
             f"{len(outcomes)} models: {count['ok']} ok, {count['partly frozen']} partly frozen, "
             f"{count['failed']} failed. In the median model {median:.1%} of the MACs of "
-            "convolutions are prunable.",
+            "convolutions are prunable. The largest difference is "
+            f"{_largest(o.double for o in outcomes):.0e} in float64, and "
+            f"{_largest(o.single for o in outcomes):.0e} in float32.",
             "",
             "Written by `python -m benchmarks.coverage` "
             f"in {minutes:.0f} minutes, {workers} models at a time with one thread each; torch "

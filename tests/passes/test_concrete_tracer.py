@@ -143,3 +143,27 @@ def test_tracing_leaves_torch_as_it_was() -> None:
     dspfx.prepare(MakesTensorsOfSizes().double(), X)
     assert all(getattr(torch, name) is factory for name, factory in factories.items())
     dspfx.prepare(nn.Sequential(*AsksForSizes().children(), nn.Dropout()).double().train(), X)
+
+
+def test_flags_are_checked_at_every_call() -> None:
+    """What the code branched on is part of the graph: another value is refused, never ignored."""
+
+    class Flags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor, mode: str = "plain", twice: bool = False) -> Tensor:
+            x = self.b(self.a(x))
+            x = self.b(x) if twice else x
+            return x if mode == "plain" else -x
+
+    model = randomise(Flags()).double()
+    prepared = dspfx.prepare(model, {"x": X, "twice": True})
+    for module in (prepared, dspfx.convert(prepared)):
+        assert_equal(model(X, twice=True), module(X, twice=True), 1e-12)
+        assert_equal(model(X, "plain", True), module(X, "plain", True), 1e-12)
+        with pytest.raises(AssertionError, match="prepared with mode='plain'"):
+            module(X, mode="negative", twice=True)
+        with pytest.raises(AssertionError, match="prepared with twice=True"):
+            module(X)
