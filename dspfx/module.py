@@ -20,6 +20,12 @@ from dspfx.config import PrepareConfig
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
+class _Retracer(fx.Tracer):
+    """How pickle reads a graph back: buffers are what they were, not constants."""
+
+    proxy_buffer_attributes = True
+
+
 class TwoModeModule(fx.GraphModule):
     """A `GraphModule` with one graph for evaluation and one for training, often the same."""
 
@@ -87,6 +93,8 @@ class TwoModeModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         # plain GraphModules know how to pickle a graph; pickle keeps what they share shared
         distinct = list(dict.fromkeys(self.graphs.values()))
+        for graph in distinct:
+            graph._tracer_cls = _Retracer
         plain = [fx.GraphModule(self, graph, type(self).__name__) for graph in distinct]
         for graph in distinct:
             graph.owning_module = self

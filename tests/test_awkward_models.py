@@ -1,5 +1,7 @@
 """Ten awkward models: they prepare, train, and are equal after conversion."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -85,3 +87,17 @@ def test_tied_weights_stay_tied() -> None:
 
     x = MODELS[TiedAutoencoder]
     assert_equal(by_hand(x), prepared(x), 1e-12)
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_copies_and_pickles(kind: type[nn.Module]) -> None:
+    model, inputs = randomise(kind()).double().eval(), MODELS[kind]
+    prepared = dspfx.prepare(model, inputs)
+    dspfx.set_masks(prepared, random_masks(prepared))
+    compact = dspfx.convert(prepared)
+    with torch.no_grad():
+        for original in (prepared, compact):
+            for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+                assert type(twin).__mro__[1] is type(original).__mro__[1]
+                assert_equal(call(original, inputs), call(twin, inputs), tolerance=0)
+                assert_equal(call(compact, inputs), call(dspfx.convert(twin), inputs), 1e-12)
