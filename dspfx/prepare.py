@@ -64,6 +64,8 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, error: TraceError) -> n
     prepared: list[str] = []
 
     def prepare_one(child: nn.Module, name: str, child_inputs: Call) -> PreparedModule:
+        if name in task.opaque:
+            raise PrepareError(f"{name} is not to be traced into")
         own = _for_part(child, child_inputs)
         # the first part stands for the model where it reads images; later ones read features
         part = gate(child, own, task.within(name, gate_first=bool(prepared)))

@@ -86,6 +86,7 @@ class _Analyser(fx.Interpreter):
         self.values: dict[Node, Value] = {}
         self.coupling = Coupling()
         self.ids = ElementIds(self.values)
+        self.containers: set[Node] = set()  # inputs that are no tensors but hold some
         self.born_whole: list[IntArray] = []  # atoms that exist whatever is pruned
 
     def result(self) -> ChannelAnalysis:
@@ -115,8 +116,11 @@ class _Analyser(fx.Interpreter):
         return result
 
     def _classify(self, node: Node, result: Any) -> Op | None:
-        if node.op == "placeholder":
-            return Source(()) if isinstance(result, Tensor) else None
+        if self._is_input(node):
+            if isinstance(result, Tensor):
+                return Source(())
+            self.containers.add(node)
+            return None
         if node.op == "get_attr":
             return self._constant(node, result)
         operands = self._operands(node)
@@ -137,6 +141,12 @@ class _Analyser(fx.Interpreter):
         if key in self.rules:
             return _TAUGHT.get(self.rules[key])
         return next((rule for keys, rule in _RULES if key in keys), None)
+
+    def _is_input(self, node: Node) -> bool:
+        """Whether a node is an input of the model, or an item of a container that is."""
+        if node.target in (operator.getitem, getattr):
+            return isinstance(node.args[0], Node) and node.args[0] in self.containers
+        return node.op == "placeholder"
 
     def _operands(self, node: Node) -> tuple[Node, ...]:
         """The inputs of `node` that carry tensors, each once."""

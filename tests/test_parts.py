@@ -87,6 +87,18 @@ def test_parts_are_prepared_in_place() -> None:
     assert "depends on the values" in report
 
 
+def test_ignored_and_opaque_parts_are_left_alone() -> None:
+    model = randomise(Detector()).double().eval()
+    ignoring = dspfx.PrepareConfig(ignore=("head.conv",))
+    assert list(gated_layers(dspfx.prepare(model, (IMAGES,), config=ignoring))) == [
+        "backbone.2",
+        "head.out",
+    ]
+    opaque = dspfx.prepare(model, (IMAGES,), config=dspfx.PrepareConfig(opaque=("backbone",)))
+    assert not isinstance(opaque.backbone, dspfx.PreparedModule)
+    assert list(gated_layers(opaque)) == ["head.out"]  # now the head comes first
+
+
 def test_every_verb_works_on_all_parts() -> None:
     _, prepared = prepared_detector()
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.2))
