@@ -134,8 +134,11 @@ MOVEMENT: frozenset[Key] = frozenset(
 )
 
 # have the same result for the same constants, in evaluation mode
+_RANDOM = _functions(
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "rrelu")
+)
 OF_CONSTANTS: frozenset[Key] = frozenset(
-    ELEMENTWISE
+    (ELEMENTWISE - _RANDOM)
     | RELAYOUTS
     | REDUCTIONS
     | MOVEMENT
