@@ -31,7 +31,9 @@ from dspfx.passes import operators
 # create tensors from sizes alone, so that nothing in their arguments tells fx of a proxy
 FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
 
-LINE = "line of source"  # a key of `Node.meta`
+# keys of `Node.meta`
+LINE = "line of source"
+WRITTEN = "positions of the arguments that the call overwrote"
 _PLAIN = int | float | str | bool | None  # values that an input can be compared with
 _MACHINERY = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
@@ -215,7 +217,11 @@ class ConcreteTracer(fx.Tracer):
         line = _line()
         if line:
             proxy.node.meta[LINE] = line
+        versions = _versions(args)
         proxy.concrete = self._execute(kind, target, args, kwargs)
+        written = [i for i, version in enumerate(_versions(args)) if version != versions[i]]
+        if written:
+            proxy.node.meta[WRITTEN] = written
         return proxy
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -288,6 +294,12 @@ def _line() -> str:
         return ""
     file, number = frame.f_code.co_filename, frame.f_lineno
     return f"{Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
+
+
+def _versions(args: Any) -> list[int | None]:
+    """How often each argument has been overwritten; None for what is no tensor."""
+    values = [_value(a) for a in args]
+    return [v._version if isinstance(v, Tensor) else None for v in values]
 
 
 def _value(item: Any) -> Any:

@@ -7,12 +7,14 @@
    to the tracer: a functional dropout or an auxiliary head exists in one mode only. Where the
    two graphs agree there is one graph.
 4. In-place operations are followed by their readers: whoever reads a value after it was
-   overwritten reads the node that wrote it, so that values and nodes are the same thing.
+   overwritten reads the node that wrote it, so that values and nodes are the same thing. Where an
+   unknown function overwrote an argument, they read that argument and the call: `(x, call)[0]`.
 5. Functional calls on a module's own parameters become calls of the module (`lift`).
 6. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
 """
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 
 from dspfx.errors import TraceError
-from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
+from dspfx.passes.concrete_tracer import LINE, WRITTEN, ConcreteTracer, UntraceableError
 from dspfx.passes.lift import lift
 from dspfx.passes.operators import is_in_place
 
@@ -93,6 +95,7 @@ def trace(
     lift(set(graphs.values()), root)
     for graph in set(graphs.values()):
         follow_in_place_writes(graph, root)
+        _follow_hidden_writes(graph, root)
         graph.lint()
     lines = {n.name: n.meta[LINE] for g in graphs.values() for n in g.nodes if LINE in n.meta}
     return Traced(graphs[False], graphs[True], failed, lines)
@@ -162,6 +165,22 @@ def _signature(graph: fx.Graph) -> list[tuple[Any, ...]]:
         return node.op, node.target, str(args)
 
     return [plain(node) for node in graph.nodes]
+
+
+def _follow_hidden_writes(graph: fx.Graph, root: nn.Module) -> None:
+    """Let the later readers of an argument that a call overwrote depend on that call."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if is_in_place(node, root):
+            continue
+        for argument in node.meta.get(WRITTEN, ()):
+            written = node.args[argument]
+            later = [u for u in written.users if position.get(u, -1) > position[node]]
+            if later:
+                with graph.inserting_after(node):
+                    after = graph.call_function(operator.getitem, ((written, node), 0))
+                for user in later:
+                    user.replace_input_with(written, after)
 
 
 def follow_in_place_writes(graph: fx.Graph, root: nn.Module) -> bool:

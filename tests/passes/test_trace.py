@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dspfx
 from dspfx.passes.trace import Traced, trace
+from helpers import assert_equal, random_masks, randomise
 
 
 def traced_model(model: nn.Module, x: Tensor) -> Traced:
@@ -60,3 +62,32 @@ def test_readers_follow_in_place_writes() -> None:
     by_name = {n.name: n for n in traced.eval.nodes}
     assert by_name["add_"].args == (by_name["relu"], by_name["relu"])
     assert len(by_name["mul"].users) == 1
+
+
+def _accumulate(x: Tensor, y: Tensor) -> None:
+    x[:, 1:] += y[:, 1:]
+
+
+torch.fx.wrap("_accumulate")
+
+
+def test_what_an_unknown_function_overwrites_is_read_after_it() -> None:
+    """A call whose result nobody reads is no dead code if it writes to its argument."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = (nn.Conv2d(c, 4, 1) for c in (3, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            y = self.a(x)
+            _accumulate(y, x)
+            return self.b(y)
+
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    prepared = dspfx.prepare(randomise(Hidden()).double().eval(), x)
+    dspfx.set_masks(prepared, random_masks(prepared, keep=0.4, drop=0.3))
+    compact = dspfx.convert(prepared)
+    assert "_accumulate" in compact.code
+    assert_equal(prepared(x), compact(x))
