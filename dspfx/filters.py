@@ -28,6 +28,12 @@ def filters_first(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     return split.transpose(1, 2).reshape(groups * filters, channels // groups, *taps)
 
 
+def spread(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """`matrix`, `[O, C/S]`, in the form of the layer's weight, with taps of size 1."""
+    taps = [1] * (layer.weight.dim() - 2)  # type: ignore[operator]
+    return as_weight(layer, matrix.reshape(*matrix.shape, *taps))
+
+
 def as_weight(layer: nn.Module, filters: Tensor, groups: int | None = None) -> Tensor:
     """`filters`, `[O, C/S, *taps]`, in the form in which the layer stores its weight.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspfx.errors import MaskError
-from dspfx.filters import as_weight, filters_first
+from dspfx.filters import filters_first, spread
 from dspfx.weighted import WeightedConv1d, WeightedConv2d, WeightedConv3d
 
 
@@ -144,8 +144,7 @@ class GatedLayer(nn.Module):
         weight = self.weight if weight is None else weight
         if self.gate.open:
             return weight, self.bias
-        mask = self.gate.mask.reshape(*self.gate.mask.shape, *[1] * (weight.dim() - 2))
-        weight = torch.where(as_weight(self, mask), weight, 0.0)
+        weight = torch.where(spread(self, self.gate.mask), weight, 0.0)
         bias = None if self.bias is None else torch.where(self.gate.alive, self.bias, 0.0)
         return weight, bias
 

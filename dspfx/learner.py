@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import LearnError
-from dspfx.filters import as_weight, filters_first
+from dspfx.filters import filters_first, spread
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.penalty import LayerPenalty, energy
 
@@ -247,8 +247,7 @@ class _Kept:
 
 def _weight_gradient(layer: GatedLayer, weight: Tensor, slope: Tensor) -> Tensor:
     """dR/dW, in the form of the layer's weight, from dR/dE `[O, C]`."""
-    slope = slope.reshape(*slope.shape, *[1] * (weight.dim() - 2))
-    return 2 * weight.detach() * as_weight(layer, slope)
+    return 2 * weight.detach() * spread(layer, slope)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """`prune`: one threshold for the whole network, found by bisection on costs alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from dspfx.gating import analyse_prepared
 from dspfx.masks import apply_reads
 from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
-from dspfx.passes.cost import Cost, layer_costs, total
+from dspfx.passes.cost import Cost, layer_costs, together, total
 from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
@@ -102,7 +102,7 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
     parts = [_PrunablePart.of(part.module) for part in parts_of(prepared)]
-    before = _sum(total(layer_costs(part.analysis), part.analysis) for part in parts)
+    before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
 
     def candidate(beta: float) -> Candidate:
         lives = [part.liveness(beta) for part in parts]
@@ -110,7 +110,7 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
             total(layer_costs(part.analysis, live), part.analysis)
             for part, live in zip(parts, lives, strict=True)
         )
-        return lives, _sum(costs)
+        return lives, together(costs)
 
     beta, lives, after = _bisect(candidate, budget, before)
     achieved = budget.of(after) / budget.of(before)
@@ -120,10 +120,6 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     if achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
     return PruneReport(budget.fraction, achieved, beta, before, after, note)
-
-
-def _sum(costs: Iterable[Cost]) -> Cost:
-    return sum(costs, Cost(0, 0))
 
 
 def _bisect(

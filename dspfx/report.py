@@ -1,6 +1,5 @@
 """`report`: what a prepared or compact model is made of, layer by layer."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tabulate import tabulate
@@ -9,7 +8,7 @@ from torch import nn
 from dspfx.masks import present_liveness
 from dspfx.module import PreparedModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
-from dspfx.passes.cost import Cost
+from dspfx.passes.cost import Cost, together
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import LayerSummary, Summary, summarise
 from dspfx.passes.values import Declined
@@ -126,10 +125,10 @@ def _joined(summaries: list[tuple[str, Summary]], notes: tuple[str, ...], prepar
     gated = [layer for layer in layers if layer.gated]
     return Report(
         tuple(layers),
-        _sum(summary.before for _, summary in summaries),
-        _sum(summary.after for _, summary in summaries),
-        _sum(layer.before for layer in gated),
-        _sum(layer.after for layer in gated),
+        together(summary.before for _, summary in summaries),
+        together(summary.after for _, summary in summaries),
+        together(layer.before for layer in gated),
+        together(layer.after for layer in gated),
         tuple(
             replace(declined, node=full_name(part, declined.node))
             for part, summary in summaries
@@ -138,10 +137,6 @@ def _joined(summaries: list[tuple[str, Summary]], notes: tuple[str, ...], prepar
         notes,
         prepared,
     )
-
-
-def _sum(costs: Iterable[Cost]) -> Cost:
-    return sum(costs, Cost(0, 0))
 
 
 def _shortened(names: tuple[str, ...]) -> str:

@@ -1,5 +1,6 @@
 """What a network costs, from its liveness alone: multiply-accumulates and parameters."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,11 @@ class Cost:
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.macs + other.macs, self.parameters + other.parameters)
+
+
+def together(costs: Iterable[Cost]) -> Cost:
+    """The sum of `costs`, nothing for none."""
+    return sum(costs, Cost(0, 0))
 
 
 def layer_costs(analysis: ChannelAnalysis, live: Liveness | None = None) -> dict[Node, Cost]:

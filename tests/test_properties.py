@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx.errors import PrepareError
-from dspfx.filters import as_weight
+from dspfx.filters import spread
 from dspfx.gates import GatedLayer, gated_layers
 from helpers import assert_equal, macs
 from random_networks import BY_VALUE, SMOOTH, MaskRecipe, mask_recipes, networks
@@ -104,11 +104,6 @@ def keep_zeros(norm: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
 
 def is_zero(x: Tensor, dim: int = 1) -> Tensor:
     return x.abs().amax([d for d in range(x.dim()) if d != dim], keepdim=True) < 1e-13
-
-
-def spread(layer: nn.Module, mask: Tensor) -> Tensor:
-    """`mask`, `[O, C/S]`, to be multiplied with the layer's weight."""
-    return as_weight(layer, mask.reshape(*mask.shape, *[1] * (layer.weight.dim() - 2)))
 
 
 @settings(EXAMPLES, max_examples=COUNT // 7)
