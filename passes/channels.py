@@ -373,6 +373,8 @@ class _Analyser(fx.Interpreter):
         return met[0]
 
     def _move(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        if node.target is operator.getitem and not isinstance(node.args[0], Node):
+            return None  # `(x, call)[0]`: x as the call left it, which depends on both
         moved = self._run_on_ids(node, operands)
         if not isinstance(moved, Tensor) or moved.shape != result.shape:
             return None

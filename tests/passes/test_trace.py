@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,10 +69,17 @@ def _accumulate(x: Tensor, y: Tensor) -> None:
     x[:, 1:] += y[:, 1:]
 
 
+def _accumulate_and_return(x: Tensor, y: Tensor) -> Tensor:
+    x[:, 1:] += y[:, 1:]
+    return x
+
+
 torch.fx.wrap("_accumulate")
+torch.fx.wrap("_accumulate_and_return")
 
 
-def test_what_an_unknown_function_overwrites_is_read_after_it() -> None:
+@pytest.mark.parametrize("returns", [False, True])
+def test_what_an_unknown_function_overwrites_is_read_after_it(returns: bool) -> None:
     """A call whose result nobody reads is no dead code if it writes to its argument."""
 
     class Hidden(nn.Module):
@@ -82,7 +90,10 @@ def test_what_an_unknown_function_overwrites_is_read_after_it() -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
             y = self.a(x)
-            _accumulate(y, x)
+            if returns:
+                _accumulate_and_return(y, x)
+            else:
+                _accumulate(y, x)
             return self.b(y)
 
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
