@@ -1,17 +1,20 @@
 """Proof by running: masked and compact model on the same random inputs, node by node if need be.
 
 The masked model is copied to float64 and compacted there, by the same plan, so that only a real
-difference shows. A model that insists on another type is compared in that type.
+difference shows; layers that cast to a narrower type inside cast to float64 then. A model that
+cannot run so is compared in its own type.
 """
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspfx.errors import EquivalenceError
 from dspfx.passes.compact import compact
@@ -42,20 +45,20 @@ def verify(
     Raises:
         EquivalenceError: if the outputs differ by more than the type's tolerance.
     """
-    masked, inputs, dtype = _widest(masked, inputs)
-    compacted = compact(masked, analysis, plan)
+    widest, inputs, dtype = _widest(masked, inputs)
+    compacted = compact(widest, analysis, plan)
     module = fx.GraphModule(compacted.root, compacted.graph)
-    with torch.no_grad():
-        worst = difference(masked(*inputs), module(*inputs))
-    if worst is not None:
-        return worst, dtype
-    names = {
-        old.name: (new.name, plan.order.get(old), live.kept.get(old))
-        for old, new in compacted.nodes.items()
-    }
+    with torch.no_grad(), nullcontext() if widest is masked else _InFloat64():
+        worst = difference(widest(*inputs), module(*inputs))
+        if worst is not None:
+            return worst, dtype
+        names = {
+            old.name: (new.name, plan.order.get(old), live.kept.get(old))
+            for old, new in compacted.nodes.items()
+        }
+        first = _first_difference(widest, module, inputs, names)
     raise EquivalenceError(
-        "masked and compact model differ, first at "
-        f"{_first_difference(masked, module, inputs, names)}. This is a bug of dspfx; please "
+        f"masked and compact model differ, first at {first}. This is a bug of dspfx; please "
         "report the model. Until then, PrepareConfig(ignore=...) can leave the layer alone"
     )
 
@@ -98,7 +101,7 @@ def _widest(
     drawn = map_leaves(draw, inputs)
     wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _InFloat64():
             wide(*drawn)
     except (RuntimeError, TypeError):
         types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
@@ -106,6 +109,18 @@ def _widest(
         own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
         return masked, narrow, own
     return wide, drawn, torch.float64
+
+
+class _InFloat64(TorchDispatchMode):
+    """Whoever asks for a narrower floating type is given float64, as some norms do."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") in TOLERANCE:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def _first_difference(
@@ -116,10 +131,9 @@ def _first_difference(
 ) -> str:
     """The first node, in the order of execution, whose kept channels differ."""
     recorder = _Recorder(compact)
-    with torch.no_grad():
-        recorder.run(*inputs)
-        checker = _Checker(masked, recorder.results, names)
-        checker.run(*inputs)
+    recorder.run(*inputs)
+    checker = _Checker(masked, recorder.results, names)
+    checker.run(*inputs)
     return checker.first or "the output"
 
 
@@ -129,8 +143,9 @@ class _Recorder(fx.Interpreter):
         self.results: dict[str, Any] = {}
 
     def run_node(self, n: Node) -> Any:
-        self.results[n.name] = super().run_node(n)
-        return self.results[n.name]
+        result = super().run_node(n)
+        self.results[n.name] = result.clone() if isinstance(result, Tensor) else result
+        return result
 
 
 class _Checker(fx.Interpreter):

@@ -193,7 +193,29 @@ def test_equality_holds_where_a_model_insists_on_float32() -> None:
     prepared = dspfx.prepare(Insists(), torch.randn(2, 3, 5, 5))
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
     x = torch.randn(2, 3, 5, 5)
-    assert_equal(prepared(x), dspfx.convert(prepared)(x), 1e-5)
+    compact = dspfx.convert(prepared)
+    assert compact.difference is not None
+    assert compact.difference[1] == torch.float64
+    assert_equal(prepared(x), compact(x), 1e-5)
+
+
+def test_layers_that_round_to_float32_inside_are_verified_in_float64() -> None:
+    """Values that differ by rounding in float64 may differ by much more in float32."""
+
+    class Rounds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.sin(1e5 * self.conv(torch.tanh(self.stem(x))))
+            return y.float().to(x.dtype)
+
+    prepared = dspfx.prepare(randomise(Rounds()), torch.randn(2, 3, 16, 16))
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
+    compact = dspfx.convert(prepared)
+    assert compact.difference is not None
+    assert compact.difference[1] == torch.float64
 
 
 def test_a_crop_that_does_nothing_to_the_example_still_crops_larger_images() -> None:
