@@ -111,8 +111,11 @@ def _widest(
     return wide, drawn, torch.float64
 
 
-class _InFloat64(TorchDispatchMode):
+class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
     """Whoever asks for a narrower floating type is given float64, as some norms do."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
