@@ -23,15 +23,18 @@ from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
 from dspfx.masks import get_masks, set_masks
 from dspfx.module import CompactModule, PreparedModule
+from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
 from dspfx.prepare import prepare
 from dspfx.prune import Budget, PruneReport, prune
 from dspfx.report import Report, report
 
 __all__ = [
+    "FEWEST_WEIGHTS",
     "Budget",
     "BudgetError",
     "CompactModule",
     "ConvertError",
+    "CostModel",
     "DataError",
     "DspfxError",
     "EquivalenceError",

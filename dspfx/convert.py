@@ -10,19 +10,23 @@ from dspfx.masks import present_liveness
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.parts import compact_parts_of, parts_of
 from dspfx.passes.compact import compact
+from dspfx.passes.cost_model import CPU, CostModel
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import summarise
 from dspfx.passes.verify import verify as verify_equal
 
 
-def convert(prepared: nn.Module, *, verify: bool = True) -> nn.Module:
+def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel = CPU) -> nn.Module:
     """Emit the compact form of a masked model; `prepared` is left as it is.
 
-    Dead channels leave the graph, residual streams included; the filters of a layer are ordered
-    by group and become grouped convolutions; batch norms are folded into them.
+    Dead channels leave the graph, residual streams included; channels are ordered so that what a
+    group reads lies side by side; every layer becomes one convolution or several, whichever is
+    likely to be the fastest; batch norms are folded into them.
 
     Args:
         prepared: from `dspfx.prepare`, pruned or not. A compact model is returned as a copy.
+        cost_model: decides in which form each layer is emitted. `dspfx.compile` decides anew, by
+            measuring; a model that goes elsewhere keeps these forms.
         verify: run both models on random inputs, in float64 where they allow it, and compare.
 
     Returns:
@@ -38,21 +42,21 @@ def convert(prepared: nn.Module, *, verify: bool = True) -> nn.Module:
         return copy.deepcopy(prepared)
     # a copy of the whole in which every part is taken for its compact form
     copies: dict[int, Any] = {
-        id(part.module): _convert(part.module, verify) for part in parts_of(prepared)
+        id(part.module): _convert(part.module, verify, cost_model) for part in parts_of(prepared)
     }
     return copy.deepcopy(prepared, copies).eval()
 
 
-def _convert(prepared: PreparedModule, verify: bool) -> CompactModule:
+def _convert(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> CompactModule:
     inputs = fitting_inputs(prepared)
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
-        layout = plan(view, analysis, live)
-        difference = verify_equal(view, analysis, live, layout, inputs) if verify else None
-        compacted = compact(view, analysis, layout)
+        planned = plan(view, analysis, live, cost_model)
+        difference = verify_equal(view, analysis, live, planned, inputs) if verify else None
+        compacted = compact(view, analysis, planned)
     graphs = dict.fromkeys((False, True), compacted.graph)
     module = CompactModule(compacted.root, graphs, type(prepared).__name__)
     module.example_inputs, module.difference = inputs, difference
     module.stands_for = copy.deepcopy(prepared.stands_for)
-    module.summary = summarise(analysis, live, layout, prepared.left_alone, prepared.lines)
+    module.summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
     return module

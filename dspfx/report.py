@@ -9,6 +9,7 @@ from dspfx.masks import present_liveness
 from dspfx.module import PreparedModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.cost import Cost, together
+from dspfx.passes.cost_model import CPU
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import LayerSummary, Summary, summarise
 from dspfx.passes.values import Declined
@@ -24,6 +25,7 @@ class Report:
     Attributes:
         layers: every convolution and linear layer, in the order of execution.
         before, after: cost of the whole model for one sample, dense and pruned.
+        emitted: of the forms that its layers are emitted in, zero weights included.
         gated_before, gated_after: of its gated layers alone, the figure papers report.
         declined: the nodes that keep their inputs at full width, and why.
         notes: what was decided without being asked.
@@ -33,6 +35,7 @@ class Report:
     layers: tuple[LayerSummary, ...]
     before: Cost
     after: Cost
+    emitted: Cost
     gated_before: Cost
     gated_after: Cost
     declined: tuple[Declined, ...]
@@ -55,11 +58,13 @@ class Report:
         table = tabulate(
             rows, header, disable_numparse=True, colalign=("left",) * 4 + ("right",) * 2
         )
+        emitted = "whole model, MACs as emitted", *_row(self.before.macs, self.emitted.macs)
         totals = tabulate(
             [
                 ("whole model, MACs", *_row(self.before.macs, self.after.macs)),
                 ("whole model, parameters", *_row(self.before.parameters, self.after.parameters)),
                 ("gated layers only, MACs", *_row(self.gated_before.macs, self.gated_after.macs)),
+                *([] if self.prepared else [emitted]),
             ],
             ("", "before", "after", "kept"),
             disable_numparse=True,
@@ -107,8 +112,8 @@ def report(model: nn.Module) -> Report:
 def _summary(prepared: PreparedModule) -> Summary:
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
-        layout = plan(view, analysis, live)
-        return summarise(analysis, live, layout, prepared.left_alone, prepared.lines)
+        planned = plan(view, analysis, live, CPU)
+        return summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
 
 
 def _joined(summaries: list[tuple[str, Summary]], notes: tuple[str, ...], prepared: bool) -> Report:
@@ -127,6 +132,7 @@ def _joined(summaries: list[tuple[str, Summary]], notes: tuple[str, ...], prepar
         tuple(layers),
         together(summary.before for _, summary in summaries),
         together(summary.after for _, summary in summaries),
+        together(summary.emitted for _, summary in summaries),
         together(layer.before for layer in gated),
         together(layer.after for layer in gated),
         tuple(

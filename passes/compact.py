@@ -1,9 +1,10 @@
 """The compaction pass: emits the graph that a `CompactionPlan` describes.
 
 1. Values hold only the channels the plan gives them; operands are aligned to what is wanted by a
-   slice where the channels are contiguous, else by one `index_select`; missing channels are zero.
-2. Layers are rebuilt from their masked weights, one grouped convolution for each part of the plan,
-   batch norms folded in. Nothing is shared with the prepared model.
+   slice or by padding where the channels lie side by side, else by one `index_select`; missing
+   channels are zero.
+2. Layers are rebuilt from their masked weights, one layer for each part of the lowering, batch
+   norms folded in. Nothing is shared with the prepared model.
 3. Channelwise modules are cut to their channels; gates disappear where nothing is dead.
 4. Sizes that count channels become constants, and the sizes of reshapes follow the width.
 5. Every other operator is copied, out of place.
@@ -16,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 
-from dspfx.filters import TRANSPOSED, as_weight, filters_first
+from dspfx.filters import filters_first
 from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
+from dspfx.passes.emission import emit
 from dspfx.passes.plan import CompactionPlan, LayerPlan, Order
 from dspfx.passes.values import (
     ChannelAnalysis,
@@ -34,6 +37,8 @@ from dspfx.passes.values import (
     Mix,
     Op,
     Query,
+    Value,
+    is_run,
 )
 from dspfx.weighted import is_weighted
 
@@ -142,18 +147,24 @@ class _Emitter:
         if key not in self.aligned:
             place = np.full(value.channels + 1, len(held))  # the last one is for -1
             place[held] = np.arange(len(held))
-            self.aligned[key] = self._select(self.env[node], value.dim, place[wanted], len(held))
+            self.aligned[key] = self._select(self.env[node], value, place[wanted], len(held))
         return self.aligned[key]
 
-    def _select(self, x: Node, dim: int, positions: IntArray, held: int) -> Node:
+    def _select(self, x: Node, value: Value, positions: IntArray, held: int) -> Node:
         """Channels of `x` by position; position `held`, one past the end, is a zero channel."""
         call = self.graph.call_function
-        first, count = int(positions[0]), len(positions)
+        count, dim = len(positions), value.dim
+        assert dim is not None
         if np.array_equal(positions, np.arange(held)):
             return x
-        if np.array_equal(positions, np.arange(first, first + count)) and first + count <= held:
-            return call(torch.narrow, (x, dim, first, count))
-        if (positions == held).any():
+        if is_run(positions) and positions[-1] < held:
+            return call(torch.narrow, (x, dim, int(positions[0]), count))
+        real = np.flatnonzero(positions < held)
+        if len(real) < count and len(real) and is_run(real) and is_run(positions[real]):
+            x = self._select(x, value, positions[real], held)
+            behind = [0, 0] * (len(value.shape) - 1 - dim)
+            return call(F.pad, (x, (*behind, int(real[0]), count - 1 - int(real[-1]))))
+        if len(real) < count:
             zero = call(torch.zeros_like, (call(torch.narrow, (x, dim, 0, 1)),))
             x = call(torch.cat, ([x, zero], dim))
         index = torch.from_numpy(positions).to(self.device)
@@ -195,22 +206,8 @@ class _Emitter:
         plan = self.plan.layers[node]
         computed = self._constant(node.args[1]) if is_weighted(layer) else None  # type: ignore[arg-type]
         weight, bias = _folded(self.source, layer, plan, computed)
-        held = self.plan.wants[node][0]
-        held = np.arange(op.channels) if held is None else held
-        place = np.zeros(op.channels, np.int64)
-        place[held] = np.arange(len(held))
-        linear = isinstance(layer, nn.Linear)
-        dim = -1 if linear else 1
-        outputs = []
-        for number, part in enumerate(plan.parts):
-            positions = place[part.inputs.reshape(-1)]
-            module = _rebuild(layer, op, part, weight, bias)
-            name = op.layer if len(plan.parts) == 1 else f"{op.layer}.{number}"
-            own = self._select(x, dim, positions, len(held))
-            outputs.append(self.graph.call_module(self._put(name, module), (own,)))
-        if len(outputs) == 1:
-            return outputs[0]
-        return self.graph.call_function(torch.cat, (outputs, dim))
+        module = emit(layer, weight, bias, plan.lowering, plan.filters, plan.inputs)
+        return self.graph.call_module(self._put(op.layer, module), (x,))
 
     def _channelwise(self, node: Node, op: Channelwise) -> Node:
         if node in self.plan.folded:
@@ -337,44 +334,6 @@ def _folded(
     shift = -norm.running_mean if bias is None else bias.detach() - norm.running_mean
     shift = shift * scale + (norm.bias.detach() if affine else 0.0)
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
-
-
-def _rebuild(layer: Any, op: Mix, part: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """One grouped convolution, or a linear layer, of the filters and inputs of `part`."""
-    filters = torch.from_numpy(part.filters.reshape(-1)).to(weight.device)
-    width = op.channels // op.structural_groups
-    own = filters // (op.filters // op.structural_groups) * width
-    inputs = torch.from_numpy(part.inputs).to(weight.device)
-    inputs = inputs.repeat_interleave(part.filters.shape[1], 0) - own[:, None]
-    if part.constant:
-        cut = torch.zeros_like(weight[filters][:, :1])
-    else:
-        cut = weight[filters[:, None], inputs]
-    groups, reads, count = len(part.inputs), part.inputs.shape[1], len(filters)
-    if isinstance(layer, nn.Linear):
-        new: nn.Module = nn.Linear(reads, count, bias is not None, device="meta")
-    else:
-        settings = [*_SETTINGS, *(["output_padding"] if isinstance(layer, TRANSPOSED) else [])]
-        how = {name: getattr(layer, name) for name in settings}
-        kind: Any = next(k for k in _PLAIN if isinstance(layer, k))
-        new = kind(
-            groups * reads, count, **how, groups=groups, bias=bias is not None, device="meta"
-        )
-    new._parameters["weight"] = _frozen(as_weight(layer, cut, groups).clone())
-    if bias is not None:
-        new._parameters["bias"] = _frozen(bias[filters])
-    return new
-
-
-_PLAIN = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _constant_dim(

@@ -3,9 +3,8 @@
 A compact value is a tensor that holds some channels of the original one; the others are zero or
 unread. Every operator wants its operands aligned to certain lists of channels:
 
-1. A layer takes its input as it is. Filters that read the same live channels form a group, groups
-   of equal size form one grouped convolution, filters are ordered group by group. Every group of
-   a linear layer is a part of its own.
+1. A layer takes its input as it is. Filters that read the same live channels form a group; the
+   filters are ordered as the layout wants, and the form is the one that the cost model prefers.
 2. A channelwise operator takes its input as it is, plus channels that are zero before it and a
    constant after it. A depthwise convolution takes only what is kept.
 3. An elementwise operator aligns its operands to the longest of them, without what is not kept.
@@ -16,13 +15,17 @@ unread. Every operator wants its operands aligned to certain lists of channels:
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import fx, nn
 from torch.fx.node import Node
 
 from dspfx.passes import operators
+from dspfx.passes.cost_model import CostModel
+from dspfx.passes.layout import geometry, layout
 from dspfx.passes.liveness import Liveness
+from dspfx.passes.lowering import Group, Lowering, forms, groups_of
 from dspfx.passes.values import (
     BoolArray,
     ChannelAnalysis,
@@ -41,41 +44,22 @@ Order = IntArray | None  # None: all channels, or a tensor that is handled whole
 
 
 @dataclass(frozen=True)
-class GroupedConv:
-    """k groups of equal size, emitted as one convolution.
-
-    Attributes:
-        filters: int `[k, f]`, original numbers of the filters.
-        inputs: int `[k, c]`, original input channels of each group.
-        constant: the filters read nothing that is not zero: one input, zero weights.
-    """
-
-    filters: IntArray
-    inputs: IntArray
-    constant: bool
-
-
-@dataclass(frozen=True)
 class LayerPlan:
-    """How one call of a layer is emitted: grouped convolutions whose outputs are concatenated.
+    """How one call of a layer is emitted. Channels are counted as they are stored.
 
     Attributes:
-        parts: in the order of the output channels.
+        groups: what the layer consists of.
+        lowering: how they are emitted.
+        filters: the original number of every filter.
+        inputs: the original number of every input channel.
         norm: the batch norm that is folded into the layer.
     """
 
-    parts: tuple[GroupedConv, ...]
+    groups: tuple[Group, ...]
+    lowering: Lowering
+    filters: IntArray
+    inputs: IntArray
     norm: Node | None
-
-    @property
-    def order(self) -> IntArray:
-        """The original numbers of the filters, in output order."""
-        return np.concatenate([part.filters.reshape(-1) for part in self.parts])
-
-    @property
-    def groups(self) -> list[tuple[int, int]]:
-        """(filters, input channels) of every group."""
-        return [p.filters.shape[1:] + p.inputs.shape[1:] for p in self.parts for _ in p.filters]
 
 
 @dataclass(frozen=True)
@@ -97,9 +81,11 @@ class CompactionPlan:
     left_out: dict[Node, tuple[bool, ...]]
 
 
-def plan(root: fx.GraphModule, analysis: ChannelAnalysis, live: Liveness) -> CompactionPlan:
-    """Decide the order of every value, the grouping of every layer and which norms to fold."""
-    planner = _Planner(root, analysis, live)
+def plan(
+    root: fx.GraphModule, analysis: ChannelAnalysis, live: Liveness, model: CostModel
+) -> CompactionPlan:
+    """Decide the order of every value, the form of every layer and which norms to fold."""
+    planner = _Planner(root, analysis, live, model)
     for node, op in analysis.ops.items():
         if node in live.kept:
             planner.place(node, op)
@@ -113,10 +99,14 @@ def plan(root: fx.GraphModule, analysis: ChannelAnalysis, live: Liveness) -> Com
 
 
 class _Planner:
-    def __init__(self, root: fx.GraphModule, analysis: ChannelAnalysis, live: Liveness) -> None:
+    def __init__(
+        self, root: fx.GraphModule, analysis: ChannelAnalysis, live: Liveness, model: CostModel
+    ) -> None:
         self.root = root
         self.analysis = analysis
         self.live = live
+        self.model = model
+        self.place_of = layout(analysis, live, model)
         self.order: dict[Node, Order] = {}
         self.wants: dict[Node, tuple[Order, ...]] = {}
         self.layers: dict[Node, LayerPlan] = {}
@@ -152,12 +142,23 @@ class _Planner:
     def _place_layer(self, node: Node, op: Mix, kept: BoolArray) -> None:
         inputs = np.arange(op.channels) if op.restored else self.held(op.operands[0])
         filters = np.flatnonzero(kept)
+        filters = filters[np.argsort(self.place_of[self.analysis.class_of(node)[filters]])]
         live, row = self.live.reads_live(node, op)[:, inputs], self.live.reads[op.layer].row
-        layer = self.root.get_submodule(op.layer)
-        parts = _parts(filters, live, row, alike=not isinstance(layer, nn.Linear))
-        absolute = tuple(GroupedConv(p.filters, inputs[p.inputs], p.constant) for p in parts)
-        self.layers[node] = LayerPlan(absolute, self._norm_to_fold(node, kept))
-        self._set(node, self.layers[node].order, (None if op.restored else inputs,))
+        groups = groups_of(np.arange(len(filters)), row[filters], live)
+        family = filters // (op.filters // op.structural_groups)
+        lowering = min(
+            forms(
+                groups,
+                [int(family[group.filters[0]]) for group in groups],
+                grouping=not isinstance(self.root.get_submodule(op.layer), nn.Linear),
+            ),
+            key=partial(
+                self.model.seconds, geometry=geometry(self.analysis, node, op, len(inputs))
+            ),
+        )
+        norm = self._norm_to_fold(node, kept)
+        self.layers[node] = LayerPlan(tuple(groups), lowering, filters, inputs, norm)
+        self._set(node, filters, (None if op.restored else inputs,))
 
     def _norm_to_fold(self, node: Node, kept: BoolArray) -> Node | None:
         readers = self.readers[node]
@@ -219,24 +220,3 @@ class _Planner:
         if not any(len(moved) for moved in order):
             wants[0], order[0] = np.array([-1]), np.flatnonzero(kept)[:1]
         self._set(node, np.concatenate(order), tuple(wants))
-
-
-def _parts(filters: IntArray, live: BoolArray, row: IntArray, alike: bool) -> list[GroupedConv]:
-    """Group filters by what they read, and `alike` groups by size; inputs are positions."""
-    by_inputs: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for r in dict.fromkeys(row[filters].tolist()):
-        inputs = tuple(np.flatnonzero(live[r]).tolist()) if r >= 0 else ()
-        by_inputs[inputs].extend(filters[row[filters] == r].tolist())
-    by_size: dict[tuple[int, int], list[tuple[int, ...]]] = defaultdict(list)
-    for inputs, members in by_inputs.items():
-        by_size[len(members), len(inputs)].append(inputs)
-    parts = []
-    for (_, width), lists in by_size.items():
-        rows = np.array([sorted(by_inputs[inputs]) for inputs in lists], np.int64)
-        positions = np.array(lists, np.int64) if width else np.zeros((len(lists), 1), np.int64)
-        step = len(lists) if alike else 1
-        parts += [
-            GroupedConv(rows[i : i + step], positions[i : i + step], constant=not width)
-            for i in range(0, len(lists), step)
-        ]
-    return parts

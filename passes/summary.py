@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from torch.fx.node import Node
 
 from dspfx.passes.cost import Cost, layer_costs, total
 from dspfx.passes.liveness import Liveness
+from dspfx.passes.lowering import written
 from dspfx.passes.pins import pinned_classes, with_lines
 from dspfx.passes.plan import CompactionPlan
 from dspfx.passes.values import ChannelAnalysis, Channelwise, Declined, Mix
@@ -23,6 +25,7 @@ class LayerSummary:
         filters: before and after.
         inputs: its input channels before, and those of each group after.
         before, after: its cost for one sample.
+        emitted: the cost of the form it is emitted in, with the zero weights that fill that up.
         free: how many of its filters can leave the network whole.
         coupled: the other layers that write the same channels, by addition or multiplication.
         why_not: why it has no gate; empty where it has one.
@@ -35,6 +38,7 @@ class LayerSummary:
     inputs: tuple[int, tuple[int, ...]]
     before: Cost
     after: Cost
+    emitted: Cost
     free: int
     coupled: tuple[str, ...]
     why_not: str
@@ -43,11 +47,12 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole model: its layers, its total cost before and after, and what was declined."""
+    """A whole model: its layers, its total costs, and what was declined."""
 
     layers: tuple[LayerSummary, ...]
     before: Cost
     after: Cost
+    emitted: Cost
     declined: tuple[Declined, ...]
 
 
@@ -60,6 +65,7 @@ def summarise(
 ) -> Summary:
     """Collect the summary of a compaction, layer by layer in the order of the graph."""
     before, after = layer_costs(analysis), layer_costs(analysis, live)
+    emitted = {**after, **_emitted(analysis, plan)}
     pinned, writers = pinned_classes(analysis, lines), _writers(analysis)
     layers = []
     for node, op in analysis.ops.items():
@@ -68,8 +74,8 @@ def summarise(
         kept = int(live.kept[node].sum()) if node in live.kept else 0
         classes = analysis.class_of(node).tolist()
         if isinstance(op, Mix):
-            groups = plan.layers[node].groups if node in plan.layers else []
-            inputs = op.channels, tuple(read for _, read in groups)
+            groups = plan.layers[node].groups if node in plan.layers else ()
+            inputs = op.channels, tuple(max(1, len(group.inputs)) for group in groups)
             why_not = left_alone.get(op.layer, "")
         else:
             inputs, why_not = (len(classes), (kept,)), "its filters read one channel each"
@@ -82,6 +88,7 @@ def summarise(
                 inputs,
                 before[node],
                 after[node],
+                emitted[node],
                 free=sum(c not in pinned for c in classes),
                 coupled=tuple(name for name in others if name != op.layer),
                 why_not=why_not,
@@ -92,8 +99,21 @@ def summarise(
         tuple(layers),
         total(before, analysis),
         total(after, analysis),
+        total(emitted, analysis),
         with_lines(analysis.declined, lines),
     )
+
+
+def _emitted(analysis: ChannelAnalysis, plan: CompactionPlan) -> dict[Node, Cost]:
+    """The cost of every layer as it is lowered."""
+    costs = {}
+    for node, layer in plan.layers.items():
+        op = analysis.ops[node]
+        assert isinstance(op, Mix)
+        weights = op.taps * sum(part.weights for part in layer.lowering)
+        biases = len(written(layer.lowering)) if op.has_bias else 0
+        costs[node] = Cost(weights * op.positions, weights + biases)
+    return costs
 
 
 def _writers(analysis: ChannelAnalysis) -> dict[int, dict[str, None]]:

@@ -20,6 +20,11 @@ def any_along(array: BoolArray, axis: int) -> BoolArray:
     return result
 
 
+def is_run(channels: IntArray) -> bool:
+    """Whether `channels` lie side by side, in order."""
+    return len(channels) > 0 and channels[0] >= 0 and bool((np.diff(channels) == 1).all())
+
+
 @dataclass(frozen=True)
 class Value:
     """The channels of one tensor.

@@ -3,14 +3,17 @@
 import copy
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dspfx
 from dspfx.passes import compact as compact_pass
+from dspfx.passes.plan import LayerPlan
 from helpers import assert_equal, macs, random_masks, randomise, unchanged
 
 
@@ -20,6 +23,18 @@ def pair() -> tuple[dspfx.PreparedModule, dspfx.CompactModule]:
     prepared = dspfx.prepare(model, torch.randn(2, 3, 64, 64)).eval()
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.2))
     return prepared, dspfx.convert(prepared)
+
+
+class OperatorNames(TorchDispatchMode):
+    """Collects the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -34,7 +49,10 @@ def test_it_is_an_evaluation_graph_of_its_own(
     kinds = {type(module).__module__.split(".")[0] for module in compact.modules()}
     assert kinds <= {"torch", "dspfx"}
     inner = [m for m in compact.modules() if m is not compact]
-    assert {type(m).__module__.split(".")[0] for m in inner} == {"torch"}
+    assert {type(m).__module__.split(".")[0] for m in inner} <= {"torch", "dspfx"}
+    with OperatorNames() as called:
+        compact(X)
+    assert {name.split("::")[0] for name in called.names} == {"aten"}
     mine = {t.data_ptr() for t in (*compact.parameters(), *compact.buffers())}
     theirs = {t.data_ptr() for t in (*prepared.parameters(), *prepared.buffers())}
     assert not mine & theirs
@@ -110,7 +128,9 @@ def test_groups_of_equal_size_are_one_grouped_convolution() -> None:
     mask[0::2, :4] = True
     mask[1::2, 4:] = True
     dspfx.set_masks(prepared, {"1": mask})
-    conv = dspfx.convert(prepared).get_submodule("1")
+    compact = dspfx.convert(prepared, cost_model=dspfx.FEWEST_WEIGHTS)
+    assert [n.op for n in compact.graph.nodes].count("call_function") == 0
+    conv = compact.get_submodule("1.0")
     assert (conv.groups, conv.in_channels, conv.out_channels) == (2, 8, 6)
 
 
@@ -156,15 +176,15 @@ def test_a_wrong_plan_is_caught_and_located(monkeypatch: pytest.MonkeyPatch) -> 
         randomise(torchvision.models.resnet18(weights=None)), torch.randn(2, 3, 32, 32)
     )
     dspfx.set_masks(prepared, random_masks(prepared))
-    rebuild = compact_pass._rebuild
+    folded = compact_pass._folded
 
-    def wrong(layer: nn.Module, *args: object) -> nn.Module:
-        new = rebuild(layer, *args)
-        if layer is not None and args[0].layer == "layer2.1.conv1":
-            new.weight.data[0] += 1
-        return new
+    def wrong(source: Any, layer: Any, plan: LayerPlan, *rest: Any) -> tuple[Tensor, Any]:
+        weight, bias = folded(source, layer, plan, *rest)
+        if plan.norm is not None and plan.norm.target == "layer2.1.bn1":
+            bias[0] += 1
+        return weight, bias
 
-    monkeypatch.setattr(compact_pass, "_rebuild", wrong)
+    monkeypatch.setattr(compact_pass, "_folded", wrong)
     with pytest.raises(dspfx.EquivalenceError, match="first at call_module 'layer2_1_bn1'"):
         dspfx.convert(prepared)
     dspfx.convert(prepared, verify=False)

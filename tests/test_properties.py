@@ -12,6 +12,7 @@ import dspfx
 from dspfx.errors import PrepareError
 from dspfx.filters import spread
 from dspfx.gates import GatedLayer, gated_layers
+from dspfx.passes.cost_model import CPU
 from helpers import assert_equal, macs
 from random_networks import BY_VALUE, SMOOTH, MaskRecipe, mask_recipes, networks
 
@@ -20,6 +21,13 @@ EXAMPLES = settings(
     max_examples=COUNT,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+# each prefers another form: what is likely, branches, one grouped convolution, few gathers
+COST_MODELS = (
+    CPU,
+    dspfx.FEWEST_WEIGHTS,
+    dspfx.CostModel(call=100, mac=1, copy=0, gather=0, vector=1),
+    dspfx.CostModel(call=10, mac=1, copy=1, gather=10, vector=2),
 )
 
 
@@ -39,8 +47,15 @@ def prepare(model: nn.Module, groups: int) -> dspfx.PreparedModule | None:
 
 
 @EXAMPLES
-@given(model=networks(), recipe=mask_recipes(), groups=st.integers(1, 4))
-def test_compact_equals_masked(model: nn.Module, recipe: MaskRecipe, groups: int) -> None:
+@given(
+    model=networks(),
+    recipe=mask_recipes(),
+    groups=st.integers(1, 4),
+    cost_model=st.sampled_from(COST_MODELS),
+)
+def test_compact_equals_masked(
+    model: nn.Module, recipe: MaskRecipe, groups: int, cost_model: dspfx.CostModel
+) -> None:
     prepared = prepare(model, groups)
     if prepared is None:
         return
@@ -49,13 +64,16 @@ def test_compact_equals_masked(model: nn.Module, recipe: MaskRecipe, groups: int
         assert_equal(model(x), prepared(x), tolerance=0)
         dspfx.set_masks(prepared, recipe.masks(prepared))
         before = {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
-        compact = dspfx.convert(prepared)
+        compact = dspfx.convert(prepared, cost_model=cost_model)
         assert_equal(prepared(x), compact(x))
     compact.graph.lint()
     assert not compact.training
-    assert macs(compact, x) <= dspfx.report(prepared).after.macs
-    assert dspfx.report(compact).after == dspfx.report(prepared).after
-    again = dspfx.convert(prepared)
+    report = dspfx.report(compact)
+    assert macs(compact, x) <= report.emitted.macs
+    if cost_model is dspfx.FEWEST_WEIGHTS:
+        assert report.emitted.macs <= report.after.macs
+    assert report.after == dspfx.report(prepared).after
+    again = dspfx.convert(prepared, cost_model=cost_model)
     assert again.code == compact.code
     assert dspfx.convert(compact).code == compact.code
     for name, tensor in again.state_dict().items():

@@ -41,10 +41,14 @@ def test_random_group_masks_at_half(name: str) -> None:
     assert dspfx.report(prepared).before.macs == dense
     with torch.no_grad():
         dspfx.set_masks(prepared, random_masks(prepared))
-        compact = dspfx.convert(prepared)
+        compact = dspfx.convert(prepared, cost_model=dspfx.FEWEST_WEIGHTS)
         assert_equal(prepared.eval()(x), compact(x))
     kept = macs(compact, x)
     assert kept <= dspfx.report(compact).after.macs < dense
+    likely = dspfx.convert(prepared)
+    assert_equal(prepared(x), likely(x))
+    assert dspfx.report(likely).after == dspfx.report(compact).after
+    assert macs(likely, x) <= dspfx.report(likely).emitted.macs
     assert kept < 0.72 * dense
     assert dspfx.report(compact).declined == ()
 
