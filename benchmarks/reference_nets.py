@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import dspfx
 from benchmarks.reference import DEFAULT_FOLDER, Reference, find, load
-from benchmarks.timing import medians
+from dspfx.timing import medians
 
 BATCHES = (1, 8, 64)
 
@@ -56,7 +56,7 @@ def measure(network: Reference, batch: int, repeats: int) -> tuple[float, ...]:
     dense, compact = network.dense(), dspfx.convert(network.prepared())
     models = (_eager(dense), dspfx.compile(dense, x), _eager(compact), dspfx.compile(compact, x))
     calls = {name: partial(model, x) for name, model in zip(CALLS, models, strict=True)}
-    times = medians(calls, repeats)
+    times = {name: 1e3 * seconds for name, seconds in medians(calls, repeats).items()}
     return (*times.values(), times["dense compiled"] / times["compact compiled"])
 
 

@@ -1,34 +1,175 @@
-"""`compile`: a model and the shapes it will see, to a fast callable."""
+"""`compile`: a model and the shapes it will see, to a fast callable.
 
-from collections.abc import Callable
+1. Every layer whose filters read different channels is emitted in the forms that are likely to be
+   fast, and each is timed.
+2. The whole network is compiled with the fastest form of every layer, as it was converted, and with
+   every layer dense. The fastest of the three is returned, so that none is slower than dense.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import nn
 
 from dspfx.inputs import as_inputs
+from dspfx.passes.cost_model import CPU
+from dspfx.passes.lowering import Lowering, dense, describe, forms
+from dspfx.passes.measure import Measured
+from dspfx.passes.relower import Site, relowered, sites
+from dspfx.timing import medians
+
+MOST_FORMS = 6
+ROUNDS = 15
 
 
-def compile(model: nn.Module, example_inputs: Any) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class LayerChoice:
+    """The forms of one layer that were timed.
+
+    Attributes:
+        name: of the layer.
+        seconds: of each form, by its description.
+        chosen: the fastest.
+    """
+
+    name: str
+    seconds: Mapping[str, float]
+    chosen: str
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What `compile` measured and chose; `str` is a table.
+
+    Attributes:
+        layers: those whose filters read different channels.
+        networks: seconds of the whole network, compiled, by how its layers are emitted; empty
+            where there was nothing to choose.
+        chosen: the one that is returned.
+    """
+
+    layers: tuple[LayerChoice, ...]
+    networks: Mapping[str, float]
+    chosen: str
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name,
+                layer.chosen,
+                f"{1e3 * layer.seconds[layer.chosen]:.3f}",
+                f"{1e3 * layer.seconds['dense']:.3f}",
+                len(layer.seconds),
+            )
+            for layer in self.layers
+        ]
+        header = ("layer", "fastest form", "ms", "dense, ms", "forms timed")
+        best = sum(layer.seconds[layer.chosen] for layer in self.layers)
+        whole = sum(layer.seconds["dense"] for layer in self.layers)
+        rows.append(("together", "", f"{1e3 * best:.3f}", f"{1e3 * whole:.3f}", ""))
+        networks = [
+            (name, f"{1e3 * seconds:.3f}", "chosen" if name == self.chosen else "")
+            for name, seconds in self.networks.items()
+        ]
+        return "\n\n".join(
+            [
+                tabulate(rows, header, disable_numparse=True),
+                tabulate(networks, ("whole network, compiled", "ms", ""), disable_numparse=True),
+            ]
+        )
+
+
+class Compiled:
+    """A model compiled for inference; called with the model's positional arguments.
+
+    Attributes:
+        report: what was measured and chosen.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        self.model = model
+        self.report = CompileReport((), {}, "as it is")
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        """The model's outputs, computed without gradients."""
+        with torch.no_grad():
+            return self._call(*args)
+
+
+def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     """Compile an evaluation-mode model for inference with `torch.compile`.
 
+    The forms of the layers of a compact model are chosen by measuring them, on the device of the
+    example inputs and with the current number of threads. Times are remembered on disk, in the
+    folder that the environment variable `DSPFX_CACHE_DIR` names, else in the user's cache.
     On a CPU the parameters are frozen into the compiled code. The first call for the shapes of
     `example_inputs` is made here, so that the callable returned is warm.
 
     Args:
-        model: a compact module, or any module in evaluation mode.
+        model: a compact module, or any module in evaluation mode; it is left as it is.
         example_inputs: a tensor, or a tuple of positional inputs.
 
     Returns:
-        A callable with the model's positional arguments; it computes without gradients.
+        A callable with the model's positional arguments; `print(compiled.report)` shows what was
+        measured and chosen.
     """
     inputs = as_inputs(example_inputs)
+    found = sites(model, inputs)
+    if not found:
+        return _compiled(model, inputs)
+    choices, fastest = _choose(found, inputs)
+    networks = {
+        "the fastest form of each layer": relowered(model, fastest),
+        "as converted": model,
+        "dense": relowered(model, {site: dense(site.groups) for site in found}),
+    }
+    compiled = {name: _compiled(network, inputs) for name, network in networks.items()}
+    calls = {name: partial(call, *inputs) for name, call in compiled.items()}
+    times = medians(calls, ROUNDS)
+    best = min(times, key=times.__getitem__)
+    compiled[best].report = CompileReport(choices, times, best)
+    return compiled[best]
+
+
+def _choose(
+    found: list[Site], inputs: tuple[Any, ...]
+) -> tuple[tuple[LayerChoice, ...], dict[Site, Lowering]]:
+    """Time the likely forms of every layer."""
+    device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
+    measured = Measured(device)
+    choices, fastest = [], {}
+    for site in found:
+        likely = _likely(site)
+        x = torch.randn(site.input, device=device, dtype=site.weight.dtype)
+        if x.dim() == 4 and not isinstance(site.layer, nn.Linear):
+            x = x.contiguous(memory_format=torch.channels_last)
+        times = measured({name: site.emit(form) for name, form in likely.items()}, x)
+        best = min(times, key=times.__getitem__)
+        choices.append(LayerChoice(site.name, times, best))
+        fastest[site] = likely[best]
+    measured.save()
+    return tuple(choices), fastest
+
+
+def _likely(site: Site) -> dict[str, Lowering]:
+    """The forms worth timing, by description: dense, and those that should be the fastest."""
+    whole = dense(site.groups)
+    family = [0] * len(site.groups)
+    grouping = not isinstance(site.layer, nn.Linear)
+    others = sorted(
+        forms(site.groups, family, grouping), key=partial(CPU.seconds, geometry=site.geometry)
+    )
+    return {"dense": whole} | {describe(form): form for form in others[:MOST_FORMS]}
+
+
+def _compiled(model: nn.Module, inputs: tuple[Any, ...]) -> Compiled:
     on_cpu = all(p.device.type == "cpu" for p in (*model.parameters(), *model.buffers()))
-    compiled = torch.compile(model, options={"freezing": True} if on_cpu else None)
-
-    def run(*args: Any) -> Any:
-        with torch.no_grad():
-            return compiled(*args)
-
-    run(*inputs)
-    return run
+    call = torch.compile(model, options={"freezing": True} if on_cpu else None)
+    compiled = Compiled(model, call)
+    compiled(*inputs)
+    return compiled

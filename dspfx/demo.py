@@ -2,8 +2,6 @@
 
 import functools
 import math
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,11 @@ from tqdm import tqdm
 import dspfx
 from dspfx.data import Dataset, batches, load
 from dspfx.models import CifarResNet
+from dspfx.timing import medians
 
 BATCH = 64
 TIMED_BATCH = 32
 TIMED_ROUNDS = 31
-WARM_UP_ROUNDS = 5
 
 # one optimisation step, given a closure that computes the loss of a batch
 Step = Callable[[Callable[[], Tensor]], Tensor]
@@ -194,13 +192,8 @@ def latencies(models: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
     for name, model in models.items():
         _say(f"compiling the {name} network")
         compiled[name] = dspfx.compile(model.eval(), x)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(WARM_UP_ROUNDS + TIMED_ROUNDS):
-        for name, call in compiled.items():
-            start = time.perf_counter()
-            call(x)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(ms[WARM_UP_ROUNDS:]) for name, ms in times.items()}
+    calls = {name: functools.partial(call, x) for name, call in compiled.items()}
+    return {name: 1e3 * seconds for name, seconds in medians(calls, TIMED_ROUNDS).items()}
 
 
 def _train(

@@ -206,7 +206,8 @@ class _Emitter:
         plan = self.plan.layers[node]
         computed = self._constant(node.args[1]) if is_weighted(layer) else None  # type: ignore[arg-type]
         weight, bias = _folded(self.source, layer, plan, computed)
-        module = emit(layer, weight, bias, plan.lowering, plan.filters, plan.inputs)
+        stored = plan.lowering, plan.filters, plan.inputs
+        module = emit(layer, weight, bias, *stored, op.structural_groups)
         return self.graph.call_module(self._put(op.layer, module), (x,))
 
     def _channelwise(self, node: Node, op: Channelwise) -> Node:

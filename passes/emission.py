@@ -29,6 +29,7 @@ def emit(
     lowering: Lowering,
     filters: IntArray,
     inputs: IntArray,
+    families: int = 1,
 ) -> nn.Module:
     """What computes `layer` as `lowering` says.
 
@@ -39,9 +40,9 @@ def emit(
         lowering: counts filters and channels as they are stored.
         filters: the number, in `weight`, of every filter stored.
         inputs: the number, in the input of `layer`, of every channel stored.
+        families: S, the structural groups in which `weight` is stored.
     """
-    families = int(getattr(layer, "groups", 1))
-    layers = [_part(layer, families, part, weight, bias, filters, inputs) for part in lowering]
+    layers = [_part(layer, part, weight, bias, filters, inputs, families) for part in lowering]
     reads = [np.maximum(part.inputs.reshape(-1), 0) for part in lowering]
     outputs = written(lowering)
     order = np.argsort(outputs, kind="stable")[(outputs < 0).sum() :]
@@ -53,12 +54,12 @@ def emit(
 
 def _part(
     layer: Any,
-    families: int,
     part: Part,
     weight: Tensor,
     bias: Tensor | None,
     filters: IntArray,
     inputs: IntArray,
+    families: int,
 ) -> nn.Module:
     """One grouped convolution, or a linear layer, of the filters and inputs of `part`."""
     device, width = weight.device, weight.shape[1]

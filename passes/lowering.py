@@ -184,3 +184,14 @@ def _key(lowering: Lowering) -> bytes:
 def written(lowering: Lowering) -> IntArray:
     """The filters in the order in which the parts write them, -1 for channels nobody uses."""
     return np.concatenate([part.filters.reshape(-1) for part in lowering])
+
+
+def describe(lowering: Lowering) -> str:
+    """In words: how many groups in how many layers, and the sizes of each."""
+    if len(lowering) == 1 and len(lowering[0].filters) == 1:
+        return "dense"
+    sizes = ", ".join(
+        f"{len(p.filters)} of {p.inputs.shape[1]}->{p.filters.shape[1]}" for p in lowering
+    )
+    layers = "1 layer" if len(lowering) == 1 else f"{len(lowering)} layers"
+    return f"{layers}: {sizes}"

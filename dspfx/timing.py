@@ -1,0 +1,62 @@
+"""Comparing the speed of several callables fairly: in one process, in turns, by medians."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+Name = TypeVar("Name")
+
+ROUNDS = 21
+WARM_UP_CALLS = 3
+
+
+def medians(
+    calls: Mapping[Name, Callable[[], object]],
+    rounds: int = ROUNDS,
+    *,
+    warm_up: float = 0.3,
+    round_takes: float = 0.0,
+) -> dict[Name, float]:
+    """The median seconds that one call of each of `calls` takes.
+
+    Each is warmed up until allocator, caches and clock rate have settled. Then they are timed in
+    turns, so that a disturbance of the machine meets all of them alike; every second round goes
+    backwards, so that none always follows the same other.
+
+    Args:
+        calls: by name.
+        rounds: how many times each is timed.
+        warm_up: seconds for which each is called before.
+        round_takes: calls that are shorter than this many seconds are repeated within a round.
+    """
+    count = {
+        name: max(1, round(round_takes / _warmed_up(call, warm_up))) for name, call in calls.items()
+    }
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        names = list(calls) if turn % 2 == 0 else list(reversed(calls))
+        for name in names:
+            times[name].append(_seconds(calls[name], count[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _warmed_up(call: Callable[[], object], seconds: float) -> float:
+    """About how long a call takes in the end."""
+    started, done, last = time.perf_counter(), 0, 0.0
+    while done < WARM_UP_CALLS or time.perf_counter() - started < seconds:
+        last = _seconds(call, 1)
+        done += 1
+    return max(last, 1e-7)
+
+
+def _seconds(call: Callable[[], object], count: int) -> float:
+    """The seconds of one call out of `count`, work on an accelerator finished."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return (time.perf_counter() - start) / count

@@ -1,0 +1,83 @@
+"""`compile`: measured forms, the race, and what it leaves alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dspfx
+from dspfx.branches import Branches
+from helpers import assert_equal, random_masks, randomise
+
+compile_module = __import__("sys").modules["dspfx.compile"]
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPFX_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def compact() -> nn.Module:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)),
+        *(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)),
+    )
+    prepared = dspfx.prepare(randomise(model), X).eval()
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.2))
+    return dspfx.convert(prepared)
+
+
+def winner(name: str) -> Any:
+    """In place of a clock: the contender called `name` is the fastest."""
+
+    def medians(calls: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, float]:
+        return {key: 1.0 if key == name else 2.0 for key in calls}
+
+    return medians
+
+
+@pytest.mark.parametrize("name", ["the fastest form of each layer", "as converted", "dense"])
+def test_the_fastest_is_returned(
+    compact: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(compile_module, "medians", winner(name))
+    code = {k: v.clone() for k, v in compact.state_dict().items()}
+    fast = dspfx.compile(compact, X)
+    assert_equal(compact(X), fast(X), 1e-5)
+    assert not fast(X).requires_grad
+    assert fast.report.chosen == name
+    assert name in str(fast.report)
+    for key, value in compact.state_dict().items():
+        assert torch.equal(value, code[key])
+    forms = [m for m in fast.model.modules() if isinstance(m, Branches)]
+    assert forms == [] or name != "dense"
+
+
+def test_every_layer_with_groups_is_timed_against_dense(compact: nn.Module) -> None:
+    report = dspfx.compile(compact, X).report
+    assert [layer.name for layer in report.layers] == ["3", "6"]
+    for layer in report.layers:
+        assert "dense" in layer.seconds
+        assert len(layer.seconds) > 1
+        assert layer.seconds[layer.chosen] == min(layer.seconds.values())
+    assert set(report.networks) == {"the fastest form of each layer", "as converted", "dense"}
+
+
+def test_a_model_without_groups_is_compiled_as_it_is() -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).eval()
+    fast = dspfx.compile(model, X)
+    assert_equal(model(X), fast(X), 1e-5)
+    assert fast.report.layers == ()
+    assert fast.model is model
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu(compact: nn.Module) -> None:
+    compact, x = compact.cuda(), X.cuda()
+    fast = dspfx.compile(compact, x)
+    assert_equal(compact(x), fast(x), 1e-3)
