@@ -63,7 +63,7 @@ class CompileReport:
                 layer.chosen,
                 f"{1e3 * layer.seconds[layer.chosen]:.3f}",
                 f"{1e3 * layer.seconds['dense']:.3f}",
-                len(layer.seconds),
+                str(len(layer.seconds)),
             )
             for layer in self.layers
         ]

@@ -37,8 +37,7 @@ def medians(
     }
     times: dict[Name, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
-        names = list(calls) if turn % 2 == 0 else list(reversed(calls))
-        for name in names:
+        for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
             times[name].append(_seconds(calls[name], count[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -109,7 +109,8 @@ def _is_channels_last(x: Tensor) -> bool:
 def _ready(module: nn.Module, x: Tensor) -> Callable[[], object]:
     """A call of `module` as it runs when compiled: on a CPU with its weights packed by oneDNN."""
     twin = module
-    if x.device.type == "cpu" and x.dim() == 4 and torch.backends.mkldnn.is_available():
+    packs = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if packs and x.device.type == "cpu" and x.dim() == 4:
         twin = copy.deepcopy(module) if isinstance(module, Branches) else nn.Sequential(module)
         for name, layer in list(twin.named_children()):
             if type(layer) is nn.Conv2d and _is_plain(layer):

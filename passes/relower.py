@@ -94,8 +94,7 @@ def relowered(model: nn.Module, forms: Mapping[Site, Lowering]) -> nn.Module:
     for site, lowering in forms.items():
         module = site.emit(lowering)
         weight, bias = _whole(module, *site.weight.shape[:2])
-        same_bias = bias is site.bias is None or torch.equal(bias, site.bias)
-        if not torch.equal(weight, site.weight) or not same_bias:
+        if not (_equal(weight, site.weight) and _equal(bias, site.bias)):
             raise EquivalenceError(
                 f"layer {site.name!r} changed when it was emitted anew. This is a bug of dspfx; "
                 "please report the model"
@@ -106,7 +105,7 @@ def relowered(model: nn.Module, forms: Mapping[Site, Lowering]) -> nn.Module:
 
 def _layers(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """The modules that are layers, those inside `Branches` left out."""
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():
         if isinstance(child, (Branches, *_LAYERS)):
             found.append((prefix + name, child))
@@ -149,6 +148,10 @@ def _whole(module: Any, filters: int, channels: int) -> tuple[Tensor, Tensor | N
     if layers[0].bias is None:
         return weight, None
     return weight, torch.cat([layer.bias.detach() for layer in layers])[written]
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return torch.equal(a, b) if a is not None and b is not None else a is b
 
 
 def _groups(reads: BoolArray) -> list[Group]:
