@@ -227,7 +227,7 @@ def examine(case: Case, batch: int, threads: int) -> str:
         calls[name, "ONNX Runtime"] = _onnx_runtime(onnx, x, threads)
         calls[name, "OpenVINO"] = _openvino(onnx, x, threads)
     times = {key: 1e3 * value for key, value in medians(calls, ROUNDS).items()}
-    kept = report.after.macs / dspfx.report(case.prepared).before.macs
+    kept = report.after.macs / macs_of(case.dense, x[:1])
     return _section(case.name, batch, kept, times, fast.report, seconds)
 
 

@@ -6,7 +6,7 @@
    every layer dense. The fastest of the three is returned, so that none is slower than dense.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +15,11 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from dspfx import native
 from dspfx.inputs import as_inputs
+from dspfx.parts import compact_parts_of
 from dspfx.passes.cost_model import CPU
+from dspfx.passes.fuse import fuse
 from dspfx.passes.lowering import Lowering, dense, describe, forms
 from dspfx.passes.measure import Measured
 from dspfx.passes.relower import Site, relowered, sites
@@ -87,18 +90,31 @@ class Compiled:
     """A model compiled for inference; called with the model's positional arguments.
 
     Attributes:
+        model: what was compiled.
         report: what was measured and chosen.
     """
 
-    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.report = CompileReport((), {}, "as it is")
-        self._call = call
+        # its weights are frozen and nobody else's: only what is new in the inputs needs a look
+        guards: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self._call = torch.compile(model, options=guards)
+        tensors = (*model.parameters(), *model.buffers())
+        self._freezes = all(t.device.type == "cpu" for t in tensors)
+        self._met: set[tuple[object, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
         """The model's outputs, computed without gradients."""
+        shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in args)
         with torch.no_grad():
-            return self._call(*args)
+            if shapes in self._met or not self._freezes:
+                return self._call(*args)
+            # as an option of torch.compile it comes too late: dynamo asks for it before inductor
+            with torch._inductor.config.patch(freezing=True):
+                result = self._call(*args)
+            self._met.add(shapes)
+            return result
 
 
 def compile(model: nn.Module, example_inputs: Any) -> Compiled:
@@ -119,16 +135,22 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
         measured and chosen.
     """
     inputs = as_inputs(example_inputs)
-    found = sites(model, inputs)
-    if not found:
+    layers = sites(model, inputs)
+    if all(len(site.groups) == 1 for site in layers):
         return _compiled(model, inputs)
-    choices, fastest = _choose(found, inputs)
+    choices, fastest = _choose([site for site in layers if len(site.groups) > 1], inputs)
+    whole = {site: site.emit(dense(site.groups)) for site in layers if len(site.groups) > 1}
     networks = {
         "the fastest form of each layer": relowered(model, fastest),
         "as converted": model,
-        "dense": relowered(model, {site: dense(site.groups) for site in found}),
+        "dense": relowered(model, whole),
+        "native": _native(model, layers),
     }
-    compiled = {name: _compiled(network, inputs) for name, network in networks.items()}
+    compiled = {
+        name: _compiled(network, inputs)
+        for name, network in networks.items()
+        if network is not None
+    }
     calls = {name: partial(call, *inputs) for name, call in compiled.items()}
     times = medians(calls, ROUNDS)
     best = min(times, key=times.__getitem__)
@@ -136,9 +158,20 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     return compiled[best]
 
 
+def _native(model: nn.Module, layers: list[Site]) -> nn.Module | None:
+    """`model` with every layer that allows it on the project's own kernel, if that is there."""
+    if not native.built():
+        return None
+    modules = {site: site.emit_native() for site in layers}
+    network = relowered(model, {site: m for site, m in modules.items() if m is not None})
+    for _, part in compact_parts_of(network):
+        fuse(part, part.example_inputs)
+    return network
+
+
 def _choose(
     found: list[Site], inputs: tuple[Any, ...]
-) -> tuple[tuple[LayerChoice, ...], dict[Site, Lowering]]:
+) -> tuple[tuple[LayerChoice, ...], dict[Site, nn.Module]]:
     """Time the likely forms of every layer."""
     device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
     measured = Measured(device)
@@ -148,10 +181,11 @@ def _choose(
         x = torch.randn(site.input, device=device, dtype=site.weight.dtype)
         if x.dim() == 4 and not isinstance(site.layer, nn.Linear):
             x = x.contiguous(memory_format=torch.channels_last)
-        times = measured({name: site.emit(form) for name, form in likely.items()}, x)
+        modules = {name: site.emit(form) for name, form in likely.items()}
+        times = measured(modules, x)
         best = min(times, key=times.__getitem__)
         choices.append(LayerChoice(site.name, times, best))
-        fastest[site] = likely[best]
+        fastest[site] = modules[best]
     measured.save()
     return tuple(choices), fastest
 
@@ -168,8 +202,6 @@ def _likely(site: Site) -> dict[str, Lowering]:
 
 
 def _compiled(model: nn.Module, inputs: tuple[Any, ...]) -> Compiled:
-    on_cpu = all(p.device.type == "cpu" for p in (*model.parameters(), *model.buffers()))
-    call = torch.compile(model, options={"freezing": True} if on_cpu else None)
-    compiled = Compiled(model, call)
+    compiled = Compiled(model)
     compiled(*inputs)
     return compiled

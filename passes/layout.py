@@ -7,7 +7,8 @@ coupling classes. Every layer would like
    a Gray code, in which neighbours differ in one reader. For two groups that is [A only | both | B
    only], and exact.
 2. what each of its groups writes side by side: its filters sorted by group.
-3. what it writes to a stream side by side, where that is not all of it: the rest is only padding.
+3. what it writes to a stream side by side, and what is used of the stream, where that is not all:
+   then the rest is padding, or cut off.
 
 The layer that saves the most time by it has its way first; the others sort within what is left
 open, every second stretch backwards, so that the ends of neighbouring stretches meet.
@@ -94,10 +95,12 @@ def _of_stream(
     for operand, spans, out in zip(op.operands, op.spans, live.skipped[node], strict=True):
         if not spans or out or isinstance(analysis.ops[operand], Constant):
             continue
-        writes = live.kept[operand][kept]
-        if not writes.all():
-            saves = model.gather * len(writes) * each
-            yield _Wish(saves, analysis.class_of(node)[kept], writes.astype(np.int64))
+        held = live.kept[operand]
+        if not np.array_equal(held, kept):
+            either = held | kept
+            key = (held & kept)[either].astype(np.int64)
+            saves = model.gather * int(either.sum()) * each
+            yield _Wish(saves, analysis.class_of(node)[either], key)
 
 
 def geometry(analysis: ChannelAnalysis, node: Node, op: Mix, channels: int) -> Geometry:

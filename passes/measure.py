@@ -8,7 +8,6 @@ import contextlib
 import copy
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.branches import Branches
+from dspfx.caches import as_file_name, cache_folder, processor
 from dspfx.timing import medians
 
 ROUNDS = 7
 WARM_UP = 0.005
 ROUND_TAKES = 0.003
-FOLDER = "DSPFX_CACHE_DIR"
 
 
 class Measured:
@@ -35,7 +34,7 @@ class Measured:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.path = _folder() / f"{_machine(device)}.json"
+        self.path = cache_folder() / f"{_machine(device)}.json"
         self.known = _read(self.path)
 
     def __call__(self, modules: Mapping[Any, nn.Module], x: Tensor) -> dict[Any, float]:
@@ -69,28 +68,14 @@ def signature(module: nn.Module, x: Tensor) -> str:
     return f"{module!r} {tuple(x.shape)} {x.dtype} {kind}"
 
 
-def _folder() -> Path:
-    given = os.environ.get(FOLDER)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else base / "dspfx"
-
-
 def _machine(device: torch.device) -> str:
     """A name for device, threads and torch, fit for a file."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+        name = f"{processor()} {torch.backends.cpu.get_cpu_capability()}"
     text = f"{name} {torch.get_num_threads()} threads torch {torch.__version__}"
-    return "".join(c if c.isalnum() else "_" for c in text)
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return as_file_name(text)
 
 
 def _read(path: Path) -> dict[str, float]:

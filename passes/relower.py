@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dspfx.branches import Branches
 from dspfx.errors import EquivalenceError
 from dspfx.filters import filters_first
+from dspfx.group_conv import GroupConv2d
 from dspfx.passes.cost_model import Geometry
 from dspfx.passes.emission import emit
 from dspfx.passes.lowering import Group, Lowering, groups_of
@@ -59,9 +60,20 @@ class Site:
         filters, channels = (np.arange(n) for n in self.weight.shape[:2])
         return emit(self.layer, self.weight, self.bias, lowering, filters, channels).eval()
 
+    def emit_native(self) -> nn.Module | None:
+        """The module that computes this layer by the project's own kernel, if that can."""
+        conv = self.layer
+        if type(conv) is not nn.Conv2d or self.weight.device.type != "cpu":
+            return None
+        plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        if not plain or self.weight.dtype != torch.float32:
+            return None
+        groups = [(group.filters, group.inputs) for group in self.groups]
+        return GroupConv2d(conv, groups, self.weight, self.bias).eval()
+
 
 def sites(model: nn.Module, inputs: tuple[Any, ...]) -> list[Site]:
-    """The layers of `model` that have groups, as they are called for `inputs`.
+    """The layers of `model`, as they are called for `inputs`; depthwise ones are left out.
 
     Args:
         model: in evaluation mode; it is run once.
@@ -81,18 +93,17 @@ def sites(model: nn.Module, inputs: tuple[Any, ...]) -> list[Site]:
         for hook in hooks:
             hook.remove()
     found = (_site(n, m, *shapes[m]) for n, m in modules.items() if m in shapes)
-    return [site for site in found if site is not None and len(site.groups) > 1]
+    return [site for site in found if site is not None]
 
 
-def relowered(model: nn.Module, forms: Mapping[Site, Lowering]) -> nn.Module:
-    """A copy of `model` in which every layer of `forms` is emitted anew; the rest is shared.
+def relowered(model: nn.Module, modules: Mapping[Site, nn.Module]) -> nn.Module:
+    """A copy of `model` in which `modules` stand for the layers; the rest is shared.
 
     Raises:
         EquivalenceError: a layer has another weight than before, read back from its new form.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for site, lowering in forms.items():
-        module = site.emit(lowering)
+    for site, module in modules.items():
         weight, bias = _whole(module, *site.weight.shape[:2])
         if not (_equal(weight, site.weight) and _equal(bias, site.bias)):
             raise EquivalenceError(
@@ -130,6 +141,8 @@ def _site(name: str, module: nn.Module, input: torch.Size, output: torch.Size) -
 
 def _whole(module: Any, filters: int, channels: int) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer, as of one convolution over all channels."""
+    if isinstance(module, GroupConv2d):
+        return module.whole(channels), module.bias  # type: ignore[return-value]
     if not isinstance(module, Branches):
         bias = None if module.bias is None else module.bias.detach()
         return filters_first(module).detach(), bias

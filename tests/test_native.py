@@ -1,0 +1,285 @@
+"""The project's own kernel: equal to torch's convolutions, and not to be led astray by a plan."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils import cpp_extension
+
+import dspfx
+from dspfx import native
+from dspfx.group_conv import GroupConv2d
+from dspfx.passes.fuse import fuse
+from helpers import assert_equal
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built() -> None:
+    assert native.built()
+
+
+def layer(
+    conv: nn.Conv2d, groups: int, seed: int, keep: float = 0.6
+) -> tuple[GroupConv2d, nn.Conv2d]:
+    """`conv` with random groups of filters that read random channels, in both forms."""
+    rng = np.random.default_rng(seed)
+    conv = conv.eval().requires_grad_(False)
+    mask = rng.random((groups, conv.in_channels)) < keep
+    row = rng.integers(groups, size=conv.out_channels)
+    conv.weight.mul_(torch.from_numpy(mask[row])[:, :, None, None])
+    lists = [(np.flatnonzero(row == g), np.flatnonzero(mask[g])) for g in range(groups)]
+    return GroupConv2d(conv, lists, conv.weight, conv.bias), conv
+
+
+def expected(conv: nn.Conv2d, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    y = conv.double()(x.double())
+    y = y if residual is None else y + residual.double()
+    return native._FUNCTIONS[native.ACTIVATIONS.index(activation)](y).float()
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    pair = st.tuples(st.integers(1, 4), st.integers(1, 4))
+    kernel, stride, dilation = draw(pair), draw(pair), draw(pair)
+    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    size = [
+        max(1, draw(st.integers(1, 24)), d * (k - 1) + 1 - 2 * p)
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
+    return {
+        "conv": nn.Conv2d(
+            *(draw(st.integers(1, 20)), draw(st.integers(1, 20)), kernel, stride, padding),
+            dilation=dilation,
+            bias=draw(st.booleans()),
+        ),
+        "size": size,
+        "groups": draw(st.integers(1, 4)),
+        "seed": draw(st.integers(0, 999)),
+        "batch": draw(st.integers(1, 3)),
+        "residual": draw(st.booleans()),
+        "activation": draw(st.sampled_from(native.ACTIVATIONS)),
+        "threads": draw(st.integers(1, 3)),
+    }
+
+
+@pytest.fixture(scope="module")
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@settings(max_examples=300, deadline=None)
+@given(calls())
+@pytest.mark.usefixtures("_threads")
+def test_equal_to_convolutions(call: dict[str, Any]) -> None:
+    torch.set_num_threads(call["threads"])
+    own, conv = layer(call["conv"], call["groups"], call["seed"])
+    own.activation = call["activation"]
+    generator = torch.Generator().manual_seed(call["seed"])
+    x = torch.randn(call["batch"], conv.in_channels, *call["size"], generator=generator)
+    residual = torch.randn(conv(x).shape, generator=generator) if call["residual"] else None
+    wanted = expected(conv, x, residual, call["activation"])
+    assert_equal(wanted, own(x, residual), 1e-5)
+    assert torch.equal(own.whole(conv.in_channels), conv.weight.float())
+    portable = native._reference(
+        *(x, own.weight, own.bias, own.sizes, own.filters, own.inputs, residual),
+        *(*own.settings, own.block, native.ACTIVATIONS.index(call["activation"])),
+    )
+    assert_equal(wanted, portable, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "kernel", "size", "batch"),
+    [
+        (40, 70, 1, 56, 1),
+        (300, 33, 1, 7, 2),
+        (64, 64, 3, 56, 1),
+        (130, 20, 3, 14, 2),
+        (9, 9, 7, 90, 1),
+    ],
+)
+def test_sizes_that_are_cut_into_strips(
+    channels: int, filters: int, kernel: int, size: int, batch: int
+) -> None:
+    own, conv = layer(nn.Conv2d(channels, filters, kernel, padding=kernel // 2), 2, seed=0)
+    x = torch.randn(batch, channels, size, size)
+    assert_equal(expected(conv, x, None, "none"), own(x), 1e-5)
+
+
+def test_slices_and_other_layouts() -> None:
+    own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    wide, added = torch.randn(2, 9, 8, 8), torch.randn(2, 7, 8, 8)
+    for x in (wide[:, 2:8], wide[:, :6].contiguous(memory_format=torch.channels_last)):
+        wanted = expected(conv, x, added[:, 1:6], "relu")
+        own.activation = "relu"
+        assert_equal(wanted, own(x, added[:, 1:6]), 1e-5)
+
+
+def test_the_operator_is_one_that_torch_can_work_with() -> None:
+    own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    args = (torch.randn(2, 6, 8, 8), own.weight, own.bias, own.sizes, own.filters, own.inputs)
+    for residual in (None, torch.randn(2, 5, 8, 8)):
+        torch.library.opcheck(
+            torch.ops.dspfx.group_conv2d.default,
+            (*args, residual, *own.settings, own.block, 1),
+        )
+
+
+def test_it_compiles_and_exports() -> None:
+    own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    model, x = nn.Sequential(own, nn.Sigmoid()).eval(), torch.randn(2, 6, 8, 8)
+    wanted = torch.sigmoid(expected(conv, x, None, "none"))
+    with torch.no_grad():
+        assert_equal(wanted, torch.compile(model)(x), 1e-5)
+        assert_equal(wanted, torch.export.export(model, (x,)).module()(x), 1e-5)
+
+
+def test_it_is_not_for_training() -> None:
+    own, _ = layer(nn.Conv2d(3, 4, 1), 2, seed=0)
+    x = torch.randn(1, 3, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="for inference"):
+        own(x).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("inputs", lambda t: t + 100),
+        ("inputs", lambda t: t - 5),
+        ("inputs", lambda t: t[:-1]),
+        ("inputs", lambda t: t.float()),
+        ("filters", lambda t: t + 1),
+        ("filters", torch.zeros_like),
+        ("filters", lambda t: t[:-1]),
+        ("sizes", lambda t: t * 2),
+        ("sizes", lambda t: t - 100),
+        ("sizes", lambda t: t[:1]),
+        ("sizes", lambda t: t.flatten()),
+        ("sizes", lambda t: torch.full_like(t, 2**62)),
+        ("weight", lambda t: t[:-1]),
+        ("weight", lambda t: t.double()),
+        ("bias", lambda t: t[:-1]),
+        ("block", lambda n: n + 1),
+        ("settings", lambda s: [[0, 3], *s[1:]]),
+        ("settings", lambda s: [s[0], [0, 1], *s[2:]]),
+        ("settings", lambda s: [s[0], s[1], [-1, 1], s[3]]),
+        ("settings", lambda s: [[99, 99], *s[1:]]),
+    ],
+)
+def test_a_damaged_plan_raises(name: str, change: Any) -> None:
+    own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    setattr(own, name, change(getattr(own, name)))
+    with pytest.raises(RuntimeError):
+        own(torch.randn(2, 6, 8, 8))
+
+
+def test_an_input_that_does_not_fit_raises() -> None:
+    own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    for x in (torch.randn(2, 3, 8, 8), torch.randn(6, 8, 8), torch.randn(2, 6, 8, 8).double()):
+        with pytest.raises(RuntimeError):
+            own(x)
+    with pytest.raises(RuntimeError, match="residual"):
+        own(torch.randn(2, 6, 8, 8), torch.randn(2, 5, 7, 8))
+
+
+def test_empty_batches() -> None:
+    own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    assert own(torch.randn(0, 6, 8, 8)).shape == (0, 5, 8, 8)
+
+
+def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no compiler\nand a long log")
+
+    monkeypatch.setattr(cpp_extension, "load", fails)
+    native.built.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="cannot be built.*no compiler. A C"):
+            assert not native.built()
+        assert not native.built()  # and does not say so again
+    finally:
+        monkeypatch.undo()
+        native.built.cache_clear()
+        assert native.built()
+
+
+class Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not isinstance(m, Block | Shared)
+
+
+def traced(root: nn.Module) -> torch.fx.GraphModule:
+    return torch.fx.GraphModule(root, Tracer().trace(root))
+
+
+class Block(nn.Module):
+    def __init__(self, *convs: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.c = convs
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.a(x))
+        z = torch.relu(self.b(y) + x)
+        return self.c(z) + z.mean((2, 3), keepdim=True)
+
+
+class Shared(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return torch.relu(y), y
+
+
+def test_sums_and_activations_are_fused() -> None:
+    convs = [layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=i) for i in range(3)]
+    x = torch.randn(2, 6, 5, 5)
+    wanted = Block(*(conv for _, conv in convs)).double()(x.double()).float()
+    module = traced(Block(*(own for own, _ in convs)))
+    assert fuse(module, (x,))
+    assert [n.name for n in module.graph.nodes] == [
+        *("x", "a", "b", "c", "mean", "add_1", "output"),
+    ]  # the last sum broadcasts: it stays
+    assert [own.activation for own, _ in convs] == ["relu", "relu", "none"]
+    assert_equal(wanted, module(x), 1e-5)
+    assert not fuse(module, (x,))
+
+
+def test_what_others_read_is_not_fused() -> None:
+    own, _ = layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=0)
+    module = traced(Shared(own))
+    assert not fuse(module, (torch.randn(2, 6, 5, 5),))
+    assert own.activation == "none"
+
+
+def test_compile_races_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("DSPFX_CACHE_DIR", str(tmp_path))
+    native.built()
+    compile_module = __import__("sys").modules["dspfx.compile"]
+    monkeypatch.setattr(
+        compile_module,
+        "medians",
+        lambda calls, *rest: {name: 1.0 + (name != "native") for name in calls},
+    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+    prepared = dspfx.prepare(model, torch.randn(2, 3, 12, 12)).eval()
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[::2, :5] = True
+    mask[1::2, 3:] = True
+    dspfx.set_masks(prepared, {"2": mask})
+    compact = dspfx.convert(prepared)
+    x = torch.randn(2, 3, 12, 12)
+    fast = dspfx.compile(compact, x)
+    assert fast.report.chosen == "native"
+    assert any(isinstance(m, GroupConv2d) and m.activation == "relu" for m in fast.model.modules())
+    assert_equal(compact(x), fast(x), 1e-5)
+    assert_equal(compact(x[:1]), fast(x[:1]), 1e-5)  # another batch than it was compiled for
