@@ -1,6 +1,10 @@
 """The project's own kernel: equal to torch's convolutions, and not to be led astray by a plan."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils import cpp_extension
 
 import dspfx
 from dspfx import native
@@ -193,20 +196,48 @@ def test_empty_batches() -> None:
     assert own(torch.randn(0, 6, 8, 8)).shape == (0, 5, 8, 8)
 
 
-def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("no compiler\nand a long log")
+WITHOUT_COMPILER = """
+import warnings
+import torch
+from torch import nn
+import dspfx
+from dspfx import native
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert not native.built() and not native.built()
+(warning,) = [w for w in caught if "cannot be built" in str(w.message)]
+print(warning.message)
+from test_native import expected, layer
+own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+x = torch.randn(2, 6, 8, 8)
+torch.testing.assert_close(own(x), expected(conv, x, None, "none"))
+"""
 
-    monkeypatch.setattr(cpp_extension, "load", fails)
-    native.built.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="cannot be built.*no compiler. A C"):
-            assert not native.built()
-        assert not native.built()  # and does not say so again
-    finally:
-        monkeypatch.undo()
-        native.built.cache_clear()
-        assert native.built()
+
+def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER],
+        env={**os.environ, "CXX": "/nowhere/c++", "DSPFX_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dspfx's own CPU kernel cannot be built" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_processes_that_build_at_once_do_not_meet(tmp_path: Path) -> None:
+    program = "from dspfx import native; assert native.built(); print(native.filters_in_a_block())"
+    environment = {**os.environ, "DSPFX_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    at_once: list[Any] = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(3)
+    ]
+    printed = {process.communicate()[0] for process in at_once}
+    assert [process.returncode for process in at_once] == [0, 0, 0]
+    assert printed == {f"{native.filters_in_a_block()}\n".encode()}
 
 
 class Tracer(torch.fx.Tracer):

@@ -128,7 +128,7 @@ def test_every_form_is_the_same_layer(drawn: tuple[nn.Module, torch.Tensor]) -> 
                 assert sorted(n for n in written(form) if n >= 0) == list(
                     range(expected.shape[1 if grouping else -1])
                 )
-                twin = relowered(model, {site: form})
+                twin = relowered(model, {site: site.emit(form)})
                 torch.testing.assert_close(twin(x), expected, rtol=1e-12, atol=1e-12)
                 again = sites(twin, (x,))  # the groups can be read back from any form
                 assert [len(s.groups) for s in again] == [len(site.groups)]
