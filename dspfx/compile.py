@@ -1,11 +1,14 @@
 """`compile`: a model and the shapes it will see, to a fast callable.
 
 1. Every layer whose filters read different channels is emitted in the forms that are likely to be
-   fast, and each is timed.
-2. The whole network is compiled with the fastest form of every layer, as it was converted, and with
-   every layer dense. The fastest of the three is returned, so that none is slower than dense.
+   fast and on the project's own kernel, and each is timed.
+2. The whole network is compiled with the fastest form of every layer, as it was converted, with
+   every layer dense, and with every layer on the own kernel; only together it shows what changes of
+   layout between layers cost. The fastest is returned, so that none is slower than dense.
+3. A network that takes only a few milliseconds is compiled once more, called from C++.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +30,7 @@ from dspfx.timing import medians
 
 MOST_FORMS = 6
 ROUNDS = 15
+SHORT = 3e-3
 
 
 @dataclass(frozen=True)
@@ -94,24 +98,25 @@ class Compiled:
         report: what was measured and chosen.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, from_cpp: bool = False) -> None:
         self.model = model
         self.report = CompileReport((), {}, "as it is")
         # its weights are frozen and nobody else's: only what is new in the inputs needs a look
         guards: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         self._call = torch.compile(model, options=guards)
         tensors = (*model.parameters(), *model.buffers())
-        self._freezes = all(t.device.type == "cpu" for t in tensors)
+        on_cpu = all(t.device.type == "cpu" for t in tensors)
+        self._settings = {"freezing": on_cpu, "cpp_wrapper": from_cpp}
         self._met: set[tuple[object, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
         """The model's outputs, computed without gradients."""
         shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in args)
         with torch.no_grad():
-            if shapes in self._met or not self._freezes:
+            if shapes in self._met:
                 return self._call(*args)
-            # as an option of torch.compile it comes too late: dynamo asks for it before inductor
-            with torch._inductor.config.patch(freezing=True):
+            # as options of torch.compile they come too late: dynamo asks for them before inductor
+            with torch._inductor.config.patch(self._settings):
                 result = self._call(*args)
             self._met.add(shapes)
             return result
@@ -141,29 +146,29 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     choices, fastest = _choose([site for site in layers if len(site.groups) > 1], inputs)
     whole = {site: site.emit(dense(site.groups)) for site in layers if len(site.groups) > 1}
     networks = {
-        "the fastest form of each layer": relowered(model, fastest),
+        "the fastest form of each layer": _fused(relowered(model, fastest)),
         "as converted": model,
         "dense": relowered(model, whole),
-        "native": _native(model, layers),
     }
-    compiled = {
-        name: _compiled(network, inputs)
-        for name, network in networks.items()
-        if network is not None
-    }
+    if native.built():
+        modules = {site: site.emit_native() for site in layers}
+        own = {site: module for site, module in modules.items() if module is not None}
+        networks["native"] = _fused(relowered(model, own))
+    compiled = {name: _compiled(network, inputs) for name, network in networks.items()}
     calls = {name: partial(call, *inputs) for name, call in compiled.items()}
     times = medians(calls, ROUNDS)
     best = min(times, key=times.__getitem__)
+    if times[best] < SHORT:
+        wrapped = _compiled(copy.deepcopy(networks[best]), inputs, from_cpp=True)
+        compiled[f"{best}, from C++"] = wrapped
+        contest = {best: calls[best], f"{best}, from C++": partial(wrapped, *inputs)}
+        times |= medians(contest, ROUNDS)
+        best = min(contest, key=times.__getitem__)
     compiled[best].report = CompileReport(choices, times, best)
     return compiled[best]
 
 
-def _native(model: nn.Module, layers: list[Site]) -> nn.Module | None:
-    """`model` with every layer that allows it on the project's own kernel, if that is there."""
-    if not native.built():
-        return None
-    modules = {site: site.emit_native() for site in layers}
-    network = relowered(model, {site: m for site, m in modules.items() if m is not None})
+def _fused(network: nn.Module) -> nn.Module:
     for _, part in compact_parts_of(network):
         fuse(part, part.example_inputs)
     return network
@@ -178,11 +183,10 @@ def _choose(
     choices, fastest = [], {}
     for site in found:
         likely = _likely(site)
-        x = torch.randn(site.input, device=device, dtype=site.weight.dtype)
-        if x.dim() == 4 and not isinstance(site.layer, nn.Linear):
-            x = x.contiguous(memory_format=torch.channels_last)
         modules = {name: site.emit(form) for name, form in likely.items()}
-        times = measured(modules, x)
+        own = site.emit_native()
+        modules |= {"native": own} if own is not None else {}
+        times = measured(modules, site.example())
         best = min(times, key=times.__getitem__)
         choices.append(LayerChoice(site.name, times, best))
         fastest[site] = modules[best]
@@ -201,7 +205,7 @@ def _likely(site: Site) -> dict[str, Lowering]:
     return {"dense": whole} | {describe(form): form for form in others[:MOST_FORMS]}
 
 
-def _compiled(model: nn.Module, inputs: tuple[Any, ...]) -> Compiled:
-    compiled = Compiled(model)
+def _compiled(model: nn.Module, inputs: tuple[Any, ...], from_cpp: bool = False) -> Compiled:
+    compiled = Compiled(model, from_cpp)
     compiled(*inputs)
     return compiled

@@ -11,6 +11,7 @@ from dspfx.errors import BudgetError, PrepareError
 from dspfx.filters import filters_first
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
+from dspfx.latency import LatencyTable, measured_fraction
 from dspfx.masks import apply_reads
 from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
@@ -23,7 +24,20 @@ from dspfx.penalty import energy as layer_energy
 BISECTIONS = 40
 CLOSE_ENOUGH = 0.005
 
-Candidate = tuple[list[Liveness], Cost]  # of every part, and of all together
+
+@dataclass(frozen=True)
+class Candidate:
+    """Masks that might be set.
+
+    Attributes:
+        lives: what they leave alive in every part of the model.
+        cost: of all parts together.
+        seconds: that they are likely to take; 0 where that is not asked for.
+    """
+
+    lives: tuple[Liveness, ...]
+    cost: Cost
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -33,26 +47,33 @@ class Budget:
     Attributes:
         macs: of the multiply-accumulates of one sample, whole model; in (0, 1].
         params: of the parameters, whole model; in (0, 1].
+        latency: of the time that the dense network takes, compiled, for the example inputs; in
+            (0, 1]. Layers are measured, which takes a while.
     """
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        given = [f for f in (self.macs, self.params) if f is not None]
+        given = [f for f in (self.macs, self.params, self.latency) if f is not None]
         if len(given) != 1:
-            raise BudgetError("give exactly one of Budget(macs=...) and Budget(params=...)")
+            raise BudgetError(
+                "give exactly one of Budget(macs=...), Budget(params=...) and Budget(latency=...)"
+            )
         if not 0 < given[0] <= 1:
             raise BudgetError(f"a budget is a fraction in (0, 1], got {given[0]}")
 
     @property
     def fraction(self) -> float:
         """The fraction that may remain."""
-        return next(f for f in (self.macs, self.params) if f is not None)
+        return next(f for f in (self.macs, self.params, self.latency) if f is not None)
 
-    def of(self, cost: Cost) -> int:
-        """The part of `cost` that is budgeted."""
-        return cost.macs if self.macs is not None else cost.parameters
+    def of(self, candidate: "Candidate") -> float:
+        """What of `candidate` is budgeted."""
+        if self.latency is not None:
+            return candidate.seconds
+        return candidate.cost.macs if self.macs is not None else candidate.cost.parameters
 
 
 @dataclass(frozen=True)
@@ -65,6 +86,8 @@ class PruneReport:
         threshold: beta, the share of its energy that each group lost at most.
         before, after: cost of the model for one sample.
         note: says so where the budget could not be met closely.
+        measured: of a budget of latency, the fraction of the dense network's time that the pruned
+            one really takes; `achieved` is what was predicted from its layers.
     """
 
     budget: float
@@ -73,6 +96,7 @@ class PruneReport:
     before: Cost
     after: Cost
     note: str = ""
+    measured: float | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -81,6 +105,8 @@ class PruneReport:
             f"MACs {self.before.macs:,} -> {self.after.macs:,}, "
             f"parameters {self.before.parameters:,} -> {self.after.parameters:,}",
         ]
+        if self.measured is not None:
+            lines.append(f"latency {self.achieved:.2%} predicted, {self.measured:.2%} measured")
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
@@ -104,35 +130,44 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     parts = [_PrunablePart.of(part.module) for part in parts_of(prepared)]
     before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
 
+    tables = _tables(parts) if budget.latency is not None else []
+
     def candidate(beta: float) -> Candidate:
-        lives = [part.liveness(beta) for part in parts]
+        lives = tuple(part.liveness(beta) for part in parts)
         costs = (
             total(layer_costs(part.analysis, live), part.analysis)
             for part, live in zip(parts, lives, strict=True)
         )
-        return lives, together(costs)
+        seconds = sum(table.predict(live) for table, live in zip(tables, lives, strict=False))
+        return Candidate(lives, together(costs), seconds)
 
-    beta, lives, after = _bisect(candidate, budget, before)
-    achieved = budget.of(after) / budget.of(before)
-    for part, live in zip(parts, lives, strict=True):
+    dense = Candidate((), before, sum(table.predict() for table in tables))
+    beta, found = _bisect(candidate, budget, budget.of(dense))
+    achieved = budget.of(found) / budget.of(dense)
+    for part, live in zip(parts, found.lives, strict=True):
         apply_reads(part.module, part.analysis, live)
     note = ""
     if achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
-    return PruneReport(budget.fraction, achieved, beta, before, after, note)
+    measured = measured_fraction([part.module for part in parts]) if tables else None
+    return PruneReport(budget.fraction, achieved, beta, before, found.cost, note, measured)
+
+
+def _tables(parts: list["_PrunablePart"]) -> list[LatencyTable]:
+    return [LatencyTable.of(part.module, part.analysis) for part in parts]
 
 
 def _bisect(
-    candidate: Callable[[float], Candidate], budget: Budget, before: Cost
-) -> tuple[float, list[Liveness], Cost]:
-    """The smallest threshold, to 2^-40, whose cost is within the budget."""
-    limit = budget.fraction * budget.of(before)
-    low, (live, cost) = 0.0, candidate(0.0)
-    if budget.of(cost) <= limit:
-        return 0.0, live, cost
-    high, (live, cost) = 1.0, candidate(1.0)
-    if budget.of(cost) > limit:
-        least = budget.of(cost) / budget.of(before)
+    candidate: Callable[[float], Candidate], budget: Budget, dense: float
+) -> tuple[float, Candidate]:
+    """The smallest threshold, to 2^-40, that is within the budget; `dense` is the whole."""
+    limit = budget.fraction * dense
+    low, best = 0.0, candidate(0.0)
+    if budget.of(best) <= limit:
+        return 0.0, best
+    high, best = 1.0, candidate(1.0)
+    if budget.of(best) > limit:
+        least = budget.of(best) / dense
         raise BudgetError(
             f"the budget of {budget.fraction:.2%} cannot be reached: with one input channel left "
             f"to each group, {least:.2%} remains; ask for more than that, use fewer groups or "
@@ -141,13 +176,13 @@ def _bisect(
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         found = candidate(middle)
-        if budget.of(found[1]) <= limit:
-            high, live, cost = middle, *found
+        if budget.of(found) <= limit:
+            high, best = middle, found
         else:
             low = middle
-        if budget.of(cost) > limit - CLOSE_ENOUGH / 50 * budget.of(before):
+        if budget.of(best) > limit - CLOSE_ENOUGH / 50 * dense:
             break
-    return high, live, cost
+    return high, best
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,10 @@ def _part(
     cut = weight[own[:, :, None], read.clamp(0, width - 1)]
     cut = torch.where(reads.reshape(*reads.shape, *[1] * (cut.dim() - 3)), cut, 0).flatten(0, 1)
     bias = None if bias is None else torch.where(real, bias[own], 0).flatten()
-    return _like(layer, as_weight(layer, cut, len(part.inputs)), bias, len(part.inputs))
+    return like(layer, as_weight(layer, cut, len(part.inputs)), bias, len(part.inputs))
 
 
-def _like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
+def like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
     """A frozen layer of torch's own of the kind and settings of `layer`, with another weight.
 
     Args:

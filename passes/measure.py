@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dspfx.branches import Branches
 from dspfx.caches import as_file_name, cache_folder, processor
+from dspfx.group_conv import GroupConv2d
 from dspfx.timing import medians
 
 ROUNDS = 7
@@ -47,7 +48,11 @@ class Measured:
         }
         if missing:
             with torch.no_grad():
-                ready = {key: _ready(module, x) for key, module in missing.items()}
+                planar = x.contiguous()  # as the own kernel takes it
+                ready = {
+                    key: _ready(module, planar if isinstance(module, GroupConv2d) else x)
+                    for key, module in missing.items()
+                }
                 self.known.update(medians(ready, ROUNDS, warm_up=WARM_UP, round_takes=ROUND_TAKES))
         return {name: self.known[key] for name, key in signatures.items()}
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dspfx import native
 from dspfx.branches import Branches
 from dspfx.errors import EquivalenceError
 from dspfx.filters import filters_first
@@ -55,6 +56,13 @@ class Site:
         read, written = self.input.numel() // channels, self.output.numel() // count
         return Geometry(channels, read, written, max(1, written), taps)
 
+    def example(self) -> Tensor:
+        """An input as it comes in a compiled network: images have their channels last."""
+        x = torch.randn(self.input, device=self.weight.device, dtype=self.weight.dtype)
+        if x.dim() == 4 and not isinstance(self.layer, nn.Linear):
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
+
     def emit(self, lowering: Lowering) -> nn.Module:
         """The module that computes this layer as `lowering` says."""
         filters, channels = (np.arange(n) for n in self.weight.shape[:2])
@@ -63,7 +71,7 @@ class Site:
     def emit_native(self) -> nn.Module | None:
         """The module that computes this layer by the project's own kernel, if that can."""
         conv = self.layer
-        if type(conv) is not nn.Conv2d or self.weight.device.type != "cpu":
+        if type(conv) is not nn.Conv2d or self.weight.device.type != "cpu" or not native.built():
             return None
         plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
         if not plain or self.weight.dtype != torch.float32:

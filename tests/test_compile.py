@@ -51,7 +51,7 @@ def test_the_fastest_is_returned(
     fast = dspfx.compile(compact, X)
     assert_equal(compact(X), fast(X), 1e-5)
     assert not fast(X).requires_grad
-    assert fast.report.chosen == name
+    assert fast.report.chosen == name  # called from C++ it is slower, says the clock
     assert name in str(fast.report)
     for key, value in compact.state_dict().items():
         assert torch.equal(value, code[key])
@@ -66,7 +66,7 @@ def test_every_layer_with_groups_is_timed_against_dense(compact: nn.Module) -> N
         assert "dense" in layer.seconds
         assert len(layer.seconds) > 1
         assert layer.seconds[layer.chosen] == min(layer.seconds.values())
-    assert tuple(report.networks) == NAMES
+    assert tuple(report.networks)[:4] == NAMES
 
 
 def test_a_model_without_groups_is_compiled_as_it_is() -> None:

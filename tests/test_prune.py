@@ -1,5 +1,7 @@
 """`prune`: budgets met, the rule of the threshold, and budgets that cannot be."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from dspfx import Budget
 from dspfx.gates import gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.passes.droppable import droppable_layers
-from helpers import assert_equal, macs, unchanged
+from dspfx.passes.measure import Measured
+from helpers import assert_equal, macs, randomise, unchanged
 
 
 def prepared_model(name: str = "resnet18", groups: int = 4) -> dspfx.PreparedModule:
@@ -156,3 +159,30 @@ def test_round_to_keeps_widths_and_inputs_to_multiples(name: str) -> None:
     assert report.after.macs == dspfx.report(compact).after.macs
     assert macs(compact, x) <= dspfx.report(compact).emitted.macs
     assert any(layer.filters[1] < layer.filters[0] for layer in layers)
+
+
+def test_a_budget_of_latency_is_met_as_predicted_and_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DSPFX_CACHE_DIR", str(tmp_path))
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU()),
+        *(nn.Conv2d(48, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 1)),
+    )
+    prepared = dspfx.prepare(randomise(model), torch.randn(2, 3, 24, 24))
+    # times in a row are like multiply-accumulates: the test must not depend on the machine
+    monkeypatch.setattr(Measured, "__call__", _like_macs)
+    report = dspfx.prune(prepared, Budget(latency=0.5))
+    assert 0.49 < report.achieved <= 0.5
+    assert report.measured is not None
+    assert report.measured > 0
+    assert f"latency {report.achieved:.2%} predicted, {report.measured:.2%} measured" in str(report)
+    assert report.after.macs < report.before.macs
+
+
+def _like_macs(self: Measured, modules: dict[str, nn.Module], x: torch.Tensor) -> dict[str, float]:
+    weights = {
+        name: sum(p.numel() for p in (*module.parameters(), *module.buffers()) if p.dim())
+        for name, module in modules.items()
+    }
+    return {name: count * 1e-9 for name, count in weights.items()}

@@ -1,0 +1,140 @@
+"""How long a pruned network is likely to take, from measured layers.
+
+Every convolution and linear layer is timed whole and at smaller shares of its weights, two groups
+of filters that read overlapping channels, in its fastest form. Between these shares times are
+interpolated; layers that are not timed, depthwise ones for instance, are taken to need as long for
+a multiply-accumulate as the others.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx.node import Node
+
+from dspfx.compile import compile
+from dspfx.convert import convert
+from dspfx.filters import TRANSPOSED
+from dspfx.gates import gated_layers
+from dspfx.gating import fitting_inputs
+from dspfx.masks import set_masks
+from dspfx.module import PreparedModule
+from dspfx.passes.cost import Cost, layer_costs
+from dspfx.passes.emission import like
+from dspfx.passes.liveness import Liveness
+from dspfx.passes.lowering import Group, dense
+from dspfx.passes.measure import Measured
+from dspfx.passes.relower import Site
+from dspfx.passes.values import ChannelAnalysis, Mix
+from dspfx.timing import medians
+
+SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
+UNION = 1.5  # how many channels two groups read together, compared to one
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """The times of the layers of one prepared module.
+
+    Attributes:
+        analysis: of its graph.
+        before: the cost of every layer, whole.
+        seconds: of the layers that were timed, at each of `SHARES`.
+        a_mac: seconds of a multiply-accumulate of the others.
+    """
+
+    analysis: ChannelAnalysis
+    before: dict[Node, Cost]
+    seconds: dict[Node, tuple[float, ...]]
+    a_mac: float
+
+    @staticmethod
+    def of(module: PreparedModule, analysis: ChannelAnalysis) -> "LatencyTable":
+        """Measure the layers of `module` for its example inputs, or remember them."""
+        before = layer_costs(analysis)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        measured = Measured(device)
+        seconds = {}
+        for node, op in analysis.ops.items():
+            if isinstance(op, Mix) and _can_be_timed(module, op):
+                shape = analysis.values[op.operands[0]].shape
+                sites = [_site(module, op, torch.Size(shape), share) for share in SHARES]
+                seconds[node] = tuple(_fastest(site, measured) for site in sites)
+        measured.save()
+        timed = sum(before[node].macs for node in seconds)
+        a_mac = sum(times[-1] for times in seconds.values()) / timed if timed else 1.0
+        return LatencyTable(analysis, before, seconds, a_mac)
+
+    def predict(self, live: Liveness | None = None) -> float:
+        """The seconds of all layers together: dense, or what is left under `live`."""
+        costs = layer_costs(self.analysis, live)
+        return sum(self._layer(node, cost) for node, cost in costs.items())
+
+    def _layer(self, node: Node, cost: Cost) -> float:
+        if node not in self.seconds:
+            return cost.macs * self.a_mac
+        share = cost.macs / max(1, self.before[node].macs)
+        return float(np.interp(share, (0.0, *SHARES), (0.0, *self.seconds[node])))
+
+
+def measured_fraction(modules: Sequence[PreparedModule]) -> float:
+    """The time of `modules` as they are masked, over that without masks, converted and compiled."""
+    before = after = 0.0
+    for module in modules:
+        dense_twin = deepcopy(module)
+        whole = {n: torch.ones_like(g.gate.mask) for n, g in gated_layers(module).items()}
+        set_masks(dense_twin, whole)
+        calls = dict(_compiled(module, dense_twin))
+        times = medians(calls)
+        before, after = before + times["dense"], after + times["pruned"]
+    return after / before
+
+
+def _compiled(pruned: PreparedModule, whole: PreparedModule) -> Iterator[tuple[str, Any]]:
+    for name, module in (("pruned", pruned), ("dense", whole)):
+        inputs = fitting_inputs(module)
+        yield name, partial(compile(convert(module, verify=False), inputs), *inputs)
+
+
+def _can_be_timed(module: PreparedModule, op: Mix) -> bool:
+    layer: Any = module.get_submodule(op.layer)
+    known = isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, TRANSPOSED)
+    return known and op.structural_groups == 1 and not op.restored
+
+
+def _site(module: PreparedModule, op: Mix, shape: torch.Size, share: float) -> Site:
+    """The layer at about `share` of its weights."""
+    layer: Any = module.get_submodule(op.layer)
+    side = math.sqrt(share)
+    reads = max(1, round(op.channels * side))
+    channels = min(op.channels, max(reads, round(op.channels * side * UNION)))
+    filters = max(1, round(op.filters * side))
+    taps = layer.weight.shape[2:]
+    weight = torch.zeros(
+        filters, channels, *taps, dtype=layer.weight.dtype, device=layer.weight.device
+    )
+    half = max(1, filters // 2)
+    groups = [Group(np.arange(half), np.arange(reads))]
+    if half < filters:
+        groups.append(Group(np.arange(half, filters), np.arange(channels - reads, channels)))
+    for group in groups:
+        weight[torch.from_numpy(group.filters)[:, None], torch.from_numpy(group.inputs)] = 1.0
+    plain = like(layer, weight, None, 1)
+    linear = isinstance(layer, nn.Linear)
+    size = (*shape[:-1], channels) if linear else (shape[0], channels, *shape[2:])
+    with torch.no_grad():
+        output = plain(torch.empty(size, dtype=weight.dtype, device=weight.device)).shape
+    return Site(op.layer, plain, weight, None, tuple(groups), torch.Size(size), output)
+
+
+def _fastest(site: Site, measured: Measured) -> float:
+    modules = {"dense": site.emit(dense(site.groups)), "native": site.emit_native()}
+    return min(
+        measured({n: m for n, m in modules.items() if m is not None}, site.example()).values()
+    )
