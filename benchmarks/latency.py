@@ -73,20 +73,19 @@ def main(
 ) -> None:
     """Print and write the milliseconds of every contender."""
     torch.set_num_threads(threads)
-    sections = []
+    sections = [
+        f"# Latency\n\nWritten by `python -m benchmarks.latency`; {threads} threads, float32, "
+        f"medians of {ROUNDS}; torch {torch.__version__}, ONNX Runtime "
+        f"{onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}, "
+        f"Torch-Pruning {torch_pruning.__version__}, {torch.backends.cpu.get_cpu_capability()}."
+    ]
     for make, name, batches in cases(reference):
         if fnmatch.fnmatchcase(name, only):
             case = make()
             for size in batch or batches:
                 sections.append(examine(case, size, threads))
                 print(sections[-1], flush=True)
-    heading = (
-        f"# Latency\n\nWritten by `python -m benchmarks.latency`; {threads} threads, float32, "
-        f"medians of {ROUNDS}; torch {torch.__version__}, ONNX Runtime "
-        f"{onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}, "
-        f"Torch-Pruning {torch_pruning.__version__}, {torch.backends.cpu.get_cpu_capability()}."
-    )
-    output.write_text("\n\n".join([heading, *sections]) + "\n")
+                output.write_text("\n\n".join(sections) + "\n")
 
 
 def cases(reference: Path) -> list[tuple[Callable[[], Case], str, tuple[int, ...]]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import dspfx
 from dspfx.branches import Branches
@@ -82,3 +83,40 @@ def test_on_a_gpu(compact: nn.Module) -> None:
     compact, x = compact.cuda(), X.cuda()
     fast = dspfx.compile(compact, x)
     assert_equal(compact(x), fast(x), 1e-3)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.a, self.b = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        return torch.relu(self.b(torch.relu(self.a(x))) + x)
+
+
+def passes_over_memory(source: str) -> int:
+    """How many kernels of generated code are no convolutions and read or write activations."""
+    kernels = [line for line in source.splitlines() if "async_compile.cpp_pybinding(" in line]
+    return sum("float*" in line for line in kernels)
+
+
+def test_sums_and_activations_take_no_pass_of_their_own() -> None:
+    """In the generated code nothing is left but convolutions, and changes of layout at the ends."""
+    prepared = dspfx.prepare(randomise(Residual()), X).eval()
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    mask[::2, :3] = False
+    mask[1::2, -3:] = False
+    dspfx.set_masks(prepared, {"a": mask, "b": mask})
+    compact = dspfx.convert(prepared)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _, sources = run_and_get_code(dspfx.compile, compact, X)
+    of_dense = [s for s in sources if s.count("= torch.ops.mkldnn._convolution_pointwise") == 2]
+    own = [s for s in sources if s.count("= torch.ops.dspfx.group_conv2d") == 3]
+    assert of_dense
+    assert own
+    for source in of_dense:
+        assert source.count("torch.ops.mkldnn._convolution_pointwise_.binary(") == 1  # in place
+        assert passes_over_memory(source) == 2
+    assert passes_over_memory(own[0]) == 0
