@@ -40,6 +40,7 @@ from dspfx.compile import CompileReport
 from dspfx.timing import medians
 
 ROUNDS = 15
+SETTLE = 0.03
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "latency.md"
 RANDOM = (("resnet18", 0.5), ("resnet18", 0.3), ("resnet50", 0.5), ("resnet50", 0.3))
 NARROW = (("mobilenet_v2", 0.5),)
@@ -75,7 +76,8 @@ def main(
     torch.set_num_threads(threads)
     sections = [
         f"# Latency\n\nWritten by `python -m benchmarks.latency`; {threads} threads, float32, "
-        f"medians of {ROUNDS}; torch {torch.__version__}, ONNX Runtime "
+        f"medians of {ROUNDS} rounds in turns, {1e3 * SETTLE:.0f} ms of untimed calls before "
+        f"each; torch {torch.__version__}, ONNX Runtime "
         f"{onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}, "
         f"Torch-Pruning {torch_pruning.__version__}, {torch.backends.cpu.get_cpu_capability()}."
     ]
@@ -225,7 +227,7 @@ def examine(case: Case, batch: int, threads: int) -> str:
         onnx = _onnx(model, x)
         calls[name, "ONNX Runtime"] = _onnx_runtime(onnx, x, threads)
         calls[name, "OpenVINO"] = _openvino(onnx, x, threads)
-    times = {key: 1e3 * value for key, value in medians(calls, ROUNDS).items()}
+    times = {key: 1e3 * value for key, value in medians(calls, ROUNDS, settle=SETTLE).items()}
     kept = report.after.macs / macs_of(case.dense, x[:1])
     return _section(case.name, batch, kept, times, fast.report, seconds)
 

@@ -8,8 +8,8 @@
 3. A network that takes only a few milliseconds is compiled once more, called from C++.
 """
 
-import copy
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,9 +101,9 @@ class Compiled:
     def __init__(self, model: nn.Module, from_cpp: bool = False) -> None:
         self.model = model
         self.report = CompileReport((), {}, "as it is")
-        # its weights are frozen and nobody else's: only what is new in the inputs needs a look
+        # its weights are frozen: only what is new in the inputs needs a look
         guards: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self._call = torch.compile(model, options=guards)
+        self._call = torch.compile(_with_code_of_its_own(model), options=guards)
         tensors = (*model.parameters(), *model.buffers())
         on_cpu = all(t.device.type == "cpu" for t in tensors)
         self._settings = {"freezing": on_cpu, "cpp_wrapper": from_cpp}
@@ -120,6 +120,21 @@ class Compiled:
                 result = self._call(*args)
             self._met.add(shapes)
             return result
+
+
+def _with_code_of_its_own(model: nn.Module) -> Callable[..., Any]:
+    """A function that calls `model`, and whose code object nobody else has.
+
+    Torch keeps what it compiled with the code object of a function, and all modules of a class
+    share theirs: without guards on modules, one would be taken for the other.
+    """
+
+    def call(*args: Any) -> Any:
+        return model(*args)
+
+    return types.FunctionType(
+        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
+    )
 
 
 def compile(model: nn.Module, example_inputs: Any) -> Compiled:
@@ -159,7 +174,7 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     times = medians(calls, ROUNDS)
     best = min(times, key=times.__getitem__)
     if times[best] < SHORT:
-        wrapped = _compiled(copy.deepcopy(networks[best]), inputs, from_cpp=True)
+        wrapped = _compiled(networks[best], inputs, from_cpp=True)
         compiled[f"{best}, from C++"] = wrapped
         contest = {best: calls[best], f"{best}, from C++": partial(wrapped, *inputs)}
         times |= medians(contest, ROUNDS)

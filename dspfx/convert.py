@@ -1,6 +1,7 @@
 """`convert`: from a masked model to a compact one that computes the same function."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from dspfx.parts import compact_parts_of, parts_of
 from dspfx.passes.compact import compact
 from dspfx.passes.cost_model import CPU, CostModel
 from dspfx.passes.plan import plan
-from dspfx.passes.summary import summarise
+from dspfx.passes.summary import count_gathers, summarise
 from dspfx.passes.verify import verify as verify_equal
 
 
@@ -58,5 +59,6 @@ def _convert(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> C
     module = CompactModule(compacted.root, graphs, type(prepared).__name__)
     module.example_inputs, module.difference = inputs, difference
     module.stands_for = copy.deepcopy(prepared.stands_for)
-    module.summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
+    summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
+    module.summary = replace(summary, gathers=count_gathers(module))
     return module

@@ -29,6 +29,7 @@ class Report:
         gated_before, gated_after: of its gated layers alone, the figure papers report.
         declined: the nodes that keep their inputs at full width, and why.
         notes: what was decided without being asked.
+        gathers: the index selections that a compact model makes in a call.
         prepared: whether the table says what could be pruned, as it does of a prepared model.
     """
 
@@ -40,6 +41,7 @@ class Report:
     gated_after: Cost
     declined: tuple[Declined, ...]
     notes: tuple[str, ...]
+    gathers: int
     prepared: bool
 
     def __str__(self) -> str:
@@ -72,7 +74,8 @@ class Report:
         )
         full = [f"kept at full width: {declined}" for declined in self.declined]
         possible = [self._possible(), ""] if self.prepared else []
-        return "\n".join([table, "", *possible, totals, *full, *self.notes])
+        gathers = [] if self.prepared else [f"gathers left: {self.gathers}"]
+        return "\n".join([table, "", *possible, totals, *gathers, *full, *self.notes])
 
     def _possible(self) -> str:
         """What of every layer could be pruned, with what it is coupled, and why not."""
@@ -141,6 +144,7 @@ def _joined(summaries: list[tuple[str, Summary]], notes: tuple[str, ...], prepar
             for declined in summary.declined
         ),
         notes,
+        sum(summary.gathers for _, summary in summaries),
         prepared,
     )
 

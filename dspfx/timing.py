@@ -19,6 +19,7 @@ def medians(
     *,
     warm_up: float = 0.3,
     round_takes: float = 0.0,
+    settle: float = 0.0,
 ) -> dict[Name, float]:
     """The median seconds that one call of each of `calls` takes.
 
@@ -30,6 +31,8 @@ def medians(
         calls: by name.
         rounds: how many times each is timed.
         warm_up: seconds for which each is called before.
+        settle: seconds for which each is called untimed before it is timed, in every round: other
+            runtimes' threads go on spinning for a while.
         round_takes: calls that are shorter than this many seconds are repeated within a round.
     """
     count = {
@@ -38,6 +41,8 @@ def medians(
     times: dict[Name, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
+            if settle:
+                _warmed_up(calls[name], settle)
             times[name].append(_seconds(calls[name], count[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 

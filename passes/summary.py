@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import fx
 from torch.fx.node import Node
 
+from dspfx.branches import Branches
 from dspfx.passes.cost import Cost, layer_costs, total
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.lowering import written
@@ -47,13 +50,17 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole model: its layers, its total costs, and what was declined."""
+    """A whole model: its layers, its total costs, and what was declined.
+
+    `gathers` counts the index selections that are left in a compact model.
+    """
 
     layers: tuple[LayerSummary, ...]
     before: Cost
     after: Cost
     emitted: Cost
     declined: tuple[Declined, ...]
+    gathers: int = 0
 
 
 def summarise(
@@ -102,6 +109,14 @@ def summarise(
         total(emitted, analysis),
         with_lines(analysis.declined, lines),
     )
+
+
+def count_gathers(module: fx.GraphModule) -> int:
+    """How many index selections a compact model makes in a call; slices are none."""
+    in_graph = sum(node.target is torch.index_select for node in module.graph.nodes)
+    branches = [m for m in module.modules() if isinstance(m, Branches)]
+    in_layers = sum(isinstance(own, str) for b in branches for own in (*b.inputs, b.order))
+    return in_graph + in_layers
 
 
 def _emitted(analysis: ChannelAnalysis, plan: CompactionPlan) -> dict[Node, Cost]:

@@ -78,6 +78,26 @@ def test_a_model_without_groups_is_compiled_as_it_is() -> None:
     assert fast.model is model
 
 
+def test_models_of_one_class_are_not_taken_for_each_other() -> None:
+    """They share a code object, and torch keeps what it compiled with that."""
+    models = [Residual().eval() for _ in range(3)]
+    fast = [dspfx.compile(model, X) for model in models]
+    for model, call in zip(models, fast, strict=True):
+        assert_equal(model(X), call(X), 1e-5)
+        assert_equal(model(X[:1]), call(X[:1]), 1e-5)
+
+
+def test_flags_are_not_mixed_up() -> None:
+    class Flag(nn.Module):
+        def forward(self, x: torch.Tensor, negative: bool = False) -> torch.Tensor:
+            return -x if negative else x + 1
+
+    fast = dspfx.compile(Flag().eval(), (X,))
+    assert_equal(X + 1, fast(X), 1e-6)
+    assert_equal(-X, fast(X, True), 1e-6)
+    assert_equal(X + 1, fast(X), 1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_on_a_gpu(compact: nn.Module) -> None:
     compact, x = compact.cuda(), X.cuda()

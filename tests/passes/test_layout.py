@@ -38,6 +38,8 @@ def test_two_groups_of_a_private_class_read_slices() -> None:
     ]
     assert branches.order is None  # its filters lie group by group, for nobody else minds
     assert not [n for n in compact.graph.nodes if n.op == "call_function"]
+    assert dspfx.report(compact).gathers == 0
+    assert "gathers left: 0" in str(dspfx.report(compact))
     assert_equal(prepared(X), compact(X))
 
 
@@ -61,6 +63,19 @@ def test_a_partial_writer_of_a_stream_is_only_padded() -> None:
     assert torch.index_select not in functions
     assert torch.nn.functional.pad in functions
     assert_equal(prepared(X), compact(X))
+
+
+def test_gathers_that_are_left_are_counted() -> None:
+    """Three groups read random channels: they cannot all be slices."""
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 9, 1), nn.Conv2d(9, 2, 1))
+    prepared = dspfx.prepare(randomise(model).double(), X).eval()
+    keep = torch.rand(3, 12, generator=torch.Generator().manual_seed(3)) < 0.5
+    dspfx.set_masks(prepared, {"1": keep[torch.arange(9) % 3]})
+    compact = dspfx.convert(prepared, cost_model=dspfx.FEWEST_WEIGHTS)
+    assert dspfx.report(compact).gathers == sum(
+        isinstance(own, str) for own in compact.get_submodule("1").inputs
+    )
+    assert dspfx.report(compact).gathers > 0
 
 
 def test_what_the_user_sees_keeps_its_order() -> None:
