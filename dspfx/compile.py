@@ -30,6 +30,7 @@ from dspfx.timing import medians
 
 MOST_FORMS = 6
 ROUNDS = 15
+SETTLE = 5e-3
 SHORT = 3e-3
 
 
@@ -158,7 +159,7 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     layers = sites(model, inputs)
     if all(len(site.groups) == 1 for site in layers):
         return _compiled(model, inputs)
-    choices, fastest = _choose([site for site in layers if len(site.groups) > 1], inputs)
+    choices, fastest = _choose([site for site in layers if len(site.groups) > 1])
     whole = {site: site.emit(dense(site.groups)) for site in layers if len(site.groups) > 1}
     networks = {
         "the fastest form of each layer": _fused(relowered(model, fastest)),
@@ -171,14 +172,14 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
         networks["native"] = _fused(relowered(model, own))
     compiled = {name: _compiled(network, inputs) for name, network in networks.items()}
     calls = {name: partial(call, *inputs) for name, call in compiled.items()}
-    times = medians(calls, ROUNDS)
+    times = medians(calls, ROUNDS, settle=SETTLE)
     best = min(times, key=times.__getitem__)
     if times[best] < SHORT:
-        wrapped = _compiled(networks[best], inputs, from_cpp=True)
-        compiled[f"{best}, from C++"] = wrapped
-        contest = {best: calls[best], f"{best}, from C++": partial(wrapped, *inputs)}
-        times |= medians(contest, ROUNDS)
-        best = min(contest, key=times.__getitem__)
+        name = f"{best}, from C++"
+        compiled[name] = _compiled(networks[best], inputs, from_cpp=True)
+        calls[name] = partial(compiled[name], *inputs)
+        times = medians(calls, ROUNDS, settle=SETTLE)
+        best = min(times, key=times.__getitem__)
     compiled[best].report = CompileReport(choices, times, best)
     return compiled[best]
 
@@ -190,11 +191,10 @@ def _fused(network: nn.Module) -> nn.Module:
 
 
 def _choose(
-    found: list[Site], inputs: tuple[Any, ...]
+    found: list[Site],
 ) -> tuple[tuple[LayerChoice, ...], dict[Site, nn.Module]]:
     """Time the likely forms of every layer."""
-    device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
-    measured = Measured(device)
+    measured = Measured(found[0].weight.device)
     choices, fastest = [], {}
     for site in found:
         likely = _likely(site)

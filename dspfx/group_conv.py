@@ -51,6 +51,11 @@ class GroupConv2d(nn.Module):
         self.register_buffer("filters", _joined([filters for filters, _ in groups]))
         self.register_buffer("inputs", _joined([inputs for _, inputs in groups]))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Where it is unpickled the operator may not be known yet."""
+        native.define()
+        super().__setstate__(state)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`[N, C, H, W]`, and a residual like the output, to `[N, O, H', W']`."""
         result: Tensor = torch.ops.dspfx.group_conv2d(

@@ -1,6 +1,8 @@
 """The project's own kernel: equal to torch's convolutions, and not to be led astray by a plan."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,6 +143,18 @@ def test_it_compiles_and_exports() -> None:
     with torch.no_grad():
         assert_equal(wanted, torch.compile(model)(x), 1e-5)
         assert_equal(wanted, torch.export.export(model, (x,)).module()(x), 1e-5)
+
+
+def test_copies_and_pickles(tmp_path: Path) -> None:
+    own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    x = torch.randn(2, 6, 8, 8)
+    assert torch.equal(copy.deepcopy(own)(x), own(x))
+    (tmp_path / "layer").write_bytes(pickle.dumps((own, x, own(x))))
+    program = (
+        "import pickle, sys, torch; own, x, y = pickle.load(open(sys.argv[1], 'rb')); "
+        "torch.testing.assert_close(own(x), y)"  # by torch's convolutions: nothing is built
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "layer")], check=True)
 
 
 def test_it_is_not_for_training() -> None:

@@ -16,13 +16,72 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
+#include <cstdlib>
+#include <mutex>
+#include <unordered_map>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace {
+
+// Large outputs come from a pool: fresh memory costs a page fault for every 4 KiB, each time, since
+// malloc gives large blocks back to the system. What is freed is kept for the next tensor of its size.
+class Pool {
+ public:
+  static Pool& instance() {
+    static Pool* pool = new Pool;  // never destroyed: tensors may outlive everything else
+    return *pool;
+  }
+
+  at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+    const size_t bytes = sizeof(float) * c10::multiply_integers(sizes);
+    if (bytes < SMALLEST) return at::empty(sizes, options);
+    void* block = take(bytes);
+    return at::from_blob(block, sizes, [bytes](void* p) { instance().give(p, bytes); }, options);
+  }
+
+ private:
+  static constexpr size_t SMALLEST = 64 << 10, MOST_KEPT = 256 << 20, HUGE_PAGE = 2 << 20;
+
+  void* take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      std::vector<void*>& blocks = free_[bytes];
+      if (!blocks.empty()) {
+        void* block = blocks.back();
+        blocks.pop_back();
+        kept_ -= bytes;
+        return block;
+      }
+    }
+    void* block = nullptr;
+    const size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : 4096;
+    TORCH_CHECK(posix_memalign(&block, alignment, bytes) == 0, "group_conv2d: no memory for ",
+                bytes, " bytes");
+#ifdef __linux__
+    if (alignment == HUGE_PAGE) madvise(block, bytes, MADV_HUGEPAGE);
+#endif
+    return block;
+  }
+
+  void give(void* block, size_t bytes) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (kept_ + bytes > MOST_KEPT) return free(block);
+    free_[bytes].push_back(block);
+    kept_ += bytes;
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<size_t, std::vector<void*>> free_;
+  size_t kept_ = 0;
+};
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t LANES = Vec::size();
@@ -353,7 +412,7 @@ at::Tensor group_conv2d(const at::Tensor& given, const at::Tensor& weight,
     out[axis] = room / s.stride[axis] + 1;
   }
   s.out_height = out[0], s.out_width = out[1];
-  at::Tensor y = at::empty({x.size(0), s.filters, out[0], out[1]}, x.options());
+  at::Tensor y = Pool::instance().empty({x.size(0), s.filters, out[0], out[1]}, x.options());
   at::Tensor bias, residual;
   if (given_bias) {
     bias = given_bias->contiguous();
