@@ -54,7 +54,7 @@ class GroupConv2d(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Where it is unpickled the operator may not be known yet."""
         native.define()
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`[N, C, H, W]`, and a residual like the output, to `[N, O, H', W']`."""
