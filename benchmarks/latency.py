@@ -9,6 +9,8 @@ All contenders of a case are timed in one process, in turns, in float32:
 - packed: gather by index, one convolution for each group, scatter, as the method's authors do it;
 - channel-pruned: by Torch-Pruning's magnitude pruner, to the same MACs, in the same runtimes.
 
+With `--only` and `--batch`, what the output holds of other cases stays.
+
 The reference networks have the authors' masks, the others random ones of two groups.
 """
 
@@ -74,20 +76,33 @@ def main(
 ) -> None:
     """Print and write the milliseconds of every contender."""
     torch.set_num_threads(threads)
-    sections = [
-        f"# Latency\n\nWritten by `python -m benchmarks.latency`; {threads} threads, float32, "
-        f"medians of {ROUNDS} rounds in turns, {1e3 * SETTLE:.0f} ms of untimed calls before "
-        f"each; torch {torch.__version__}, ONNX Runtime "
-        f"{onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}, "
-        f"Torch-Pruning {torch_pruning.__version__}, {torch.backends.cpu.get_cpu_capability()}."
-    ]
+    sections = _sections(output)
     for make, name, batches in cases(reference):
         if fnmatch.fnmatchcase(name, only):
             case = make()
             for size in batch or batches:
-                sections.append(examine(case, size, threads))
-                print(sections[-1], flush=True)
-                output.write_text("\n\n".join(sections) + "\n")
+                section = examine(case, size, threads)
+                print(section, flush=True)
+                sections[section.partition("\n")[0]] = section
+                output.write_text("\n\n".join([heading(threads), *sections.values()]) + "\n")
+
+
+def heading(threads: int) -> str:
+    """What all sections have in common."""
+    return (
+        f"# Latency\n\nWritten by `python -m benchmarks.latency`; {threads} threads, float32, "
+        f"medians of {ROUNDS} rounds in turns, {1e3 * SETTLE:.0f} ms of untimed calls before "
+        f"each; torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, OpenVINO "
+        f"{openvino.__version__.split('-')[0]}, Torch-Pruning {torch_pruning.__version__}, "
+        f"{torch.backends.cpu.get_cpu_capability()}."
+    )
+
+
+def _sections(output: Path) -> dict[str, str]:
+    """The sections of an earlier run, by their titles."""
+    text = output.read_text() if output.is_file() else ""
+    found = [f"## {section.strip()}" for section in text.split("\n## ")[1:]]
+    return {section.partition("\n")[0]: section for section in found}
 
 
 def cases(reference: Path) -> list[tuple[Callable[[], Case], str, tuple[int, ...]]]:
