@@ -89,6 +89,7 @@ constexpr int64_t LANES = Vec::size();
 constexpr int64_t BLOCK = LANES >= 16 ? 8 : 6;
 constexpr int64_t VECTORS = LANES >= 16 ? 3 : 2;
 constexpr int64_t TILE = LANES * VECTORS;
+constexpr int64_t LINE = 16;  // floats of a line of the caches
 constexpr int64_t BUFFER_FLOATS = 96 * 1024;  // of the second cache
 constexpr int64_t FEW_WEIGHTS = 64 * 1024;    // cheap for every thread to read
 
@@ -454,6 +455,7 @@ at::Tensor group_conv2d(const at::Tensor& given, const at::Tensor& weight,
     tiles.push_back(tiles_of(s, f, strip * f.rows));
   const int64_t taps = s.kernel[0] * s.kernel[1];
   const float* x_data = x.const_data_ptr<float>();
+  const float* weights_end = weight.const_data_ptr<float>() + weight.numel();
   float* y_data = y.mutable_data_ptr<float>();
   const float* bias_data = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   const float* residual_data = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
@@ -485,9 +487,17 @@ at::Tensor group_conv2d(const at::Tensor& given, const at::Tensor& weight,
                             bias_data,
                             added,
                             y_data + n * result};
-        for (const Tile& tile : tiles[strip])
-          compute(group.weight + number * count * BLOCK, lists.data() + starts[g], count,
-                  pixels + tile.at, tile, target);
+        const float* own = group.weight + number * count * BLOCK;
+        // weights come from far away, and once only: those of the next block are asked for early
+        const float* next = own + count * BLOCK;
+        const float* last = std::min(next + count * BLOCK, weights_end);
+        const int64_t parts = static_cast<int64_t>(tiles[strip].size());
+        const int64_t share = (last - next + parts - 1) / parts;
+        for (const Tile& tile : tiles[strip]) {
+          for (const float* end = std::min(next + share, last); next < end; next += LINE)
+            __builtin_prefetch(next);
+          compute(own, lists.data() + starts[g], count, pixels + tile.at, tile, target);
+        }
       }
     }
   });
