@@ -20,7 +20,7 @@ from dspfx.filters import filters_first
 from dspfx.group_conv import GroupConv2d
 from dspfx.passes.cost_model import Geometry
 from dspfx.passes.emission import emit
-from dspfx.passes.lowering import Group, Lowering, groups_of
+from dspfx.passes.lowering import MOST_GROUPS, Group, Lowering, groups_of
 from dspfx.passes.values import BoolArray
 
 # a layer whose weight would have more elements than this, zeros included, is left as it is
@@ -139,7 +139,7 @@ def _site(name: str, module: nn.Module, input: torch.Size, output: torch.Size) -
     channels = input[-1] if isinstance(layer, nn.Linear) else input[1]
     filters = output[-1] if isinstance(layer, nn.Linear) else output[1]
     taps = layer.weight.shape[2:]
-    structured = not branches and getattr(layer, "groups", 1) > 1
+    structured = not branches and getattr(layer, "groups", 1) > MOST_GROUPS
     if structured or filters * channels * taps.numel() > MOST_WEIGHTS:
         return None
     weight, bias = _whole(module, filters, channels)
@@ -151,20 +151,20 @@ def _whole(module: Any, filters: int, channels: int) -> tuple[Tensor, Tensor | N
     """Weight and bias of a layer, as of one convolution over all channels."""
     if isinstance(module, GroupConv2d):
         return module.whole(channels), module.bias  # type: ignore[return-value]
-    if not isinstance(module, Branches):
-        bias = None if module.bias is None else module.bias.detach()
-        return filters_first(module).detach(), bias
-    layers: list[Any] = list(module.children())
+    branches = isinstance(module, Branches)
+    layers: list[Any] = list(module.children()) if branches else [module]
+    reads = [module.read_by(i) for i in range(len(layers))] if branches else [np.arange(channels)]
+    order = module.written() if branches else np.arange(filters)
     pieces = []
-    for number, layer in enumerate(layers):
+    for layer, own_reads in zip(layers, reads, strict=True):
         own = filters_first(layer).detach()
-        read = torch.from_numpy(module.read_by(number)).to(own.device)
+        read = torch.from_numpy(own_reads).to(own.device)
         read = read.reshape(getattr(layer, "groups", 1), -1)
         read = read.repeat_interleave(len(own) // len(read), 0)
         piece = own.new_zeros(len(own), channels, *own.shape[2:])
         index = read.reshape(*read.shape, *[1] * (own.dim() - 2)).expand_as(own)
         pieces.append(piece.scatter_add_(1, index, own))  # what only fills up adds nothing
-    written = torch.from_numpy(module.written()).to(pieces[0].device)
+    written = torch.from_numpy(order).to(pieces[0].device)
     weight = torch.cat(pieces)[written]
     if layers[0].bias is None:
         return weight, None

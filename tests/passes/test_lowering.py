@@ -145,3 +145,19 @@ def test_a_form_is_read_back_from_branches() -> None:
     assert (module.inputs, module.order) == ([(0, 2), (1, 2)], "order_of_outputs")
     assert [module.read_by(i).tolist() for i in range(2)] == [[0, 1], [1, 2]]
     assert module.written().tolist() == [0, 3, 1, 4, 2, 5]
+
+
+def test_groups_that_read_neighbouring_channels_are_one_plain_convolution() -> None:
+    """It reads its input as it is, and was not read back: the weight has another shape."""
+    layer = nn.Conv2d(4, 6, 1)
+    layer.weight.data[:3, 2:] = 0
+    layer.weight.data[3:, :2] = 0
+    x, model = torch.randn(1, 4, 2, 2), nn.Sequential(layer)
+    (site,) = sites(model, (x,))
+    twin = relowered(model, {site: site.emit(alike(site.groups))})
+    (new,) = twin.children()
+    assert isinstance(new, nn.Conv2d)
+    assert new.groups == 2
+    torch.testing.assert_close(twin(x), model(x))
+    (again,) = sites(twin, (x,))
+    assert [g.inputs.tolist() for g in again.groups] == [[0, 1], [2, 3]]
