@@ -25,6 +25,7 @@ from dspfx.passes.cost_model import CPU
 from dspfx.passes.fuse import fuse
 from dspfx.passes.lowering import Lowering, dense, describe, forms
 from dspfx.passes.measure import Measured
+from dspfx.passes.runs import join_runs
 from dspfx.passes.relower import Site, relowered, sites
 from dspfx.timing import medians
 
@@ -187,6 +188,7 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
 def _fused(network: nn.Module) -> nn.Module:
     for _, part in compact_parts_of(network):
         fuse(part, part.example_inputs)
+        join_runs(part)
     return network
 
 

@@ -1,6 +1,7 @@
-"""A layer of groups of filters on the project's own kernel: one call, lists instead of gathers."""
+"""Layers of groups of filters on the project's own kernel: lists instead of gathers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,45 +12,69 @@ from torch import Tensor, nn
 from dspfx import native
 
 Numbers = npt.NDArray[np.int64]
+Settings = tuple[list[int], list[int], list[int], list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class FilterGroup:
+    """Filters that read the same channels.
+
+    Attributes:
+        filters: the channels of the output that they write, int `[f]`.
+        inputs: the channels of the input that they read, int `[c]`.
+        weight: `[f, c, kh, kw]`.
+    """
+
+    filters: Numbers
+    inputs: Numbers
+    weight: Tensor
 
 
 class GroupConv2d(nn.Module):
-    """y[:, filters_g] = act(conv2d(x[:, inputs_g], weight_g) + bias + residual), for every group g.
+    """y[:, filters_g] = conv2d(x[:, inputs_g], weight_g) for every group g, and what comes behind.
+
+    y = activation(y + bias + residual[:, added]).
 
     Args:
-        conv: its kernel size, stride, padding and dilation are taken over.
-        groups: for each the output channels that it writes, int `[f]`, and those of the input that
-            it reads, int `[c]`.
-        weight: `[O, C, kh, kw]`, of which only what groups read is taken.
+        settings: kernel size, stride, padding and dilation.
+        groups: none of them writes what another writes; channels of the output that none writes
+            are zero before bias, residual and activation.
+        filters: O, the channels of the output.
         bias: `[O]`, or None.
+        activation: one of `native.ACTIVATIONS`.
+        added: int `[O]`, the channel of the residual that is added to each of the output; -1 for
+            none.
     """
 
     def __init__(
         self,
-        conv: nn.Conv2d,
-        groups: Sequence[tuple[Numbers, Numbers]],
-        weight: Tensor,
+        settings: Settings,
+        groups: Sequence[FilterGroup],
+        filters: int,
         bias: Tensor | None,
+        activation: str = "none",
+        added: Numbers | None = None,
     ) -> None:
         super().__init__()
-        self.settings = [
-            list(conv.kernel_size),
-            list(conv.stride),
-            [int(p) for p in conv.padding],
-            list(conv.dilation),
-        ]
+        self.settings = settings
         self.block = native.filters_in_a_block()
-        self.activation = "none"
-        packed = [
-            _packed(weight[torch.from_numpy(f)][:, torch.from_numpy(c)], self.block)
-            for f, c in groups
+        self.count = filters
+        self.activation = activation
+        written = np.concatenate([group.filters for group in groups])
+        silent = np.setdiff1d(np.arange(filters), written)
+        sizes = [(len(group.filters), len(group.inputs)) for group in groups]
+        self.sizes = [*sizes, (len(silent), 0)] if len(silent) else sizes
+        numbers = [
+            np.array(self.sizes).reshape(-1),
+            *(written, silent),
+            *(group.inputs for group in groups),
+            *([] if added is None else [added]),
         ]
-        sizes = [[len(filters), len(inputs)] for filters, inputs in groups]
-        self.register_buffer("weight", torch.cat(packed))
+        self.register_buffer("weight", native.packed([g.weight for g in groups], self.block))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("sizes", torch.tensor(sizes))
-        self.register_buffer("filters", _joined([filters for filters, _ in groups]))
-        self.register_buffer("inputs", _joined([inputs for _, inputs in groups]))
+        plan = np.concatenate([[self.block], *numbers]).astype(np.int64)
+        self.register_buffer("plan", torch.from_numpy(plan))
+        self.adds = added is not None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Where it is unpickled the operator may not be known yet."""
@@ -57,34 +82,48 @@ class GroupConv2d(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`[N, C, H, W]`, and a residual like the output, to `[N, O, H', W']`."""
+        """`[N, C, H, W]`, and a residual `[N, R, H', W']` if one is added, to `[N, O, H', W']`."""
         result: Tensor = torch.ops.dspfx.group_conv2d(
-            *(x, self.weight, self.bias, self.sizes, self.filters, self.inputs, residual),
-            *(*self.settings, self.block, native.ACTIVATIONS.index(self.activation)),
+            *(x, self.weight, self.bias, self.plan, residual, len(self.sizes), self.count),
+            *(*self.settings, native.ACTIVATIONS.index(self.activation)),
         )
         return result
+
+    def numbers(self, source: int, residual: int) -> list[int]:
+        """How the kernel is told of this layer, if it reads those values of a run."""
+        settings = [number for setting in self.settings for number in setting]
+        activation = native.ACTIVATIONS.index(self.activation)
+        return [source, residual, len(self.sizes), self.count, *settings, activation]
+
+    def groups(self) -> list[FilterGroup]:
+        """The groups that this was made of."""
+        return [
+            FilterGroup(filters.numpy(), inputs.numpy(), weight)
+            for filters, inputs, weight in self._unpacked().groups
+            if inputs.numel()
+        ]
+
+    def added(self) -> Numbers | None:
+        """The channel of the residual for each of the output."""
+        added = self._unpacked().added
+        return None if added is None else added.numpy()
 
     def whole(self, channels: int) -> Tensor:
         """The weight that this was made of, `[O, channels, kh, kw]`, zeros filled in."""
         packed: Any = self.weight
-        sizes: Any = self.sizes
-        filters: Any = self.filters
-        inputs: Any = self.inputs
-        weight: Tensor = packed.new_zeros(len(filters), channels, *self.settings[0])
-        taps = self.settings[0][0] * self.settings[0][1]
-        for count, reads in sizes.tolist():
-            blocks = -(-count // self.block)
-            size = blocks * self.block * reads * taps
-            own = packed[:size].reshape(blocks, reads * taps, self.block).transpose(1, 2)
-            own = own.reshape(blocks * self.block, reads, *self.settings[0])[:count]
-            weight[filters[:count, None], inputs[None, :reads]] = own
-            packed, filters, inputs = packed[size:], filters[count:], inputs[reads:]
+        weight: Tensor = packed.new_zeros(self.count, channels, *self.settings[0])
+        for filters, inputs, own in self._unpacked().groups:
+            weight[filters[:, None], inputs[None]] = own
         return weight
+
+    def _unpacked(self) -> native.Layer:
+        buffers: Any = (self.weight, self.plan)
+        (layer,) = native.unpacked(*buffers, self.numbers(0, 1 if self.adds else -1))
+        return layer
 
     def extra_repr(self) -> str:
         """The groups and settings, in `print`."""
-        sizes: Any = self.sizes
-        groups = ", ".join(f"{reads}->{filters}" for filters, reads in sizes.tolist())
+        groups = ", ".join(f"{reads}->{filters}" for filters, reads in self.sizes)
         kernel, stride, padding, dilation = self.settings
         return (
             f"{groups}, kernel={kernel}, stride={stride}, padding={padding}, "
@@ -92,14 +131,76 @@ class GroupConv2d(nn.Module):
         )
 
 
-def _packed(weight: Tensor, block: int) -> Tensor:
-    """`[f, c, kh, kw]` in blocks of filters, `[ceil(f / block), c * kh * kw, block]`, flat."""
-    filters = weight.detach().flatten(1)
-    missing = -len(filters) % block
-    filled = torch.cat([filters, filters.new_zeros(missing, filters.shape[1])])
-    blocks = len(filled) // block
-    return filled.reshape(blocks, block, filters.shape[1]).transpose(1, 2).flatten()
+def group_conv_like(
+    conv: nn.Conv2d, groups: Sequence[tuple[Numbers, Numbers]], weight: Tensor, bias: Tensor | None
+) -> GroupConv2d:
+    """A `GroupConv2d` with the settings of `conv`.
+
+    Args:
+        conv: its kernel size, stride, padding and dilation are taken over.
+        groups: for each the output channels that it writes, int `[f]`, and those of the input
+            that it reads, int `[c]`; all channels of the output together.
+        weight: `[O, C, kh, kw]`, of which only what groups read is taken.
+        bias: `[O]`, or None.
+    """
+    settings = (
+        list(conv.kernel_size),
+        list(conv.stride),
+        [int(p) for p in conv.padding],
+        list(conv.dilation),
+    )
+    own = [
+        FilterGroup(f, c, weight.detach()[torch.from_numpy(f)][:, torch.from_numpy(c)])
+        for f, c in groups
+    ]
+    return GroupConv2d(settings, own, len(weight), bias)
 
 
-def _joined(lists: list[Numbers]) -> Tensor:
-    return torch.from_numpy(np.concatenate(lists).astype(np.int64))
+class GroupConvRun(nn.Module):
+    """Layers that are computed image by image, so that what is between them stays in the cache.
+
+    Args:
+        layers: in an order in which they can be computed.
+        reads: for each the values that it reads and adds (-1 for none); the inputs come first,
+            then one value for each layer.
+        inputs: how many.
+        outputs: the values that are returned.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[GroupConv2d],
+        reads: Sequence[tuple[int, int]],
+        inputs: int,
+        outputs: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.descriptions = [layer.extra_repr() for layer in layers]
+        self.inputs, self.outputs = inputs, list(outputs)
+        self.numbers = [
+            number
+            for layer, (source, residual) in zip(layers, reads, strict=True)
+            for number in layer.numbers(source, residual)
+        ]
+        parts: list[Any] = list(layers)
+        plan = [parts[0].plan[:1], *(part.plan[1:] for part in parts)]
+        bias = [p.weight.new_zeros(p.count) if p.bias is None else p.bias for p in parts]
+        self.register_buffer("weight", torch.cat([part.weight for part in parts]))
+        self.register_buffer("bias", torch.cat(bias))
+        self.register_buffer("plan", torch.cat(plan))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Where it is unpickled the operator may not be known yet."""
+        native.define()
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        """The inputs, each `[N, C, H, W]`, to the values that are returned."""
+        results: list[Tensor] = torch.ops.dspfx.group_conv_run(
+            list(inputs), self.weight, self.bias, self.plan, self.numbers, self.outputs
+        )
+        return results
+
+    def extra_repr(self) -> str:
+        """A line for each layer, in `print`."""
+        return "\n".join(self.descriptions)

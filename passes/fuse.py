@@ -1,20 +1,25 @@
-"""Residual sums and activations become part of the native convolution before them.
+"""What stands around a native convolution becomes part of it.
 
-1. conv -> add with a tensor of the same shape: the other operand becomes the residual of the conv.
-2. conv -> activation that the kernel knows: it becomes the convolution's.
+1. Channels that are only moved (narrow, index_select, cat with zeros) before a convolution or its
+   residual: its lists name the channels where they come from.
+2. Channels that are only moved behind a convolution: it writes them to where they go.
+3. conv -> add with a tensor of the same shape: the other operand becomes the residual of the conv.
+4. conv -> activation that the kernel knows: it becomes the convolution's.
 
 Only where nobody else reads what is between, and in that order; a sum behind an activation is left.
 """
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
-from dspfx.group_conv import GroupConv2d
+from dspfx.group_conv import FilterGroup, GroupConv2d, Numbers
 
 _ADDS = {operator.add, torch.add, "add"}
 _ACTIVATIONS: dict[Any, str] = {
@@ -29,22 +34,185 @@ def fuse(module: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
     """Fuse what can be fused in `module`, which is changed; whether anything was.
 
     Args:
-        module: calls every `GroupConv2d` at most once.
+        module: a graph that calls `GroupConv2d` layers.
         inputs: of `module`; shapes are found with them.
     """
-    shapes = _Shapes(module)
-    with torch.no_grad():
-        shapes.run(*inputs)
+    _skip_identities(module)
+    fusion = _Fusion(module, inputs)
+    called: dict[Any, int] = {}
+    for node in module.graph.nodes:
+        called[node.target] = called.get(node.target, 0) + 1
     fused = False
     for node in list(module.graph.nodes):
-        conv = _called(module, node)
-        if isinstance(conv, GroupConv2d) and conv.activation == "none":
-            fused |= _fuse_sum(node, shapes.of)
-            fused |= _fuse_activation(module, node, conv)
-    if fused:
-        module.graph.lint()
-        module.recompile()
+        if isinstance(_called(module, node), GroupConv2d) and called[node.target] == 1:
+            fused |= fusion.inputs_of(node)
+            fused |= fusion.outputs_of(node)
+            fused |= fusion.sum_of(node)
+            fused |= fusion.activation_of(node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
     return fused
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A value whose channels are those of another.
+
+    Attributes:
+        source: where they come from; None if all are zero.
+        channels: int `[C]`, the channel of the source for each, -1 for zero.
+    """
+
+    source: Node | None
+    channels: Numbers
+
+
+class _Fusion:
+    """The graph, the shapes of its tensors, and which of them are others with channels moved."""
+
+    def __init__(self, module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+        self.module = module
+        shapes = _Shapes(module)
+        with torch.no_grad():
+            shapes.run(*inputs)
+        self.shapes = shapes.of
+        self.moved: dict[Node, _Moved] = {}
+        for node in module.graph.nodes:
+            found = self._moved(node)
+            if found is not None:
+                self.moved[node] = found
+
+    def _moved(self, node: Node) -> _Moved | None:
+        if node.op != "call_function" or len(self.shapes.get(node, ())) != 4:
+            return None
+        args: Any = node.args
+        if node.target is torch.zeros_like:
+            return _Moved(None, np.full(self.shapes[node][1], -1))
+        if node.target is torch.cat and args[1:] == (1,):
+            return self._together([self._as_moved(part) for part in args[0]])
+        if node.target is torch.narrow and args[1] == 1 and all(isinstance(a, int) for a in args[2:]):
+            before = self._as_moved(args[0])
+            return _Moved(before.source, before.channels[args[2] : args[2] + args[3]])
+        if node.target is torch.index_select and args[1] == 1 and args[2].op == "get_attr":
+            before = self._as_moved(args[0])
+            index: Any = operator.attrgetter(str(args[2].target))(self.module)
+            return _Moved(before.source, before.channels[index.cpu().numpy()])
+        return None
+
+    def _as_moved(self, node: Node) -> _Moved:
+        return self.moved.get(node) or _Moved(node, np.arange(self.shapes[node][1]))
+
+    def _together(self, parts: list[_Moved]) -> _Moved | None:
+        sources = {part.source for part in parts} - {None}
+        if len(sources) != 1:
+            return None
+        return _Moved(sources.pop(), np.concatenate([part.channels for part in parts]))
+
+    def _conv(self, node: Node) -> GroupConv2d:
+        conv = _called(self.module, node)
+        assert isinstance(conv, GroupConv2d)
+        return conv
+
+    def _become(self, node: Node, conv: GroupConv2d) -> None:
+        self.module.set_submodule(str(node.target), conv)
+
+    def inputs_of(self, node: Node) -> bool:
+        """The convolution reads channels where they come from."""
+        (x, *others) = node.args
+        moved = self.moved.get(x) if isinstance(x, Node) else None
+        if moved is None or moved.source is None:
+            return False
+        conv, groups = self._conv(node), []
+        for group in conv.groups():
+            inputs = moved.channels[group.inputs]
+            real = inputs >= 0
+            weight = group.weight[:, torch.from_numpy(real)]
+            groups.append(FilterGroup(group.filters, inputs[real], weight))
+        self._become(node, _with(conv, groups=groups))
+        node.args = (moved.source, *others)
+        return True
+
+    def outputs_of(self, node: Node) -> bool:
+        """The convolution writes channels to where they go, if they all go to one value."""
+        conv = self._conv(node)
+        for last, moved in reversed(self.moved.items()):
+            if moved.source is node and last.users and self._only_moved_to(node, last):
+                break
+        else:
+            return False
+        place = np.full(conv.count, -1)
+        kept = np.flatnonzero(moved.channels >= 0)
+        place[moved.channels[kept]] = kept
+        if len(kept) != (place >= 0).sum() or conv.activation != "none" or conv.adds:
+            return False  # a channel goes to two places, or what is zero would not be
+        groups = []
+        for group in conv.groups():
+            real = place[group.filters] >= 0
+            weight = group.weight[torch.from_numpy(real)]
+            groups.append(FilterGroup(place[group.filters[real]], group.inputs, weight))
+        bias = None
+        if conv.bias is not None:
+            own: Any = conv.bias
+            bias = own.new_zeros(len(moved.channels))
+            bias[torch.from_numpy(kept)] = own[torch.from_numpy(moved.channels[kept])]
+        self._become(node, _with(conv, groups=groups, filters=len(moved.channels), bias=bias))
+        del self.moved[last]
+        last.replace_all_uses_with(node)
+        self.shapes[node] = self.shapes[last]
+        for later, other in self.moved.items():
+            if other.source is node:
+                self.moved[later] = _Moved(node, place[other.channels])
+        self.module.graph.eliminate_dead_code()
+        self.moved = {n: m for n, m in self.moved.items() if n in self.module.graph.nodes}
+        return True
+
+    def _only_moved_to(self, node: Node, last: Node) -> bool:
+        """Whether all that reads `node` ends in `last`."""
+        between = [node]
+        for value in between:  # grows
+            for reader in value.users:
+                if reader is last or reader in between:
+                    continue
+                if reader not in self.moved:
+                    return False
+                between.append(reader)
+        return True
+
+    def sum_of(self, node: Node) -> bool:
+        """What is added becomes the residual."""
+        add = _only_reader(node)
+        if add is None or len(node.args) != 1 or add.op not in ("call_function", "call_method"):
+            return False
+        if add.target not in _ADDS or len(add.args) != 2 or add.kwargs:
+            return False
+        (other,) = [a for a in add.args if a is not node] or [None]
+        if not isinstance(other, Node) or self.shapes.get(other) != self.shapes[node]:
+            return False
+        moved = self._as_moved(other)
+        if moved.source is None:
+            return False
+        add.prepend(node)  # behind the other operand
+        node.args = (*node.args, moved.source)
+        self._become(node, _with(self._conv(node), added=moved.channels))
+        add.replace_all_uses_with(node)
+        add.graph.erase_node(add)
+        return True
+
+    def activation_of(self, node: Node) -> bool:
+        """The activation behind the convolution is its own."""
+        act, conv = _only_reader(node), self._conv(node)
+        if act is None or act.all_input_nodes != [node] or conv.activation != "none":
+            return False
+        called = _called(self.module, act)
+        key = act.target if called is None else type(called)
+        others = {k: v for k, v in act.kwargs.items() if k != "inplace"}
+        if key not in _ACTIVATIONS or len(act.args) != 1 or others:
+            return False
+        self._become(node, _with(conv, activation=_ACTIVATIONS[key]))
+        act.replace_all_uses_with(node)
+        act.graph.erase_node(act)
+        return True
 
 
 class _Shapes(fx.Interpreter):
@@ -61,6 +229,26 @@ class _Shapes(fx.Interpreter):
         return result
 
 
+def _with(conv: GroupConv2d, **changes: Any) -> GroupConv2d:
+    """`conv` with another of what it was made of."""
+    made_of: dict[str, Any] = {
+        "settings": conv.settings,
+        "groups": conv.groups(),
+        "filters": conv.count,
+        "bias": conv.bias,
+        "activation": conv.activation,
+        "added": conv.added(),
+    }
+    return GroupConv2d(**(made_of | changes)).train(conv.training)
+
+
+def _skip_identities(module: fx.GraphModule) -> None:
+    for node in list(module.graph.nodes):
+        if type(_called(module, node)) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+
+
 def _called(module: fx.GraphModule, node: Node) -> nn.Module | None:
     return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
@@ -68,34 +256,3 @@ def _called(module: fx.GraphModule, node: Node) -> nn.Module | None:
 def _only_reader(node: Node) -> Node | None:
     (reader,) = node.users if len(node.users) == 1 else (None,)
     return reader
-
-
-def _fuse_sum(node: Node, shapes: dict[Node, torch.Size]) -> bool:
-    add = _only_reader(node)
-    if add is None or len(node.args) != 1 or add.op not in ("call_function", "call_method"):
-        return False
-    if add.target not in _ADDS or len(add.args) != 2 or add.kwargs:
-        return False
-    (other,) = [a for a in add.args if a is not node] or [None]
-    if not isinstance(other, Node) or shapes.get(other) != shapes[node]:
-        return False
-    add.prepend(node)  # behind the other operand
-    node.args = (*node.args, other)
-    add.replace_all_uses_with(node)
-    add.graph.erase_node(add)
-    return True
-
-
-def _fuse_activation(module: fx.GraphModule, node: Node, conv: GroupConv2d) -> bool:
-    act = _only_reader(node)
-    if act is None or act.all_input_nodes != [node]:
-        return False
-    called = _called(module, act)
-    key = act.target if called is None else type(called)
-    others = {k: v for k, v in act.kwargs.items() if k != "inplace"}
-    if key not in _ACTIVATIONS or len(act.args) != 1 or others:
-        return False
-    conv.activation = _ACTIVATIONS[key]
-    act.replace_all_uses_with(node)
-    act.graph.erase_node(act)
-    return True

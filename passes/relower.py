@@ -17,7 +17,7 @@ from dspfx import native
 from dspfx.branches import Branches
 from dspfx.errors import EquivalenceError
 from dspfx.filters import filters_first
-from dspfx.group_conv import GroupConv2d
+from dspfx.group_conv import GroupConv2d, group_conv_like
 from dspfx.passes.cost_model import Geometry
 from dspfx.passes.emission import emit
 from dspfx.passes.lowering import MOST_GROUPS, Group, Lowering, groups_of
@@ -77,7 +77,7 @@ class Site:
         if not plain or self.weight.dtype != torch.float32:
             return None
         groups = [(group.filters, group.inputs) for group in self.groups]
-        return GroupConv2d(conv, groups, self.weight, self.bias).eval()
+        return group_conv_like(conv, groups, self.weight, self.bias).eval()
 
 
 def sites(model: nn.Module, inputs: tuple[Any, ...]) -> list[Site]:

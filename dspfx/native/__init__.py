@@ -1,7 +1,8 @@
-"""The project's own CPU kernel, `dspfx::group_conv2d`: built on first use, then kept.
+"""The project's own CPU kernel: built on first use, then kept.
 
-Where it cannot be built, a warning says why, once, and the same operator computes by torch's own
-convolutions.
+`dspfx::group_conv2d` is a convolution whose groups of filters read their own lists of channels,
+`dspfx::group_conv_run` a run of them without tensors in between. Where the kernel cannot be built,
+a warning says why, once, and the same operators compute by torch's own convolutions.
 """
 
 import functools
@@ -9,8 +10,9 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,19 @@ from torch import Tensor
 
 from dspfx.caches import as_file_name, cache_folder, processor
 
-SOURCE = Path(__file__).with_name("group_conv.cpp")
-SCHEMA = (
-    "group_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor sizes, Tensor filters, "
-    "Tensor inputs, Tensor? residual, int[2] kernel, int[2] stride, int[2] padding, "
-    "int[2] dilation, int block, int activation) -> Tensor"
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "group_conv.cpp"
+# a plan is explained in program.h, as are the numbers that describe a layer of a run
+ONE = (
+    "group_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor plan, Tensor? residual, "
+    "int groups, int filters, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
+    "int activation) -> Tensor"
 )
+RUN = (
+    "group_conv_run(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, int[] layers, "
+    "int[] outputs) -> Tensor[]"
+)
+LAYER_NUMBERS = 13
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu")
 _FUNCTIONS: tuple[Any, ...] = (torch.clone, F.relu, F.relu6, F.hardswish, F.silu)
 PORTABLE_BLOCK = 8
@@ -35,10 +44,14 @@ PORTABLE_BLOCK = 8
 def define() -> Any:
     """Make the operator known to torch, with an implementation for every device."""
     library: Any = torch.library.Library("dspfx", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define(SCHEMA)
-    library.impl("group_conv2d", _reference, "CompositeExplicitAutograd")
-    torch.library.register_fake("dspfx::group_conv2d", _fake, lib=library)
-    torch.library.register_autograd("dspfx::group_conv2d", _no_gradient, lib=library)
+    for schema, name, portable, fake in (
+        (ONE, "group_conv2d", _one, _one_fake),
+        (RUN, "group_conv_run", _run, _run_fake),
+    ):
+        library.define(schema)
+        library.impl(name, portable, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dspfx::{name}", fake, lib=library)
+        torch.library.register_autograd(f"dspfx::{name}", _no_gradient, lib=library)
     return library
 
 
@@ -87,65 +100,152 @@ def built() -> bool:
 
 def _build_name(isa: str) -> str:
     """A folder of its own for everything that the build depends on."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
+    digest = hashlib.sha256(sources).hexdigest()[:12]
     return as_file_name(f"native {torch.__version__} {processor()} {isa} {digest}")
 
 
-def _reference(
-    x: Tensor,
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a run, with its part of weights and plan.
+
+    Attributes:
+        source, residual: values; the given ones come first, then one for each layer. -1: none.
+        settings: kernel size, stride, padding and dilation.
+        activation: index into `ACTIVATIONS`.
+        filters: the channels of the output in the order of the groups, int `[O]`.
+        groups: of each group the filters, as they lie in `filters`, the inputs, int `[c]`, and
+            the weight, `[f, c, kh, kw]`.
+        added: the channel of the residual that is added to each of the output, -1 for none.
+    """
+
+    source: int
+    residual: int
+    settings: tuple[list[int], list[int], list[int], list[int]]
+    activation: int
+    filters: Tensor
+    groups: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    added: Tensor | None
+
+
+def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[Layer]:
+    """The layers of a run, from what `group_conv_run` is given."""
+    block, plan = int(plan[0]), plan[1:]
+    for first in range(0, len(layers), LAYER_NUMBERS):
+        source, residual, count, filters, *numbers = layers[first : first + LAYER_NUMBERS]
+        kernel, stride, padding, dilation = (numbers[i : i + 2] for i in (0, 2, 4, 6))
+        sizes, written, plan = plan.split([2 * count, filters, len(plan) - 2 * count - filters])
+        groups, left = [], written
+        for size, reads in sizes.reshape(-1, 2).tolist():
+            inputs, plan = plan[:reads], plan[reads:]
+            pieces = []
+            for rows in rows_of_blocks(size, block):
+                end = rows * reads * kernel[0] * kernel[1]
+                piece, weight = weight[:end], weight[end:]
+                pieces.append(piece.reshape(-1, rows).T.reshape(rows, reads, *kernel))
+            own = torch.cat(pieces) if pieces else weight.new_zeros(0, reads, *kernel)
+            groups.append((left[:size], inputs, own))
+            left = left[size:]
+        added = None
+        if residual >= 0:
+            added, plan = plan[:filters], plan[filters:]
+        settings = (kernel, stride, padding, dilation)
+        yield Layer(source, residual, settings, numbers[8], written, tuple(groups), added)
+
+
+def packed(weights: Sequence[Tensor], block: int) -> Tensor:
+    """The weights of groups, each `[f, c, kh, kw]`, as the kernel takes them, flat.
+
+    Block by block of filters, `[c * kh * kw, filters of the block]` each.
+    """
+    pieces = [
+        piece.detach().flatten(1).T.flatten()
+        for weight in weights
+        for piece in weight.split(rows_of_blocks(len(weight), block))
+    ]
+    return torch.cat(pieces)
+
+
+def rows_of_blocks(filters: int, block: int) -> list[int]:
+    """How many filters the blocks of a group have: as few blocks as can be, of even sizes."""
+    count = -(-filters // block)
+    return [filters // count + (i < filters % count) for i in range(count)]
+
+
+def _run(
+    inputs: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    sizes: Tensor,
-    filters: Tensor,
-    inputs: Tensor,
-    residual: Tensor | None,
+    plan: Tensor,
+    layers: list[int],
+    outputs: list[int],
+) -> list[Tensor]:
+    """The same by torch's convolutions, one for each group, on any device."""
+    values = list(inputs)
+    for layer in unpacked(weight, plan, layers):
+        x, (kernel, *settings) = values[layer.source], layer.settings
+        filters = layer.filters.numel()
+        y = x.new_zeros(len(x), filters, *_out_size(x.shape[2:], kernel, *settings))
+        for written, read, own in layer.groups:
+            if written.numel() and read.numel():
+                y[:, written] = F.conv2d(x[:, read], own, None, *settings)
+        if bias is not None:
+            own_bias, bias = bias[:filters], bias[filters:]
+            y = y + own_bias.reshape(1, -1, 1, 1)
+        if layer.added is not None:
+            residual = values[layer.residual]
+            added = residual[:, layer.added.clamp(min=0)]
+            y = y + torch.where(layer.added.reshape(-1, 1, 1) >= 0, added, 0)
+        values.append(_FUNCTIONS[layer.activation](y))
+    return [values[number] for number in outputs]
+
+
+def _run_fake(
+    inputs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Tensor,
+    layers: list[int],
+    outputs: list[int],
+) -> list[Tensor]:
+    shapes: list[Sequence[int]] = [x.shape for x in inputs]
+    for first in range(0, len(layers), LAYER_NUMBERS):
+        source, _, _, filters, *numbers = layers[first : first + LAYER_NUMBERS]
+        kernel, stride, padding, dilation = (numbers[i : i + 2] for i in (0, 2, 4, 6))
+        size = _out_size(shapes[source][2:], kernel, stride, padding, dilation)
+        shapes.append((shapes[source][0], filters, *size))
+    return [inputs[0].new_empty(shapes[number]) for number in outputs]
+
+
+def _one(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Tensor, *args: Any, run: Any = _run
+) -> Tensor:
+    residual, groups, filters, kernel, stride, padding, dilation, activation = args
+    inputs = [x] if residual is None else [x, residual]
+    settings = (*kernel, *stride, *padding, *dilation)
+    numbers = [0, len(inputs) * 2 - 3, groups, filters, *settings, activation]
+    result: Tensor = run(inputs, weight, bias, plan, numbers, [len(inputs)])[0]
+    return result
+
+
+_one_fake = functools.partial(_one, run=_run_fake)
+
+
+def _out_size(
+    size: Sequence[int],
     kernel: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    block: int,
-    activation: int,
-) -> Tensor:
-    """The same by torch's convolutions, one for each group, on any device."""
-    size = _out_size(x, kernel, stride, padding, dilation)
-    y = x.new_zeros(len(x), filters.numel(), *size)
-    taps = kernel[0] * kernel[1]
-    first_filter = first_input = first_weight = 0
-    for count, reads in sizes.tolist():
-        blocks = -(-count // block)
-        end = first_weight + blocks * block * reads * taps
-        own = weight[first_weight:end].reshape(blocks, reads * taps, block).transpose(1, 2)
-        own = own.reshape(blocks * block, reads, *kernel)[:count]
-        read = inputs[first_input : first_input + reads]
-        if reads and count:
-            written = filters[first_filter : first_filter + count]
-            y[:, written] = F.conv2d(x[:, read], own, None, stride, padding, dilation)
-        first_filter, first_input, first_weight = first_filter + count, first_input + reads, end
-    if bias is not None:
-        y = y + bias.reshape(1, -1, 1, 1)
-    if residual is not None:
-        y = y + residual
-    result: Tensor = _FUNCTIONS[activation](y)
-    return result
-
-
-def _fake(x: Tensor, *args: Any) -> Tensor:
-    filters, kernel, stride, padding, dilation = args[3], *args[6:10]
-    size = _out_size(x, kernel, stride, padding, dilation)
-    return x.new_empty(x.shape[0], filters.numel(), *size)
-
-
-def _out_size(
-    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[int]:
     return [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
 
 
 def _no_gradient(*args: Any) -> Any:
-    raise RuntimeError("dspfx::group_conv2d is for inference; train the prepared model instead")
+    raise RuntimeError("dspfx's own convolutions are for inference; train the prepared model instead")
 
 
 @contextmanager

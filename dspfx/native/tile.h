@@ -1,0 +1,166 @@
+// Some filters times some vectors of pixels, held in registers:
+//
+//     y[o, p] = clamp(bias[o] + sum_k w[k, o] * pixels[offset[k] + p] + residual[o, p])
+
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+#include <c10/macros/Macros.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+#include <vector>
+
+namespace dspfx {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t LANES = Vec::size();
+constexpr int64_t LINE = 16;  // floats of a line of the caches
+// as many accumulators as leave registers for the operands: of 32 registers, or of 16
+constexpr bool MANY_REGISTERS = LANES >= 16;
+constexpr int64_t MOST_ROWS = MANY_REGISTERS ? 8 : 6;
+constexpr int64_t MOST_VECTORS = MANY_REGISTERS ? 6 : 4;
+
+// Vectors of pixels for a number of filters.
+constexpr int64_t vectors_for(int64_t rows) {
+  constexpr int64_t many[] = {0, 6, 6, 6, 6, 5, 4, 3, 3}, few[] = {0, 4, 4, 3, 2, 2, 2};
+  return MANY_REGISTERS ? many[rows] : few[rows];
+}
+
+enum Activation : int64_t { NONE = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SILU = 4 };
+constexpr int64_t ACTIVATIONS = 5;
+
+// Neighbouring pixels of a row of the output that lie side by side in a tile as well.
+struct Segment {
+  int64_t from, count;  // in the tile
+  int64_t row, column;  // of the output
+};
+
+// A tile of pixels: where it begins among those of the strip and of the output, and what of it is
+// wanted. A direct one is stored as it is, zeros where the mask has no bits; others by segments.
+struct Tile {
+  int64_t at, to, vectors;
+  bool direct;
+  int64_t mask;  // its place among the masks, or -1
+  std::vector<Segment> segments;
+};
+
+// Planes of an image that is read or written, and the distance of its rows.
+template <typename T>
+struct Planes {
+  T* data = nullptr;  // null: there is none
+  int64_t plane = 0, row = 0;
+};
+
+// Where filters are written to, and what is added to them.
+struct Target {
+  const int64_t* filter;
+  const int64_t* added;  // channels of the residual, -1 for none
+  const float* bias;     // null: there is none
+  int64_t activation;
+  Planes<float> y;
+  Planes<const float> residual;
+  const float* masks;
+};
+
+inline Vec smooth(int64_t activation, Vec x) {
+  if (activation == SILU) return x / (Vec(1.f) + x.neg().exp());
+  const Vec zero(0.f), six(6.f);
+  return x * at::vec::minimum(at::vec::maximum(x + Vec(3.f), zero), six) / six;
+}
+
+// Vectors of one filter: the residual is added and the activation taken on the way out.
+template <int64_t V>
+C10_ALWAYS_INLINE void finish(Vec (&sum)[V], int64_t activation, const float* added, const float* mask,
+                   float* to) {
+  const float inf = std::numeric_limits<float>::infinity();
+  const Vec low(activation == RELU || activation == RELU6 ? 0.f : -inf);
+  const Vec high(activation == RELU6 ? 6.f : inf);
+  if (added != nullptr)
+    for (int64_t v = 0; v < V; ++v) sum[v] = sum[v] + Vec::loadu(added + v * LANES);
+  for (int64_t v = 0; v < V; ++v) sum[v] = at::vec::clamp(sum[v], low, high);
+  if (mask != nullptr)
+    for (int64_t v = 0; v < V; ++v) sum[v] = sum[v] & Vec::loadu(mask + v * LANES);
+  for (int64_t v = 0; v < V; ++v) sum[v].store(to + v * LANES);
+  if (activation >= HARDSWISH)
+    for (int64_t v = 0; v < V; ++v)
+      smooth(activation, Vec::loadu(to + v * LANES)).store(to + v * LANES);
+}
+
+inline const float* added_plane(const Target& t, int64_t r) {
+  if (t.residual.data == nullptr || t.added[r] < 0) return nullptr;
+  return t.residual.data + t.added[r] * t.residual.plane;
+}
+
+template <int64_t V>
+C10_NOINLINE void finish_by_segments(const float* sums, const Tile& tile, const Target& target,
+                                     int64_t r) {
+  alignas(64) float added[V * LANES] = {}, result[V * LANES];
+  Vec sum[V];
+  for (int64_t v = 0; v < V; ++v) sum[v] = Vec::loadu(sums + v * LANES);
+  const float* from = added_plane(target, r);
+  if (from != nullptr)
+    for (const Segment& s : tile.segments)
+      std::copy_n(from + s.row * target.residual.row + s.column, s.count, added + s.from);
+  finish<V>(sum, target.activation, from == nullptr ? nullptr : added, nullptr, result);
+  float* plane = target.y.data + target.filter[r] * target.y.plane;
+  for (const Segment& s : tile.segments)
+    std::copy_n(result + s.from, s.count, plane + s.row * target.y.row + s.column);
+}
+
+// The loops over rows must be unrolled, or the sums would not stay in registers.
+template <int64_t R, int64_t V>
+void compute_tile(const float* weight, const int64_t* offset, int64_t count, const float* pixels,
+                  const Tile& tile, const Target& target) {
+  Vec sum[R][V];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < R; ++r) {
+    const Vec start(target.bias == nullptr ? 0.f : target.bias[target.filter[r]]);
+    for (int64_t v = 0; v < V; ++v) sum[r][v] = start;
+  }
+  for (int64_t k = 0; k < count; ++k, weight += R) {
+    const float* from = pixels + offset[k];
+    Vec x[V];
+    for (int64_t v = 0; v < V; ++v) x[v] = Vec::loadu(from + v * LANES);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; ++r) {
+      const Vec w(weight[r]);
+      for (int64_t v = 0; v < V; ++v) sum[r][v] = at::vec::fmadd(w, x[v], sum[r][v]);
+    }
+  }
+  const float* mask = tile.mask < 0 ? nullptr : target.masks + tile.mask;
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < R; ++r) {
+    if (tile.direct) {
+      const float* added = added_plane(target, r);
+      finish<V>(sum[r], target.activation, added == nullptr ? nullptr : added + tile.to, mask,
+                target.y.data + target.filter[r] * target.y.plane + tile.to);
+    } else {
+      alignas(64) float sums[V * LANES];
+      for (int64_t v = 0; v < V; ++v) sum[r][v].store(sums + v * LANES);
+      finish_by_segments<V>(sums, tile, target, r);
+    }
+  }
+}
+
+using Compute = void (*)(const float*, const int64_t*, int64_t, const float*, const Tile&,
+                         const Target&);
+using OfRows = std::array<Compute, MOST_VECTORS + 1>;
+
+template <int64_t R, int64_t... V>
+constexpr OfRows of_rows(std::integer_sequence<int64_t, V...>) {
+  return {nullptr, compute_tile<R, V + 1>...};
+}
+
+template <int64_t... R>
+constexpr std::array<OfRows, MOST_ROWS + 1> all_rows(std::integer_sequence<int64_t, R...>) {
+  return {OfRows{},
+          of_rows<R + 1>(std::make_integer_sequence<int64_t, vectors_for(R + 1)>())...};
+}
+
+// by filters, 1 to MOST_ROWS, and vectors, 1 to vectors_for(filters)
+constexpr std::array<OfRows, MOST_ROWS + 1> COMPUTE =
+    all_rows(std::make_integer_sequence<int64_t, MOST_ROWS>());
+
+}  // namespace dspfx

@@ -1,0 +1,88 @@
+"""Native convolutions that follow each other become one call.
+
+A run takes in every convolution that can be computed with it: none of its inputs depends, by way of
+anything that is no native convolution, on a result of the run. What reads results is moved behind.
+"""
+
+import operator
+from typing import Any
+
+from torch import fx
+from torch.fx.node import Node
+
+from dspfx.group_conv import GroupConv2d, GroupConvRun
+
+
+def join_runs(module: fx.GraphModule) -> bool:
+    """Join the native convolutions in `module`, which is changed; whether there were any to join."""
+    joined = False
+    for number, run in enumerate(_runs(module)):
+        if len(run) > 1:
+            _join(module, run, f"run_{number}")
+            joined = True
+    if joined:
+        module.delete_all_unused_submodules()
+        module.graph.lint()
+        module.recompile()
+    return joined
+
+
+def _conv(module: fx.GraphModule, node: Node) -> GroupConv2d | None:
+    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return called if isinstance(called, GroupConv2d) else None
+
+
+def _runs(module: fx.GraphModule) -> list[list[Node]]:
+    runs: list[list[Node]] = [[]]
+    behind: set[Node] = set()  # what depends on the run, and is not of it
+    for node in module.graph.nodes:
+        inputs = node.all_input_nodes
+        if _conv(module, node) is None:
+            if not behind.isdisjoint(inputs) or not set(runs[-1]).isdisjoint(inputs):
+                behind.add(node)
+        elif behind.isdisjoint(inputs):
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+            behind = set()
+    return runs
+
+
+def _join(module: fx.GraphModule, run: list[Node], name: str) -> None:
+    given = list(dict.fromkeys(i for node in run for i in node.all_input_nodes if i not in run))
+    values = {node: number for number, node in enumerate((*given, *run))}
+    read_elsewhere = [n for n in run if any(reader not in values for reader in n.users)]
+    layers: list[Any] = [_conv(module, node) for node in run]
+    reads = [(*(values[i] for i in _operands(node)), -1)[:2] for node in run]
+    outputs = [values[node] for node in read_elsewhere]
+    module.add_submodule(name, GroupConvRun(layers, reads, len(given), outputs).eval())
+    graph, first, last = module.graph, run[0], run[-1]
+    with graph.inserting_after(last):
+        call = graph.call_module(name, tuple(given))
+    end = call
+    results = {}
+    for number, node in enumerate(read_elsewhere):
+        with graph.inserting_after(end):
+            end = results[node] = graph.call_function(operator.getitem, (call, number))
+    _move_behind(first, last, run, end)
+    for node, result in results.items():
+        node.replace_all_uses_with(result)
+    for node in reversed(run):
+        graph.erase_node(node)
+
+
+def _operands(node: Node) -> list[Node]:
+    return [a for a in node.args if isinstance(a, Node)]
+
+
+def _move_behind(first: Node, last: Node, run: list[Node], end: Node) -> None:
+    """Move what depends on the run, and stands between its convolutions, behind `end`."""
+    depends = set(run)
+    node = first
+    while node is not last:
+        following = node.next
+        if node not in depends and not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+            end.append(node)
+            end = node
+        node = following
