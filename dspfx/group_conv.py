@@ -78,7 +78,7 @@ class GroupConv2d(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Where it is unpickled the operator may not be known yet."""
-        native.define()
+        native.built()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -95,12 +95,23 @@ class GroupConv2d(nn.Module):
         activation = native.ACTIVATIONS.index(self.activation)
         return [source, residual, len(self.sizes), self.count, *settings, activation]
 
+    def remade(self, **changes: Any) -> "GroupConv2d":
+        """The same with another of what it was made of."""
+        made_of: dict[str, Any] = {
+            "settings": self.settings,
+            "groups": self.groups(),
+            "filters": self.count,
+            "bias": self.bias,
+            "activation": self.activation,
+            "added": self.added(),
+        }
+        return GroupConv2d(**(made_of | changes)).train(self.training)
+
     def groups(self) -> list[FilterGroup]:
         """The groups that this was made of."""
         return [
             FilterGroup(filters.numpy(), inputs.numpy(), weight)
             for filters, inputs, weight in self._unpacked().groups
-            if inputs.numel()
         ]
 
     def added(self) -> Numbers | None:
@@ -191,7 +202,7 @@ class GroupConvRun(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Where it is unpickled the operator may not be known yet."""
-        native.define()
+        native.built()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:

@@ -129,7 +129,7 @@ class _Fusion:
             real = inputs >= 0
             weight = group.weight[:, torch.from_numpy(real)]
             groups.append(FilterGroup(group.filters, inputs[real], weight))
-        self._become(node, _with(conv, groups=groups))
+        self._become(node, conv.remade(groups=groups))
         node.args = (moved.source, *others)
         return True
 
@@ -156,7 +156,7 @@ class _Fusion:
             own: Any = conv.bias
             bias = own.new_zeros(len(moved.channels))
             bias[torch.from_numpy(kept)] = own[torch.from_numpy(moved.channels[kept])]
-        self._become(node, _with(conv, groups=groups, filters=len(moved.channels), bias=bias))
+        self._become(node, conv.remade(groups=groups, filters=len(moved.channels), bias=bias))
         del self.moved[last]
         last.replace_all_uses_with(node)
         self.shapes[node] = self.shapes[last]
@@ -194,7 +194,7 @@ class _Fusion:
             return False
         add.prepend(node)  # behind the other operand
         node.args = (*node.args, moved.source)
-        self._become(node, _with(self._conv(node), added=moved.channels))
+        self._become(node, self._conv(node).remade(added=moved.channels))
         add.replace_all_uses_with(node)
         add.graph.erase_node(add)
         return True
@@ -209,7 +209,7 @@ class _Fusion:
         others = {k: v for k, v in act.kwargs.items() if k != "inplace"}
         if key not in _ACTIVATIONS or len(act.args) != 1 or others:
             return False
-        self._become(node, _with(conv, activation=_ACTIVATIONS[key]))
+        self._become(node, conv.remade(activation=_ACTIVATIONS[key]))
         act.replace_all_uses_with(node)
         act.graph.erase_node(act)
         return True
@@ -227,19 +227,6 @@ class _Shapes(fx.Interpreter):
         if isinstance(result, Tensor):
             self.of[n] = result.shape
         return result
-
-
-def _with(conv: GroupConv2d, **changes: Any) -> GroupConv2d:
-    """`conv` with another of what it was made of."""
-    made_of: dict[str, Any] = {
-        "settings": conv.settings,
-        "groups": conv.groups(),
-        "filters": conv.count,
-        "bias": conv.bias,
-        "activation": conv.activation,
-        "added": conv.added(),
-    }
-    return GroupConv2d(**(made_of | changes)).train(conv.training)
 
 
 def _skip_identities(module: fx.GraphModule) -> None:

@@ -1,5 +1,6 @@
 """The project's own kernel: equal to torch's convolutions, and not to be led astray by a plan."""
 
+import contextlib
 import copy
 import os
 import pickle
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import native
-from dspfx.group_conv import GroupConv2d
+from dspfx.group_conv import GroupConv2d, GroupConvRun, Numbers, group_conv_like
 from dspfx.passes.fuse import fuse
 from helpers import assert_equal
 
@@ -38,7 +39,7 @@ def layer(
     row = rng.integers(groups, size=conv.out_channels)
     conv.weight.mul_(torch.from_numpy(mask[row])[:, :, None, None])
     lists = [(np.flatnonzero(row == g), np.flatnonzero(mask[g])) for g in range(groups)]
-    return GroupConv2d(conv, lists, conv.weight, conv.bias), conv
+    return group_conv_like(conv, lists, conv.weight, conv.bias), conv
 
 
 def expected(conv: nn.Conv2d, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -66,7 +67,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "groups": draw(st.integers(1, 4)),
         "seed": draw(st.integers(0, 999)),
         "batch": draw(st.integers(1, 3)),
-        "residual": draw(st.booleans()),
+        "residual": draw(st.integers(0, 9)),
         "activation": draw(st.sampled_from(native.ACTIVATIONS)),
         "threads": draw(st.integers(1, 3)),
     }
@@ -79,24 +80,91 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def added_to(count: int, channels: int, seed: int) -> Numbers:
+    return np.random.default_rng(seed).integers(-1, channels, count)
+
+
+def moved(residual: Tensor, added: Numbers) -> Tensor:
+    """The channels `added` of `residual`, zeros for -1."""
+    index = torch.from_numpy(added)
+    return torch.where(index.reshape(-1, 1, 1) >= 0, residual[:, index.clamp(min=0)], 0)
+
+
 @settings(max_examples=300, deadline=None)
 @given(calls())
 @pytest.mark.usefixtures("_threads")
 def test_equal_to_convolutions(call: dict[str, Any]) -> None:
     torch.set_num_threads(call["threads"])
     own, conv = layer(call["conv"], call["groups"], call["seed"])
-    own.activation = call["activation"]
+    own = own.remade(activation=call["activation"])
     generator = torch.Generator().manual_seed(call["seed"])
     x = torch.randn(call["batch"], conv.in_channels, *call["size"], generator=generator)
-    residual = torch.randn(conv(x).shape, generator=generator) if call["residual"] else None
+    given_too, residual = [x], None
+    if call["residual"]:
+        y = conv(x)
+        residual = torch.randn(len(x), call["residual"], *y.shape[2:], generator=generator)
+        added = added_to(y.shape[1], call["residual"], call["seed"])
+        own, given_too = own.remade(added=added), [x, residual]
+        residual = moved(residual, added)
     wanted = expected(conv, x, residual, call["activation"])
-    assert_equal(wanted, own(x, residual), 1e-5)
+    assert_equal(wanted, own(*given_too), 1e-5)
     assert torch.equal(own.whole(conv.in_channels), conv.weight.float())
-    portable = native._reference(
-        *(x, own.weight, own.bias, own.sizes, own.filters, own.inputs, residual),
-        *(*own.settings, own.block, native.ACTIVATIONS.index(call["activation"])),
-    )
+    buffers: Any = (own.weight, own.bias, own.plan)
+    numbers = own.numbers(0, len(given_too) * 2 - 3)
+    (portable,) = native._run(given_too, *buffers, numbers, [len(given_too)])
     assert_equal(wanted, portable, 1e-5)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> dict[str, Any]:
+    """Layers that read what was there before them, and add it where it is of their size."""
+    inputs = [(draw(st.integers(1, 9)), draw(st.integers(1, 20)), draw(st.integers(1, 20)))]
+    values, layers = list(inputs), []
+    for seed in range(draw(st.integers(1, 6))):
+        source = draw(st.integers(0, len(values) - 1))
+        channels, *size = values[source]
+        kernel = [draw(st.integers(1, min(3, n))) for n in size]
+        same = draw(st.booleans()) and all(k % 2 for k in kernel)
+        padding = [k // 2 if same else draw(st.integers(0, 2)) for k in kernel]
+        stride = [1 if same else draw(st.integers(1, 2)) for _ in size]
+        filters = draw(st.integers(1, 20))
+        conv = nn.Conv2d(channels, filters, kernel, stride, padding, bias=draw(st.booleans()))
+        out = [(n + 2 * p - k) // s + 1 for n, k, p, s in zip(size, kernel, padding, stride)]
+        like = [i for i, (_, *other) in enumerate(values) if other == out]
+        residual = draw(st.sampled_from([-1, *like]))
+        own, _ = layer(conv, draw(st.integers(1, 3)), seed)
+        if residual >= 0:
+            own = own.remade(added=added_to(filters, values[residual][0], seed))
+        own = own.remade(activation=draw(st.sampled_from(native.ACTIVATIONS)))
+        layers.append((own, source, residual))
+        values.append((filters, *out))
+    results = range(len(inputs), len(values))
+    return {
+        "layers": layers,
+        "inputs": inputs,
+        "outputs": draw(st.lists(st.sampled_from(results), min_size=1, unique=True)),
+        "batch": draw(st.integers(0, 5)),
+        "threads": draw(st.integers(1, 4)),
+    }
+
+
+@settings(max_examples=300, deadline=None)
+@given(runs())
+@pytest.mark.usefixtures("_threads")
+def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
+    torch.set_num_threads(case["threads"])
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(case["batch"], *size, generator=generator) for size in case["inputs"]]
+    layers, reads = [own for own, *_ in case["layers"]], [tuple(r) for _, *r in case["layers"]]
+    run = GroupConvRun(layers, reads, len(inputs), case["outputs"])
+    values = list(inputs)
+    for own, source, residual in case["layers"]:
+        values.append(own(values[source], *([] if residual < 0 else [values[residual]])))
+    wanted = [values[number] for number in case["outputs"]]
+    for _ in range(2):  # the second call finds the memory of the first
+        assert_equal(wanted, run(*inputs), 1e-5)
+    buffers: Any = (run.weight, run.bias, run.plan)
+    assert_equal(wanted, native._run(inputs, *buffers, run.numbers, run.outputs), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -119,21 +187,27 @@ def test_sizes_that_are_cut_into_strips(
 
 def test_slices_and_other_layouts() -> None:
     own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    own = own.remade(activation="relu", added=np.arange(5))
     wide, added = torch.randn(2, 9, 8, 8), torch.randn(2, 7, 8, 8)
     for x in (wide[:, 2:8], wide[:, :6].contiguous(memory_format=torch.channels_last)):
         wanted = expected(conv, x, added[:, 1:6], "relu")
-        own.activation = "relu"
         assert_equal(wanted, own(x, added[:, 1:6]), 1e-5)
 
 
-def test_the_operator_is_one_that_torch_can_work_with() -> None:
+def test_the_operators_are_such_that_torch_can_work_with_them() -> None:
     own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
-    args = (torch.randn(2, 6, 8, 8), own.weight, own.bias, own.sizes, own.filters, own.inputs)
-    for residual in (None, torch.randn(2, 5, 8, 8)):
+    adding = own.remade(added=np.arange(5))
+    x, residual = torch.randn(2, 6, 8, 8), torch.randn(2, 5, 8, 8)
+    for conv, added in ((own, None), (adding, residual)):
+        args = (x, conv.weight, conv.bias, conv.plan, added, len(conv.sizes), conv.count)
         torch.library.opcheck(
-            torch.ops.dspfx.group_conv2d.default,
-            (*args, residual, *own.settings, own.block, 1),
+            torch.ops.dspfx.group_conv2d.default, (*args, *conv.settings, 1)
         )
+    run = GroupConvRun([own, adding], [(0, -1), (0, 1)], 1, [2])
+    torch.library.opcheck(
+        torch.ops.dspfx.group_conv_run.default,
+        ([x], run.weight, run.bias, run.plan, run.numbers, run.outputs),
+    )
 
 
 def test_it_compiles_and_exports() -> None:
@@ -152,7 +226,7 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
     (tmp_path / "layer").write_bytes(pickle.dumps((own, x, own(x))))
     program = (
         "import pickle, sys, torch; own, x, y = pickle.load(open(sys.argv[1], 'rb')); "
-        "torch.testing.assert_close(own(x), y)"  # by torch's convolutions: nothing is built
+        "torch.testing.assert_close(own(x), y)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "layer")], check=True)
 
@@ -167,22 +241,17 @@ def test_it_is_not_for_training() -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("inputs", lambda t: t + 100),
-        ("inputs", lambda t: t - 5),
-        ("inputs", lambda t: t[:-1]),
-        ("inputs", lambda t: t.float()),
-        ("filters", lambda t: t + 1),
-        ("filters", torch.zeros_like),
-        ("filters", lambda t: t[:-1]),
-        ("sizes", lambda t: t * 2),
-        ("sizes", lambda t: t - 100),
-        ("sizes", lambda t: t[:1]),
-        ("sizes", lambda t: t.flatten()),
-        ("sizes", lambda t: torch.full_like(t, 2**62)),
+        ("plan", lambda t: t[:-1]),
+        ("plan", lambda t: torch.cat([t, t[-1:]])),
+        ("plan", lambda t: t.float()),
+        ("plan", lambda t: t[:0]),
         ("weight", lambda t: t[:-1]),
         ("weight", lambda t: t.double()),
         ("bias", lambda t: t[:-1]),
-        ("block", lambda n: n + 1),
+        ("bias", lambda t: t.double()),
+        ("sizes", lambda s: s[:1]),
+        ("count", lambda n: n + 1),
+        ("count", lambda n: -n),
         ("settings", lambda s: [[0, 3], *s[1:]]),
         ("settings", lambda s: [s[0], [0, 1], *s[2:]]),
         ("settings", lambda s: [s[0], s[1], [-1, 1], s[3]]),
@@ -196,13 +265,39 @@ def test_a_damaged_plan_raises(name: str, change: Any) -> None:
         own(torch.randn(2, 6, 8, 8))
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> None:
+    """Each number of a plan is in turn something else: whatever is computed, memory is its own."""
+    own, _ = layer(nn.Conv2d(6, 9, 3, padding=1), 2, seed=0)
+    run = GroupConvRun([own, own.remade(added=np.arange(9))], [(0, -1), (0, 1)], 1, [1, 2])
+    numbers: Any = data.draw(st.sampled_from([run.plan, run.numbers, run.outputs]))
+    place = data.draw(st.integers(0, len(numbers) - 1))
+    numbers[place] = data.draw(
+        st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62])
+    )
+    with contextlib.suppress(RuntimeError):
+        for result in run(torch.randn(2, 6, 8, 8)):
+            assert result.shape[:2] in {(2, 9), (2, run.numbers[3]), (2, run.numbers[16])}
+
+
+def test_a_plan_that_changed_is_read_again() -> None:
+    own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 1, seed=0, keep=1)
+    x = torch.randn(2, 6, 8, 8)
+    before = own(x)
+    own.plan[-6:] = torch.tensor([1, 0, 2, 3, 4, 5])
+    swapped = expected(conv, x[:, [1, 0, 2, 3, 4, 5]], None, "none")
+    assert not torch.equal(before, own(x))
+    assert_equal(swapped, own(x), 1e-5)
+
+
 def test_an_input_that_does_not_fit_raises() -> None:
     own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
     for x in (torch.randn(2, 3, 8, 8), torch.randn(6, 8, 8), torch.randn(2, 6, 8, 8).double()):
         with pytest.raises(RuntimeError):
             own(x)
     with pytest.raises(RuntimeError, match="residual"):
-        own(torch.randn(2, 6, 8, 8), torch.randn(2, 5, 7, 8))
+        own.remade(added=np.arange(5))(torch.randn(2, 6, 8, 8), torch.randn(2, 5, 7, 8))
 
 
 def test_empty_batches() -> None:
@@ -294,7 +389,7 @@ def test_sums_and_activations_are_fused() -> None:
     assert [n.name for n in module.graph.nodes] == [
         *("x", "a", "b", "c", "mean", "add_1", "output"),
     ]  # the last sum broadcasts: it stays
-    assert [own.activation for own, _ in convs] == ["relu", "relu", "none"]
+    assert [getattr(module, name).activation for name in "abc"] == ["relu", "relu", "none"]
     assert_equal(wanted, module(x), 1e-5)
     assert not fuse(module, (x,))
 
@@ -303,7 +398,7 @@ def test_what_others_read_is_not_fused() -> None:
     own, _ = layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=0)
     module = traced(Shared(own))
     assert not fuse(module, (torch.randn(2, 6, 5, 5),))
-    assert own.activation == "none"
+    assert module.conv.activation == "none"
 
 
 def test_compile_races_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -325,6 +420,7 @@ def test_compile_races_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Non
     x = torch.randn(2, 3, 12, 12)
     fast = dspfx.compile(compact, x)
     assert fast.report.chosen == "native"
-    assert any(isinstance(m, GroupConv2d) and m.activation == "relu" for m in fast.model.modules())
+    (run,) = [m for m in fast.model.modules() if isinstance(m, GroupConvRun)]
+    assert all("activation=relu" in layer for layer in run.descriptions)
     assert_equal(compact(x), fast(x), 1e-5)
     assert_equal(compact(x[:1]), fast(x[:1]), 1e-5)  # another batch than it was compiled for

@@ -41,7 +41,7 @@ PORTABLE_BLOCK = 8
 
 
 @functools.cache
-def define() -> Any:
+def _library() -> Any:
     """Make the operator known to torch, with an implementation for every device."""
     library: Any = torch.library.Library("dspfx", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema, name, portable, fake in (
@@ -51,14 +51,12 @@ def define() -> Any:
         library.define(schema)
         library.impl(name, portable, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dspfx::{name}", fake, lib=library)
-        torch.library.register_autograd(f"dspfx::{name}", _no_gradient, lib=library)
     return library
 
 
 @functools.cache
 def filters_in_a_block() -> int:
     """In blocks of how many filters the kernel takes its weight; it is built where need be."""
-    define()
     if not built():
         return PORTABLE_BLOCK
     return int(torch.ops.dspfx.filters_in_a_block())
@@ -66,11 +64,14 @@ def filters_in_a_block() -> int:
 
 @functools.cache
 def built() -> bool:
-    """Whether the kernel is there; the first call on a machine builds it, in some seconds."""
+    """Whether the kernel is there; the first call on a machine builds it, in some seconds.
+
+    The operators are known to torch afterwards in any case.
+    """
     from torch._inductor.cpu_vec_isa import pick_vec_isa  # noqa: PLC0415 (slow to import)
     from torch.utils import cpp_extension  # noqa: PLC0415
 
-    define()
+    library = _library()
     if hasattr(torch.ops.dspfx, "filters_in_a_block"):
         return True
     try:
@@ -89,6 +90,8 @@ def built() -> bool:
             )
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
+        for name in ("group_conv2d", "group_conv_run"):
+            torch.library.register_autograd(f"dspfx::{name}", _no_gradient, lib=library)
         warnings.warn(
             f"dspfx's own CPU kernel cannot be built, so torch's convolutions are used: {reason}. "
             "A C++ compiler and ninja are needed",

@@ -5,6 +5,9 @@
 // of one, and wait for each other before the next.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -34,6 +37,17 @@ inline void copy(float* to, const float* from, int64_t count) {
   Vec::loadu(from + count - LANES).store(to + count - LANES);
 }
 
+// Every `step`-th pixel.
+inline void copy(float* to, const float* from, int64_t count, int64_t step) {
+  if (step == 1) return copy(to, from, count);
+  int64_t i = 0;
+  if (step == 2)  // one vector less than would do: the second of a pair may be none of the image's
+    for (; i + LANES < count; i += LANES)
+      at::vec::deinterleave2(Vec::loadu(from + 2 * i), Vec::loadu(from + 2 * i + LANES))
+          .first.store(to + i);
+  for (; i < count; ++i) to[i] = from[i * step];
+}
+
 // Copies the rows that the output rows from `first` on need, zeros where the image ends.
 void fill(const Layer& l, const Cut& cut, const Value& size, Planes<const float> from,
           int64_t first, float* to) {
@@ -56,9 +70,7 @@ void fill(const Layer& l, const Cut& cut, const Value& size, Planes<const float>
           }
           const float* line = plane + y * from.row + shift;
           set_zero(to, begin);
-          if (step == 1) copy(to + begin, line + begin, end - begin);
-          else
-            for (int64_t x = begin; x < end; ++x) to[x] = line[x * step];
+          copy(to + begin, line + begin * step, end - begin, step);
           set_zero(to + end, f.width - end);
         }
       }
@@ -114,7 +126,7 @@ void in_parallel(int64_t threads, const F& f) {
 // A program and the tensors that it works on.
 struct Call {
   const Program& program;
-  const float *weight, *weights_end, *bias;  // bias: null for none
+  const float *weight, *weights_end, *bias;
   std::vector<const float*> given;           // by value
   std::vector<int64_t> strides;              // of images, by value
   std::vector<float*> returned;              // by value
@@ -164,7 +176,7 @@ void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t ima
   const Program& p = call.program;
   const Planes<const float> source = call.source(l.source, image, arena);
   Target target{};
-  target.bias = call.bias == nullptr ? nullptr : call.bias + l.bias;
+  target.bias = call.bias + l.bias;
   target.activation = l.activation;
   target.y = call.target(l.result, image, arena);
   if (l.residual >= 0) target.residual = call.source(l.residual, image, arena);
@@ -246,7 +258,7 @@ class Programs {
 };
 
 std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& weight,
-                                       const std::optional<at::Tensor>& given_bias,
+                                       const std::optional<at::Tensor>& bias,
                                        const at::Tensor& plan, at::IntArrayRef layers,
                                        at::IntArrayRef outputs) {
   TORCH_CHECK(plan.scalar_type() == at::kLong && plan.is_contiguous() && plan.is_cpu(),
@@ -254,10 +266,8 @@ std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& 
   TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.is_cpu(),
               "group_conv2d: the packed weight must be contiguous float32");
   TORCH_CHECK(!inputs.empty(), "group_conv2d: an image is needed");
-  at::Tensor bias;
-  if (given_bias) bias = given_bias->contiguous();
-  TORCH_CHECK(!given_bias || (bias.scalar_type() == at::kFloat && bias.is_cpu()),
-              "group_conv2d: the bias must be float32");
+  TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->is_cpu()),
+              "group_conv2d: the bias must be contiguous float32");
   const int64_t threads = at::get_num_threads(), images = inputs[0].size(0);
   std::vector<at::Tensor> given;
   std::vector<std::array<int64_t, 3>> sizes;
@@ -269,7 +279,7 @@ std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& 
     sizes.push_back({x.size(1), x.size(2), x.size(3)});
     key.insert(key.end(), sizes.back().begin(), sizes.back().end());
   }
-  const int64_t biases = given_bias ? bias.numel() : 0;
+  const int64_t biases = bias ? bias->numel() : -1;
   key.insert(key.end(), {static_cast<int64_t>(outputs.size()), weight.numel(), biases, threads});
   const auto entry = Programs::instance().get(plan, std::move(key), [&] {
     const c10::ArrayRef<int64_t> numbers(plan.const_data_ptr<int64_t>(), plan.numel());
@@ -278,7 +288,7 @@ std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& 
   const Program& p = entry->program;
   const float* weights = weight.const_data_ptr<float>();
   Call call{p, weights, weights + weight.numel(),
-            given_bias && biases > 0 ? bias.const_data_ptr<float>() : nullptr, {}, {}, {}};
+            bias ? bias->const_data_ptr<float>() : p.no_bias.data(), {}, {}, {}};
   call.given.resize(p.values.size()), call.returned.resize(p.values.size());
   call.strides.resize(p.values.size());
   for (size_t i = 0; i < given.size(); ++i) {
@@ -316,11 +326,48 @@ at::Tensor group_conv2d(const at::Tensor& x, const at::Tensor& weight,
 
 int64_t filters_in_a_block() { return MOST_ROWS; }
 
+void refuse_gradient(const at::Tensor& x) {
+  TORCH_CHECK(!at::GradMode::is_enabled() || !x.requires_grad(),
+              "dspfx's own convolutions are for inference; train the prepared model instead");
+}
+
+at::Tensor group_conv2d_without_gradient(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& plan, const std::optional<at::Tensor>& residual, int64_t groups,
+    int64_t filters, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t activation) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dspfx::group_conv2d", "")
+                             .typed<decltype(group_conv2d)>();
+  refuse_gradient(x), refuse_gradient(weight);
+  if (residual) refuse_gradient(*residual);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, weight, bias, plan, residual, groups, filters, kernel, stride, padding,
+                 dilation, activation);
+}
+
+std::vector<at::Tensor> group_conv_run_without_gradient(
+    at::TensorList inputs, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& plan, at::IntArrayRef layers, at::IntArrayRef outputs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dspfx::group_conv_run", "")
+                             .typed<decltype(group_conv_run)>();
+  refuse_gradient(weight);
+  for (const at::Tensor& x : inputs) refuse_gradient(x);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(inputs, weight, bias, plan, layers, outputs);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dspfx, CPU, m) {
   m.impl("group_conv2d", &group_conv2d);
   m.impl("group_conv_run", &group_conv_run);
+}
+
+TORCH_LIBRARY_IMPL(dspfx, Autograd, m) {
+  m.impl("group_conv2d", &group_conv2d_without_gradient);
+  m.impl("group_conv_run", &group_conv_run_without_gradient);
 }
 
 TORCH_LIBRARY_FRAGMENT(dspfx, m) { m.def("filters_in_a_block() -> int", &filters_in_a_block); }

@@ -82,6 +82,7 @@ struct Program {
   std::vector<Value> values;
   std::vector<Layer> layers;
   std::vector<int64_t> outputs;
+  std::vector<float> no_bias;
   int64_t arena = 0, scratch = 0;  // floats, for one image
 };
 
@@ -380,7 +381,8 @@ inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
   TORCH_CHECK(plan.done(), "group_conv2d: the plan has more than its layers use");
   TORCH_CHECK(weights == weights_given, "group_conv2d: the plan needs ", weights,
               " weights, there are ", weights_given);
-  TORCH_CHECK(biases_given == 0 || biases == biases_given, "group_conv2d: the plan needs ",
+  if (biases_given < 0) p.no_bias.resize(biases);
+  TORCH_CHECK(biases_given < 0 || biases == biases_given, "group_conv2d: the plan needs ",
               biases, " biases, there are ", biases_given);
   for (const int64_t number : outputs) {
     TORCH_CHECK(number >= static_cast<int64_t>(given.size()) &&

@@ -57,7 +57,7 @@ struct Planes {
 struct Target {
   const int64_t* filter;
   const int64_t* added;  // channels of the residual, -1 for none
-  const float* bias;     // null: there is none
+  const float* bias;
   int64_t activation;
   Planes<float> y;
   Planes<const float> residual;
@@ -116,7 +116,7 @@ void compute_tile(const float* weight, const int64_t* offset, int64_t count, con
   Vec sum[R][V];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < R; ++r) {
-    const Vec start(target.bias == nullptr ? 0.f : target.bias[target.filter[r]]);
+    const Vec start(target.bias[target.filter[r]]);
     for (int64_t v = 0; v < V; ++v) sum[r][v] = start;
   }
   for (int64_t k = 0; k < count; ++k, weight += R) {
