@@ -69,7 +69,7 @@ class _Moved:
 
 
 class _Fusion:
-    """The graph, the shapes of its tensors, and which of them are others with channels moved."""
+    """A graph and the shapes of its tensors."""
 
     def __init__(self, module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
         self.module = module
@@ -77,23 +77,20 @@ class _Fusion:
         with torch.no_grad():
             shapes.run(*inputs)
         self.shapes = shapes.of
-        self.moved: dict[Node, _Moved] = {}
-        for node in module.graph.nodes:
-            found = self._moved(node)
-            if found is not None:
-                self.moved[node] = found
 
     def _moved(self, node: Node) -> _Moved | None:
+        """What `node` is, if it is another value with channels moved."""
         if node.op != "call_function" or len(self.shapes.get(node, ())) != 4:
             return None
         args: Any = node.args
         if node.target is torch.zeros_like:
             return _Moved(None, np.full(self.shapes[node][1], -1))
         if node.target is torch.cat and args[1:] == (1,):
-            return self._together([self._as_moved(part) for part in args[0]])
-        if node.target is torch.narrow and args[1] == 1 and all(isinstance(a, int) for a in args[2:]):
-            before = self._as_moved(args[0])
-            return _Moved(before.source, before.channels[args[2] : args[2] + args[3]])
+            return _together([self._as_moved(part) for part in args[0]])
+        if node.target is torch.narrow and args[1] == 1:
+            before, first, count = self._as_moved(args[0]), args[2], args[3]
+            if isinstance(first, int) and isinstance(count, int):
+                return _Moved(before.source, before.channels[first : first + count])
         if node.target is torch.index_select and args[1] == 1 and args[2].op == "get_attr":
             before = self._as_moved(args[0])
             index: Any = operator.attrgetter(str(args[2].target))(self.module)
@@ -101,13 +98,7 @@ class _Fusion:
         return None
 
     def _as_moved(self, node: Node) -> _Moved:
-        return self.moved.get(node) or _Moved(node, np.arange(self.shapes[node][1]))
-
-    def _together(self, parts: list[_Moved]) -> _Moved | None:
-        sources = {part.source for part in parts} - {None}
-        if len(sources) != 1:
-            return None
-        return _Moved(sources.pop(), np.concatenate([part.channels for part in parts]))
+        return self._moved(node) or _Moved(node, np.arange(self.shapes[node][1]))
 
     def _conv(self, node: Node) -> GroupConv2d:
         conv = _called(self.module, node)
@@ -120,7 +111,7 @@ class _Fusion:
     def inputs_of(self, node: Node) -> bool:
         """The convolution reads channels where they come from."""
         (x, *others) = node.args
-        moved = self.moved.get(x) if isinstance(x, Node) else None
+        moved = self._moved(x) if isinstance(x, Node) else None
         if moved is None or moved.source is None:
             return False
         conv, groups = self._conv(node), []
@@ -136,10 +127,10 @@ class _Fusion:
     def outputs_of(self, node: Node) -> bool:
         """The convolution writes channels to where they go, if they all go to one value."""
         conv = self._conv(node)
-        for last, moved in reversed(self.moved.items()):
-            if moved.source is node and last.users and self._only_moved_to(node, last):
-                break
-        else:
+        between = self._moves_behind(node)
+        ends = [n for n in (node, *between) if any(r not in between for r in n.users)]
+        moved = self._moved(ends[0]) if len(ends) == 1 else None
+        if moved is None or moved.source is not node:
             return False
         place = np.full(conv.count, -1)
         kept = np.flatnonzero(moved.channels >= 0)
@@ -157,27 +148,18 @@ class _Fusion:
             bias = own.new_zeros(len(moved.channels))
             bias[torch.from_numpy(kept)] = own[torch.from_numpy(moved.channels[kept])]
         self._become(node, conv.remade(groups=groups, filters=len(moved.channels), bias=bias))
-        del self.moved[last]
-        last.replace_all_uses_with(node)
-        self.shapes[node] = self.shapes[last]
-        for later, other in self.moved.items():
-            if other.source is node:
-                self.moved[later] = _Moved(node, place[other.channels])
-        self.module.graph.eliminate_dead_code()
-        self.moved = {n: m for n, m in self.moved.items() if n in self.module.graph.nodes}
+        self.shapes[node] = self.shapes[ends[0]]
+        ends[0].replace_all_uses_with(node)
+        for move in sorted(between, reverse=True):
+            self.module.graph.erase_node(move)
         return True
 
-    def _only_moved_to(self, node: Node, last: Node) -> bool:
-        """Whether all that reads `node` ends in `last`."""
-        between = [node]
-        for value in between:  # grows
-            for reader in value.users:
-                if reader is last or reader in between:
-                    continue
-                if reader not in self.moved:
-                    return False
-                between.append(reader)
-        return True
+    def _moves_behind(self, node: Node) -> list[Node]:
+        """All that is made of `node` by moving channels."""
+        found = [node]
+        for value in found:  # grows
+            found += [r for r in value.users if r not in found and self._moved(r) is not None]
+        return found[1:]
 
     def sum_of(self, node: Node) -> bool:
         """What is added becomes the residual."""
@@ -213,6 +195,13 @@ class _Fusion:
         act.replace_all_uses_with(node)
         act.graph.erase_node(act)
         return True
+
+
+def _together(parts: list[_Moved]) -> _Moved | None:
+    sources = {part.source for part in parts} - {None}
+    if len(sources) != 1:
+        return None
+    return _Moved(sources.pop(), np.concatenate([part.channels for part in parts]))
 
 
 class _Shapes(fx.Interpreter):
