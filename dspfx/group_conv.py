@@ -93,7 +93,8 @@ class GroupConv2d(nn.Module):
         """How the kernel is told of this layer, if it reads those values of a run."""
         settings = [number for setting in self.settings for number in setting]
         activation = native.ACTIVATIONS.index(self.activation)
-        return [source, residual, len(self.sizes), self.count, *settings, activation]
+        kind = native.CONVOLUTION
+        return [kind, source, residual, len(self.sizes), self.count, *settings, activation]
 
     def remade(self, **changes: Any) -> "GroupConv2d":
         """The same with another of what it was made of."""
@@ -171,7 +172,7 @@ class GroupConvRun(nn.Module):
     """Layers that are computed image by image, so that what is between them stays in the cache.
 
     Args:
-        layers: in an order in which they can be computed.
+        layers: convolutions and max pools, in an order in which they can be computed.
         reads: for each the values that it reads and adds (-1 for none); the inputs come first,
             then one value for each layer.
         inputs: how many.
@@ -180,7 +181,7 @@ class GroupConvRun(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[GroupConv2d],
+        layers: Sequence[GroupConv2d | nn.MaxPool2d],
         reads: Sequence[tuple[int, int]],
         inputs: int,
         outputs: Sequence[int],
@@ -191,9 +192,13 @@ class GroupConvRun(nn.Module):
         self.numbers = [
             number
             for layer, (source, residual) in zip(layers, reads, strict=True)
-            for number in layer.numbers(source, residual)
+            for number in (
+                layer.numbers(source, residual)
+                if isinstance(layer, GroupConv2d)
+                else _pool_numbers(layer, source)
+            )
         ]
-        parts: list[Any] = list(layers)
+        parts: list[Any] = [layer for layer in layers if isinstance(layer, GroupConv2d)]
         plan = [parts[0].plan[:1], *(part.plan[1:] for part in parts)]
         bias = [p.weight.new_zeros(p.count) if p.bias is None else p.bias for p in parts]
         self.register_buffer("weight", torch.cat([part.weight for part in parts]))
@@ -215,3 +220,10 @@ class GroupConvRun(nn.Module):
     def extra_repr(self) -> str:
         """A line for each layer, in `print`."""
         return "\n".join(self.descriptions)
+
+
+def _pool_numbers(pool: nn.MaxPool2d, source: int) -> list[int]:
+    """How the kernel is told of a max pool."""
+    settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    numbers = [n for s in settings for n in ((s, s) if isinstance(s, int) else s)]
+    return [native.MAX_POOL, source, -1, 0, 0, *numbers, 0]

@@ -1,4 +1,4 @@
-"""Native convolutions that follow each other become one call.
+"""Native convolutions that follow each other, and max pools behind them, become one call.
 
 A run takes in every convolution that can be computed with it: none of its inputs depends, by way of
 anything that is no native convolution, on a result of the run. What reads results is moved behind.
@@ -7,7 +7,7 @@ anything that is no native convolution, on a result of the run. What reads resul
 import operator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import Node
 
 from dspfx.group_conv import GroupConv2d, GroupConvRun
@@ -27,18 +27,24 @@ def join_runs(module: fx.GraphModule) -> bool:
     return joined
 
 
-def _conv(module: fx.GraphModule, node: Node) -> GroupConv2d | None:
+def _layer(module: fx.GraphModule, node: Node) -> GroupConv2d | nn.MaxPool2d | None:
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return called if isinstance(called, GroupConv2d) else None
+    if isinstance(called, GroupConv2d):
+        return called
+    plain = type(called) is nn.MaxPool2d and not called.ceil_mode and not called.return_indices
+    return called if plain else None  # type: ignore[return-value]
 
 
 def _runs(module: fx.GraphModule) -> list[list[Node]]:
     runs: list[list[Node]] = [[]]
     behind: set[Node] = set()  # what depends on the run, and is not of it
     for node in module.graph.nodes:
-        inputs = node.all_input_nodes
-        if _conv(module, node) is None:
-            if not behind.isdisjoint(inputs) or not set(runs[-1]).isdisjoint(inputs):
+        inputs, layer = node.all_input_nodes, _layer(module, node)
+        reads_run = not set(runs[-1]).isdisjoint(inputs)
+        if isinstance(layer, nn.MaxPool2d) and not reads_run:
+            layer = None  # perhaps of another type, or on another device
+        if layer is None:
+            if reads_run or not behind.isdisjoint(inputs):
                 behind.add(node)
         elif behind.isdisjoint(inputs):
             runs[-1].append(node)
@@ -52,7 +58,7 @@ def _join(module: fx.GraphModule, run: list[Node], name: str) -> None:
     given = list(dict.fromkeys(i for node in run for i in node.all_input_nodes if i not in run))
     values = {node: number for number, node in enumerate((*given, *run))}
     read_elsewhere = [n for n in run if any(reader not in values for reader in n.users)]
-    layers: list[Any] = [_conv(module, node) for node in run]
+    layers: list[Any] = [_layer(module, node) for node in run]
     reads = [(*(values[i] for i in _operands(node)), -1)[:2] for node in run]
     outputs = [values[node] for node in read_elsewhere]
     module.add_submodule(name, GroupConvRun(layers, reads, len(given), outputs).eval())

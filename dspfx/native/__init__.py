@@ -34,7 +34,8 @@ RUN = (
     "group_conv_run(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, int[] layers, "
     "int[] outputs) -> Tensor[]"
 )
-LAYER_NUMBERS = 13
+LAYER_NUMBERS = 14
+CONVOLUTION, MAX_POOL = 0, 1
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu")
 _FUNCTIONS: tuple[Any, ...] = (torch.clone, F.relu, F.relu6, F.hardswish, F.silu)
 PORTABLE_BLOCK = 8
@@ -113,6 +114,7 @@ class Layer:
     """One layer of a run, with its part of weights and plan.
 
     Attributes:
+        kind: CONVOLUTION or MAX_POOL, which has no groups.
         source, residual: values; the given ones come first, then one for each layer. -1: none.
         settings: kernel size, stride, padding and dilation.
         activation: index into `ACTIVATIONS`.
@@ -122,6 +124,7 @@ class Layer:
         added: the channel of the residual that is added to each of the output, -1 for none.
     """
 
+    kind: int
     source: int
     residual: int
     settings: tuple[list[int], list[int], list[int], list[int]]
@@ -135,8 +138,12 @@ def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[La
     """The layers of a run, from what `group_conv_run` is given."""
     block, plan = int(plan[0]), plan[1:]
     for first in range(0, len(layers), LAYER_NUMBERS):
-        source, residual, count, filters, *numbers = layers[first : first + LAYER_NUMBERS]
+        kind, source, residual, count, filters, *numbers = layers[first : first + LAYER_NUMBERS]
         kernel, stride, padding, dilation = (numbers[i : i + 2] for i in (0, 2, 4, 6))
+        settings = (kernel, stride, padding, dilation)
+        if kind == MAX_POOL:
+            yield Layer(kind, source, -1, settings, 0, plan[:0], (), None)
+            continue
         sizes, written, plan = plan.split([2 * count, filters, len(plan) - 2 * count - filters])
         groups, left = [], written
         for size, reads in sizes.reshape(-1, 2).tolist():
@@ -152,8 +159,7 @@ def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[La
         added = None
         if residual >= 0:
             added, plan = plan[:filters], plan[filters:]
-        settings = (kernel, stride, padding, dilation)
-        yield Layer(source, residual, settings, numbers[8], written, tuple(groups), added)
+        yield Layer(kind, source, residual, settings, numbers[8], written, tuple(groups), added)
 
 
 def packed(weights: Sequence[Tensor], block: int) -> Tensor:
@@ -187,6 +193,9 @@ def _run(
     values = list(inputs)
     for layer in unpacked(weight, plan, layers):
         x, (kernel, *settings) = values[layer.source], layer.settings
+        if layer.kind == MAX_POOL:
+            values.append(F.max_pool2d(x, kernel, *settings))
+            continue
         filters = layer.filters.numel()
         y = x.new_zeros(len(x), filters, *_out_size(x.shape[2:], kernel, *settings))
         for written, read, own in layer.groups:
@@ -213,10 +222,11 @@ def _run_fake(
 ) -> list[Tensor]:
     shapes: list[Sequence[int]] = [x.shape for x in inputs]
     for first in range(0, len(layers), LAYER_NUMBERS):
-        source, _, _, filters, *numbers = layers[first : first + LAYER_NUMBERS]
+        kind, source, _, _, filters, *numbers = layers[first : first + LAYER_NUMBERS]
         kernel, stride, padding, dilation = (numbers[i : i + 2] for i in (0, 2, 4, 6))
         size = _out_size(shapes[source][2:], kernel, stride, padding, dilation)
-        shapes.append((shapes[source][0], filters, *size))
+        channels = shapes[source][1] if kind == MAX_POOL else filters
+        shapes.append((shapes[source][0], channels, *size))
     return [inputs[0].new_empty(shapes[number]) for number in outputs]
 
 
@@ -226,7 +236,7 @@ def _one(
     residual, groups, filters, kernel, stride, padding, dilation, activation = args
     inputs = [x] if residual is None else [x, residual]
     settings = (*kernel, *stride, *padding, *dilation)
-    numbers = [0, len(inputs) * 2 - 3, groups, filters, *settings, activation]
+    numbers = [CONVOLUTION, 0, len(inputs) * 2 - 3, groups, filters, *settings, activation]
     result: Tensor = run(inputs, weight, bias, plan, numbers, [len(inputs)])[0]
     return result
 

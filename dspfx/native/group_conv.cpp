@@ -23,8 +23,8 @@
 namespace dspfx {
 namespace {
 
-inline void set_zero(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0.f;
+inline void set(float* to, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
 // Rows are short: whole vectors, the last one stepping back, beat a call of memcpy.
@@ -48,11 +48,13 @@ inline void copy(float* to, const float* from, int64_t count, int64_t step) {
   for (; i < count; ++i) to[i] = from[i * step];
 }
 
-// Copies the rows that the output rows from `first` on need, zeros where the image ends.
+// Copies the rows that the output rows from `first` on need, padded where the image ends.
 void fill(const Layer& l, const Cut& cut, const Value& size, Planes<const float> from,
           int64_t first, float* to) {
   const Frame& f = cut.frame;
   const int64_t step = l.stride[1];
+  const float padding =
+      l.kind == MAX_POOL ? -std::numeric_limits<float>::infinity() : 0.f;
   for (const int64_t channel : l.used) {
     const float* plane = from.data + channel * from.plane;
     for (int64_t py = 0; py < f.phases[0]; ++py) {
@@ -65,18 +67,18 @@ void fill(const Layer& l, const Cut& cut, const Value& size, Planes<const float>
         for (int64_t row = 0; row < f.height; ++row, to += f.width) {
           const int64_t y = (first + row) * l.stride[0] + py - l.padding[0];
           if (y < 0 || y >= size.height) {
-            set_zero(to, f.width);
+            set(to, f.width, padding);
             continue;
           }
           const float* line = plane + y * from.row + shift;
-          set_zero(to, begin);
+          set(to, begin, padding);
           copy(to + begin, line + begin * step, end - begin, step);
-          set_zero(to + end, f.width - end);
+          set(to + end, f.width - end, padding);
         }
       }
     }
   }
-  set_zero(to, l.padding[1]);  // what the last row pads
+  set(to, l.padding[1], padding);  // what the last row pads
 }
 
 // Threads that take the same steps and wait for each other.
@@ -164,7 +166,8 @@ void compute_blocks(const Call& call, const Layer& l, const Cut& cut, Target tar
     for (const Tile& tile : tiles) {
       for (const float* end = std::min(next + share, last); next < end; next += LINE)
         __builtin_prefetch(next);
-      COMPUTE[block.rows][tile.vectors](weight, cut.offsets.data() + block.list, block.count,
+      const OfRows& compute = l.kind == MAX_POOL ? POOL : COMPUTE[block.rows];
+      compute[tile.vectors](weight, cut.offsets.data() + block.list, block.count,
                                         pixels + tile.at, tile, target);
     }
   }
@@ -312,7 +315,7 @@ at::Tensor group_conv2d(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& residual, int64_t groups, int64_t filters,
                         at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                         at::IntArrayRef dilation, int64_t activation) {
-  std::vector<int64_t> layer{0, residual ? 1 : -1, groups, filters};
+  std::vector<int64_t> layer{CONVOLUTION, 0, residual ? 1 : -1, groups, filters};
   for (const at::IntArrayRef setting : {kernel, stride, padding, dilation}) {
     TORCH_CHECK(setting.size() == 2, "group_conv2d: two numbers are needed of each setting");
     layer.insert(layer.end(), setting.begin(), setting.end());

@@ -25,7 +25,9 @@ namespace dspfx {
 constexpr int64_t STRIP_FLOATS = 96 * 1024;  // of input, of the second cache
 constexpr int64_t FEW_WEIGHTS = 64 * 1024;   // cheap for every thread to read
 const float ALL_BITS = c10::bit_cast<float>(~uint32_t{0});
-constexpr int64_t LAYER_NUMBERS = 13;        // that describe a layer
+constexpr int64_t LAYER_NUMBERS = 14;        // that describe a layer
+
+enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1 };
 
 // An image between layers.
 struct Value {
@@ -66,12 +68,12 @@ struct Cut {
 };
 
 struct Layer {
+  Kind kind;
   int64_t source, residual, result;  // values; residual: -1 for none
   int64_t kernel[2], stride[2], padding[2], dilation[2], activation;
   int64_t bias;
   std::vector<int64_t> filters, added;  // channels of the result; of the residual
   std::vector<int64_t> used, inputs;    // channels that anybody reads; lists, in terms of `used`
-  std::vector<int64_t> starts;          // of the group's list in `inputs`, by block
   std::vector<Block> blocks;
   Cut alone, together;                  // for one thread, for all
   int64_t taps() const { return kernel[0] * kernel[1]; }
@@ -142,12 +144,24 @@ inline void read_groups(Layer& l, const Value& source, int64_t groups, int64_t f
   for (int64_t& c : l.inputs) c = place[c];
 }
 
+// Every channel is a block of its own.
+inline void pool_channels(Layer& l, int64_t channels) {
+  l.used.resize(channels);
+  std::iota(l.used.begin(), l.used.end(), 0);
+  l.filters = l.inputs = l.used;
+  for (int64_t c = 0; c < channels; ++c) l.blocks.push_back({1, c, 0, l.taps(), c * l.taps()});
+}
+
 // A layer and the value that it computes, which is appended; all that a plan claims is checked.
 inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan, int64_t& weights,
                        int64_t& biases) {
   Layer l;
-  l.source = numbers[0], l.residual = numbers[1], l.result = p.values.size();
-  const int64_t groups = numbers[2], filters = numbers[3];
+  TORCH_CHECK(numbers[0] == CONVOLUTION || numbers[0] == MAX_POOL,
+              "group_conv2d: unknown kind of layer ", numbers[0]);
+  l.kind = static_cast<Kind>(numbers[0]);
+  l.source = numbers[1], l.residual = numbers[2], l.result = p.values.size();
+  const int64_t groups = numbers[3];
+  int64_t filters = numbers[4];
   TORCH_CHECK(l.source >= 0 && l.source < l.result && l.residual >= -1 && l.residual < l.result &&
                   groups >= 0 && filters >= 0,
               "group_conv2d: a layer reads what is not there");
@@ -155,8 +169,8 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
   const int64_t size[2] = {source.height, source.width};
   int64_t out[2];
   for (int axis = 0; axis < 2; ++axis) {
-    l.kernel[axis] = numbers[4 + axis], l.stride[axis] = numbers[6 + axis];
-    l.padding[axis] = numbers[8 + axis], l.dilation[axis] = numbers[10 + axis];
+    l.kernel[axis] = numbers[5 + axis], l.stride[axis] = numbers[7 + axis];
+    l.padding[axis] = numbers[9 + axis], l.dilation[axis] = numbers[11 + axis];
     TORCH_CHECK(l.kernel[axis] > 0 && l.stride[axis] > 0 && l.dilation[axis] > 0 &&
                     l.padding[axis] >= 0,
                 "group_conv2d: a setting is out of range");
@@ -164,11 +178,18 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
     TORCH_CHECK(room >= 0, "group_conv2d: the kernel is larger than the padded image");
     out[axis] = room / l.stride[axis] + 1;
   }
-  l.activation = numbers[12];
+  l.activation = numbers[13];
   TORCH_CHECK(l.activation >= 0 && l.activation < ACTIVATIONS, "group_conv2d: unknown activation ",
               l.activation);
-  l.bias = biases, biases += filters;
-  read_groups(l, source, groups, filters, plan, weights);
+  l.bias = biases;
+  if (l.kind == MAX_POOL) {
+    TORCH_CHECK(l.residual < 0 && l.activation == NONE, "group_conv2d: a pool only pools");
+    filters = source.channels;
+    pool_channels(l, filters);
+  } else {
+    biases += filters;
+    read_groups(l, source, groups, filters, plan, weights);
+  }
   if (l.residual >= 0) {
     const Value& residual = p.values[l.residual];
     TORCH_CHECK(residual.height == out[0] && residual.width == out[1],
@@ -190,7 +211,7 @@ inline void choose_zeros(Program& p) {
   for (const Layer& l : p.layers) {
     const Value &from = p.values[l.source], &to = p.values[l.result];
     const bool same = from.height == to.height && from.width == to.width;
-    if (!same || l.stride[0] != 1 || l.stride[1] != 1) continue;
+    if (!same || l.kind != CONVOLUTION || l.stride[0] != 1 || l.stride[1] != 1) continue;
     auto& most = zeros[{from.height, from.width}];
     for (int axis = 0; axis < 2; ++axis) most[axis] = std::max(most[axis], l.padding[axis]);
   }
@@ -237,6 +258,7 @@ inline bool is_in_place(const Layer& l, const Value& from, const Value& to, int6
   if (l.stride[0] != 1 || l.stride[1] != 1 || from.row() != row || row < to.width) return false;
   const int64_t size[2] = {from.height, from.width}, out[2] = {to.height, to.width};
   for (int axis = 0; axis < 2; ++axis) {
+    if (l.kind == MAX_POOL && l.padding[axis] != 0) return false;  // zeros are not what it pads
     const int64_t behind = out[axis] - 1 + l.reach(axis) - l.padding[axis] - (size[axis] - 1);
     if (l.padding[axis] > from.zeros[axis] || behind > from.zeros[axis]) return false;
   }
@@ -358,9 +380,9 @@ inline void finish_cut(Program& p, const Layer& l, Cut& cut) {
 }
 
 // Args: given: channels, height and width of every value that is given; layers: LAYER_NUMBERS
-// each: source, residual or -1, groups, filters, kernel, stride, padding, dilation, activation.
+// each: kind, source, residual or -1, groups, filters, kernel, stride, padding, dilation, activation.
 // Values are counted from the given ones on. Plan: the rows of a block for which the weights are
-// packed; then for each layer the sizes of its groups, filters and inputs, its filters' channels,
+// packed; then for each convolution the sizes of its groups, filters and inputs, its filters' channels,
 // its groups' inputs, and for every channel of the result that of the residual or -1.
 inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
                             c10::ArrayRef<int64_t> layers, c10::ArrayRef<int64_t> outputs,
@@ -397,7 +419,7 @@ inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
   for (Layer& l : p.layers) {
     const int64_t own = std::accumulate(
         l.blocks.begin(), l.blocks.end(), int64_t{0},
-        [](int64_t sum, const Block& b) { return sum + b.rows * b.count; });
+        [](int64_t sum, const Block& b) { return sum + b.rows * b.count; });  // a pool: as if
     l.alone = cut_for(p, l, own, 1);
     l.together = cut_for(p, l, own, threads);
     finish_cut(p, l, l.alone);

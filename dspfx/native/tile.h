@@ -144,6 +144,25 @@ void compute_tile(const float* weight, const int64_t* offset, int64_t count, con
   }
 }
 
+// The largest of all taps, for one channel; there is no weight.
+template <int64_t V>
+void pool_tile(const float*, const int64_t* offset, int64_t count, const float* pixels,
+               const Tile& tile, const Target& target) {
+  Vec most[V];
+  for (int64_t v = 0; v < V; ++v) most[v] = Vec::loadu(pixels + offset[0] + v * LANES);
+  for (int64_t k = 1; k < count; ++k)
+    for (int64_t v = 0; v < V; ++v)
+      most[v] = at::vec::maximum(most[v], Vec::loadu(pixels + offset[k] + v * LANES));
+  if (tile.direct) {
+    finish<V>(most, NONE, nullptr, tile.mask < 0 ? nullptr : target.masks + tile.mask,
+              target.y.data + target.filter[0] * target.y.plane + tile.to);
+  } else {
+    alignas(64) float result[V * LANES];
+    for (int64_t v = 0; v < V; ++v) most[v].store(result + v * LANES);
+    finish_by_segments<V>(result, tile, target, 0);
+  }
+}
+
 using Compute = void (*)(const float*, const int64_t*, int64_t, const float*, const Tile&,
                          const Target&);
 using OfRows = std::array<Compute, MOST_VECTORS + 1>;
@@ -162,5 +181,12 @@ constexpr std::array<OfRows, MOST_ROWS + 1> all_rows(std::integer_sequence<int64
 // by filters, 1 to MOST_ROWS, and vectors, 1 to vectors_for(filters)
 constexpr std::array<OfRows, MOST_ROWS + 1> COMPUTE =
     all_rows(std::make_integer_sequence<int64_t, MOST_ROWS>());
+
+template <int64_t... V>
+constexpr OfRows pools(std::integer_sequence<int64_t, V...>) {
+  return {nullptr, pool_tile<V + 1>...};
+}
+
+constexpr OfRows POOL = pools(std::make_integer_sequence<int64_t, vectors_for(1)>());
 
 }  // namespace dspfx
