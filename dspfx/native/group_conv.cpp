@@ -40,12 +40,17 @@ inline void copy(float* to, const float* from, int64_t count) {
 // Every `step`-th pixel.
 inline void copy(float* to, const float* from, int64_t count, int64_t step) {
   if (step == 1) return copy(to, from, count);
-  int64_t i = 0;
-  if (step == 2)  // one vector less than would do: the second of a pair may be none of the image's
-    for (; i + LANES < count; i += LANES)
-      at::vec::deinterleave2(Vec::loadu(from + 2 * i), Vec::loadu(from + 2 * i + LANES))
-          .first.store(to + i);
-  for (; i < count; ++i) to[i] = from[i * step];
+  if (step == 2 && count > LANES) {
+    const auto pairs = [](const float* p) {
+      return at::vec::deinterleave2(Vec::loadu(p), Vec::loadu(p + LANES));
+    };
+    for (int64_t i = 0; i + LANES < count; i += LANES)
+      std::get<0>(pairs(from + 2 * i)).store(to + i);
+    // the last vector steps back, and by one more: it may not read past the last pixel
+    const int64_t last = count - LANES;
+    return std::get<1>(pairs(from + 2 * last - 1)).store(to + last);
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
 }
 
 // Copies the rows that the output rows from `first` on need, padded where the image ends.
