@@ -25,8 +25,8 @@ from dspfx.passes.cost_model import CPU
 from dspfx.passes.fuse import fuse
 from dspfx.passes.lowering import Lowering, dense, describe, forms
 from dspfx.passes.measure import Measured
-from dspfx.passes.runs import join_runs
 from dspfx.passes.relower import Site, relowered, sites
+from dspfx.passes.runs import join_runs
 from dspfx.timing import medians
 
 MOST_FORMS = 6
@@ -161,10 +161,11 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     """
     inputs = as_inputs(example_inputs)
     layers = sites(model, inputs)
-    if all(len(site.groups) == 1 for site in layers):
+    grouped = [site for site in layers if len(site.groups) > 1 and site.families == 1]
+    if not grouped:
         return _compiled(model, inputs)
-    choices, fastest = _choose([site for site in layers if len(site.groups) > 1])
-    whole = {site: site.emit(dense(site.groups)) for site in layers if len(site.groups) > 1}
+    choices, fastest = _choose(grouped)
+    whole = {site: site.emit(dense(site.groups)) for site in grouped}
     networks = {
         "the fastest form of each layer": _fused(relowered(model, fastest)),
         "as converted": model,

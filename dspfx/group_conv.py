@@ -1,5 +1,6 @@
 """Layers of groups of filters on the project's own kernel: lists instead of gathers."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,12 +121,18 @@ class GroupConv2d(nn.Module):
         added = self._unpacked().added
         return None if added is None else added.numpy()
 
-    def whole(self, channels: int) -> Tensor:
-        """The weight that this was made of, `[O, channels, kh, kw]`, zeros filled in."""
+    def whole(self, channels: int, families: int = 1) -> Tensor:
+        """The weight that this was made of, `[O, channels, kh, kw]`, zeros filled in.
+
+        Args:
+            channels: C/S, the input channels of one family.
+            families: S; the filters of each, O/S, read channels of their own.
+        """
         packed: Any = self.weight
         weight: Tensor = packed.new_zeros(self.count, channels, *self.settings[0])
         for filters, inputs, own in self._unpacked().groups:
-            weight[filters[:, None], inputs[None]] = own
+            first = filters // (self.count // families) * channels
+            weight[filters[:, None], inputs[None] - first[:, None]] = own
         return weight
 
     def _unpacked(self) -> native.Layer:
@@ -135,7 +142,10 @@ class GroupConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """The groups and settings, in `print`."""
-        groups = ", ".join(f"{reads}->{filters}" for filters, reads in self.sizes)
+        groups = ", ".join(
+            f"{reads}->{filters}" + (f" x{count}" if count > 1 else "")
+            for (filters, reads), count in _counted(self.sizes)
+        )
         kernel, stride, padding, dilation = self.settings
         return (
             f"{groups}, kernel={kernel}, stride={stride}, padding={padding}, "
@@ -144,7 +154,11 @@ class GroupConv2d(nn.Module):
 
 
 def group_conv_like(
-    conv: nn.Conv2d, groups: Sequence[tuple[Numbers, Numbers]], weight: Tensor, bias: Tensor | None
+    conv: nn.Conv2d,
+    groups: Sequence[tuple[Numbers, Numbers]],
+    weight: Tensor,
+    bias: Tensor | None,
+    families: int = 1,
 ) -> GroupConv2d:
     """A `GroupConv2d` with the settings of `conv`.
 
@@ -152,8 +166,9 @@ def group_conv_like(
         conv: its kernel size, stride, padding and dilation are taken over.
         groups: for each the output channels that it writes, int `[f]`, and those of the input
             that it reads, int `[c]`; all channels of the output together.
-        weight: `[O, C, kh, kw]`, of which only what groups read is taken.
+        weight: `[O, C/S, kh, kw]`, of which only what groups read is taken.
         bias: `[O]`, or None.
+        families: S, structural groups; each group is within one.
     """
     settings = (
         list(conv.kernel_size),
@@ -161,10 +176,12 @@ def group_conv_like(
         [int(p) for p in conv.padding],
         list(conv.dilation),
     )
-    own = [
-        FilterGroup(f, c, weight.detach()[torch.from_numpy(f)][:, torch.from_numpy(c)])
-        for f, c in groups
-    ]
+    filters, channels = weight.shape[:2]
+    own = []
+    for f, c in groups:
+        stored = c - (f[0] // (filters // families) * channels if len(f) else 0)
+        cut = weight.detach()[torch.from_numpy(f)][:, torch.from_numpy(stored)]
+        own.append(FilterGroup(f, c, cut))
     return GroupConv2d(settings, own, len(weight), bias)
 
 
@@ -220,6 +237,11 @@ class GroupConvRun(nn.Module):
     def extra_repr(self) -> str:
         """A line for each layer, in `print`."""
         return "\n".join(self.descriptions)
+
+
+def _counted(sizes: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
+    """Equal ones that follow each other, and how many."""
+    return [(size, len(list(equal))) for size, equal in itertools.groupby(sizes)]
 
 
 def _pool_numbers(pool: nn.MaxPool2d, source: int) -> list[int]:

@@ -3,8 +3,9 @@
 1. Channels that are only moved (narrow, index_select, cat with zeros) before a convolution or its
    residual: its lists name the channels where they come from.
 2. Channels that are only moved behind a convolution: it writes them to where they go.
-3. conv -> add with a tensor of the same shape: the other operand becomes the residual of the conv.
-4. conv -> activation that the kernel knows: it becomes the convolution's.
+3. conv -> batch norm in evaluation: weight and bias of the convolution take it in.
+4. conv -> add with a tensor of the same shape: the other operand becomes the residual of the conv.
+5. conv -> activation that the kernel knows: it becomes the convolution's.
 
 Only where nobody else reads what is between, and in that order; a sum behind an activation is left.
 """
@@ -47,6 +48,7 @@ def fuse(module: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
         if isinstance(_called(module, node), GroupConv2d) and called[node.target] == 1:
             fused |= fusion.inputs_of(node)
             fused |= fusion.outputs_of(node)
+            fused |= fusion.norm_of(node)
             fused |= fusion.sum_of(node)
             fused |= fusion.activation_of(node)
     module.graph.eliminate_dead_code()
@@ -161,6 +163,34 @@ class _Fusion:
             found += [r for r in value.users if r not in found and self._moved(r) is not None]
         return found[1:]
 
+    def norm_of(self, node: Node) -> bool:
+        """A batch norm behind the convolution scales and shifts its filters."""
+        behind, conv = _only_reader(node), self._conv(node)
+        norm = None if behind is None else _called(self.module, behind)
+        if behind is None or type(norm) is not nn.BatchNorm2d or norm.training:
+            return False
+        if norm.running_mean is None or norm.running_var is None or conv.activation != "none":
+            return False
+        if conv.adds or len(behind.args) != 1:
+            return False
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.double())
+        own: Any = conv.bias
+        shift = (0 if own is None else own.double()) - mean
+        bias = shift * scale + (0 if norm.bias is None else norm.bias.double())
+        groups = [
+            FilterGroup(
+                group.filters,
+                group.inputs,
+                (group.weight * scale[torch.from_numpy(group.filters), None, None, None]).float(),
+            )
+            for group in conv.groups()
+        ]
+        self._become(node, conv.remade(groups=groups, bias=bias.float()))
+        behind.replace_all_uses_with(node)
+        behind.graph.erase_node(behind)
+        return True
+
     def sum_of(self, node: Node) -> bool:
         """What is added becomes the residual."""
         add = _only_reader(node)
@@ -220,7 +250,8 @@ class _Shapes(fx.Interpreter):
 
 def _skip_identities(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
-        if type(_called(module, node)) is nn.Identity:
+        called = _called(module, node)
+        if type(called) is nn.Identity or (type(called) is nn.Dropout and not called.training):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
 

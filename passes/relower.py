@@ -35,10 +35,12 @@ class Site:
     Attributes:
         name: of the module that is called.
         layer: an ordinary layer of the same kind and settings.
-        weight: `[O, C, *taps]`, zero where a filter does not read.
+        weight: `[O, C/S, *taps]`, zero where a filter does not read.
         bias: `[O]`, or None.
         groups: of filters; channels are counted as they are stored.
         input: shape of the tensor that it reads, and of the one that it writes.
+        families: S, the structural groups of a layer that has many, as a depthwise one; it is
+            not emitted in other forms than its own and by the project's kernel.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Site:
     groups: tuple[Group, ...]
     input: torch.Size
     output: torch.Size
+    families: int = 1
 
     @property
     def geometry(self) -> Geometry:
@@ -77,11 +80,11 @@ class Site:
         if not plain or self.weight.dtype != torch.float32:
             return None
         groups = [(group.filters, group.inputs) for group in self.groups]
-        return group_conv_like(conv, groups, self.weight, self.bias).eval()
+        return group_conv_like(conv, groups, self.weight, self.bias, self.families).eval()
 
 
 def sites(model: nn.Module, inputs: tuple[Any, ...]) -> list[Site]:
-    """The layers of `model`, as they are called for `inputs`; depthwise ones are left out.
+    """The layers of `model`, as they are called for `inputs`.
 
     Args:
         model: in evaluation mode; it is run once.
@@ -112,7 +115,7 @@ def relowered(model: nn.Module, modules: Mapping[Site, nn.Module]) -> nn.Module:
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for site, module in modules.items():
-        weight, bias = _whole(module, *site.weight.shape[:2])
+        weight, bias = _whole(module, *site.weight.shape[:2], site.families)
         if not (_equal(weight, site.weight) and _equal(bias, site.bias)):
             raise EquivalenceError(
                 f"layer {site.name!r} changed when it was emitted anew. This is a bug of dspfx; "
@@ -140,17 +143,26 @@ def _site(name: str, module: nn.Module, input: torch.Size, output: torch.Size) -
     filters = output[-1] if isinstance(layer, nn.Linear) else output[1]
     taps = layer.weight.shape[2:]
     structured = not branches and getattr(layer, "groups", 1) > MOST_GROUPS
-    if structured or filters * channels * taps.numel() > MOST_WEIGHTS:
+    families = layer.groups if structured else 1
+    if filters * channels // families * taps.numel() > MOST_WEIGHTS:
         return None
-    weight, bias = _whole(module, filters, channels)
-    reads = (weight != 0).flatten(2).any(2) if len(taps) else weight != 0
-    return Site(name, layer, weight, bias, tuple(_groups(reads.cpu().numpy())), input, output)
+    if structured:
+        weight, bias = filters_first(layer).detach(), layer.bias
+        own = np.split(np.arange(filters), families), np.split(np.arange(channels), families)
+        groups = [Group(f, c) for f, c in zip(*own, strict=True)]
+    else:
+        weight, bias = _whole(module, filters, channels)
+        reads = (weight != 0).flatten(2).any(2) if len(taps) else weight != 0
+        groups = _groups(reads.cpu().numpy())
+    return Site(name, layer, weight, bias, tuple(groups), input, output, families)
 
 
-def _whole(module: Any, filters: int, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer, as of one convolution over all channels."""
+def _whole(
+    module: Any, filters: int, channels: int, families: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer, as of one convolution over all channels of a family."""
     if isinstance(module, GroupConv2d):
-        return module.whole(channels), module.bias  # type: ignore[return-value]
+        return module.whole(channels, families), module.bias  # type: ignore[return-value]
     branches = isinstance(module, Branches)
     layers: list[Any] = list(module.children()) if branches else [module]
     reads = [module.read_by(i) for i in range(len(layers))] if branches else [np.arange(channels)]

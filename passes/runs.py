@@ -14,7 +14,7 @@ from dspfx.group_conv import GroupConv2d, GroupConvRun
 
 
 def join_runs(module: fx.GraphModule) -> bool:
-    """Join the native convolutions in `module`, which is changed; whether there were any to join."""
+    """Join native convolutions in `module`, which is changed; whether there were any to join."""
     joined = False
     for number, run in enumerate(_runs(module)):
         if len(run) > 1:

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import native
+from dspfx.errors import EquivalenceError
 from dspfx.group_conv import GroupConv2d, GroupConvRun, Numbers, group_conv_like
 from dspfx.passes.fuse import fuse
+from dspfx.passes.relower import relowered, sites
+from dspfx.passes.runs import join_runs
 from helpers import assert_equal
 
 
@@ -138,7 +141,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         stride = [1 if same else draw(st.integers(1, 2)) for _ in size]
         filters = draw(st.integers(1, 20))
         conv = nn.Conv2d(channels, filters, kernel, stride, padding, bias=draw(st.booleans()))
-        out = [(n + 2 * p - k) // s + 1 for n, k, p, s in zip(size, kernel, padding, stride)]
+        out = list(conv(torch.zeros(1, *values[source])).shape[2:])
         like = [i for i, (_, *other) in enumerate(values) if other == out]
         residual = draw(st.sampled_from([-1, *like]))
         own, _ = layer(conv, draw(st.integers(1, 3)), seed)
@@ -209,9 +212,7 @@ def test_the_operators_are_such_that_torch_can_work_with_them() -> None:
     x, residual = torch.randn(2, 6, 8, 8), torch.randn(2, 5, 8, 8)
     for conv, added in ((own, None), (adding, residual)):
         args = (x, conv.weight, conv.bias, conv.plan, added, len(conv.sizes), conv.count)
-        torch.library.opcheck(
-            torch.ops.dspfx.group_conv2d.default, (*args, *conv.settings, 1)
-        )
+        torch.library.opcheck(torch.ops.dspfx.group_conv2d.default, (*args, *conv.settings, 1))
     run = GroupConvRun([own, adding], [(0, -1), (0, 1)], 1, [2])
     torch.library.opcheck(
         torch.ops.dspfx.group_conv_run.default,
@@ -282,9 +283,7 @@ def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> Non
     run = GroupConvRun([own, own.remade(added=np.arange(9))], [(0, -1), (0, 1)], 1, [1, 2])
     numbers: Any = data.draw(st.sampled_from([run.plan, run.numbers, run.outputs]))
     place = data.draw(st.integers(0, len(numbers) - 1))
-    numbers[place] = data.draw(
-        st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62])
-    )
+    numbers[place] = data.draw(st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62]))
     with contextlib.suppress(RuntimeError):
         for result in run(torch.randn(2, 6, 8, 8)):
             assert result.shape[:2] in {(2, 6), (2, 9), (2, run.numbers[4]), (2, run.numbers[18])}
@@ -320,6 +319,7 @@ import torch
 from torch import nn
 import dspfx
 from dspfx import native
+from dspfx.errors import EquivalenceError
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     assert not native.built() and not native.built()
@@ -401,6 +401,111 @@ def test_sums_and_activations_are_fused() -> None:
     assert [getattr(module, name).activation for name in "abc"] == ["relu", "relu", "none"]
     assert_equal(wanted, module(x), 1e-5)
     assert not fuse(module, (x,))
+
+
+class Moving(nn.Module):
+    """Channels are moved before and behind a convolution, and before its residual."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.skip = conv, nn.Identity()
+        self.register_buffer("places", torch.tensor([5, 0, 1, 2, 5, 3, 4]))
+        self.register_buffer("others", torch.tensor([6, 0, 5, 5, 2, 1, 3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(torch.narrow(x, 1, 2, 6))
+        nothing = torch.zeros_like(torch.narrow(y, 1, 0, 1))
+        z = torch.index_select(torch.cat([y, nothing], 1), 1, self.places)
+        return torch.relu(z + torch.index_select(self.skip(x), 1, self.others))
+
+
+def test_moved_channels_are_fused() -> None:
+    own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    x = torch.randn(2, 8, 5, 5)
+    wanted = Moving(conv).double()(x.double()).float()
+    module = traced(Moving(own))
+    assert fuse(module, (x,))
+    assert [n.op for n in module.graph.nodes] == ["placeholder", "call_module", "output"]
+    assert_equal(wanted, module(x), 1e-5)
+
+
+def test_channels_that_go_to_two_places_are_not_fused() -> None:
+    own, _ = layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=0)
+    moving = Moving(own)
+    x = torch.randn(2, 8, 5, 5)
+    wanted = moving(x)
+    module = traced(moving)
+    fuse(module, (x,))
+    assert torch.index_select in [n.target for n in module.graph.nodes]
+    assert_equal(wanted, module(x), 1e-6)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_is_fused(affine: bool) -> None:
+    own, conv = layer(nn.Conv2d(6, 5, 3, bias=affine), 2, seed=0)
+    norm = nn.BatchNorm2d(5, affine=affine).eval()
+    for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 2)
+    x = torch.randn(2, 6, 5, 5)
+    wanted = nn.ReLU6()(copy.deepcopy(norm).double()(conv.double()(x.double()))).float()
+    module = traced(nn.Sequential(own, norm, nn.ReLU6()))
+    assert fuse(module, (x,))
+    assert [n.op for n in module.graph.nodes] == ["placeholder", "call_module", "output"]
+    assert_equal(wanted, module(x), 1e-5)
+    training = traced(nn.Sequential(own, copy.deepcopy(norm).train()))
+    assert not fuse(training, (x,))
+
+
+def test_a_depthwise_convolution_is_emitted_and_read_back() -> None:
+    depthwise = nn.Conv2d(20, 40, 3, stride=2, padding=1, groups=20)
+    model = nn.Sequential(depthwise).eval()
+    x = torch.randn(2, 20, 9, 9)
+    (site,) = sites(model, (x,))
+    own = site.emit_native()
+    assert own is not None
+    twin = relowered(model, {site: own})
+    with torch.no_grad():
+        assert_equal(model(x), twin(x), 1e-5)
+        own.weight.mul_(2)
+    with pytest.raises(EquivalenceError):
+        relowered(model, {site: own})
+
+
+def test_what_reads_a_run_within_it_is_moved_behind() -> None:
+    """A sum of two results stands between convolutions of one run."""
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (layer(nn.Conv2d(6, 6, 3), 2, seed=i)[0] for i in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            pooled = y.mean((2, 3), keepdim=True)
+            return self.c(self.b(y)) + pooled
+
+    model = Between()
+    x = torch.randn(3, 6, 9, 9)
+    wanted = model(x)
+    module = traced(model)
+    assert join_runs(module)
+    assert not join_runs(module)
+    (run,) = [m for m in module.modules() if isinstance(m, GroupConvRun)]
+    assert len(run.descriptions) == 3
+    assert_equal(wanted, module(x), 1e-6)
+
+
+def test_a_pool_joins_only_behind_a_convolution() -> None:
+    own = [layer(nn.Conv2d(6, 6, 3), 2, seed=i)[0] for i in range(2)]
+    pools = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True)]
+    model = nn.Sequential(pools[0], own[0], pools[1], own[1], pools[2])
+    x = torch.randn(3, 6, 21, 21)
+    module = traced(model)
+    assert join_runs(module)
+    assert [type(m).__name__ for m in module.children()] == [
+        *("MaxPool2d", "MaxPool2d", "GroupConvRun"),
+    ]
+    assert_equal(model(x), module(x), 1e-6)
 
 
 def test_what_others_read_is_not_fused() -> None:

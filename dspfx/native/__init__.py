@@ -258,7 +258,9 @@ def _out_size(
 
 
 def _no_gradient(*args: Any) -> Any:
-    raise RuntimeError("dspfx's own convolutions are for inference; train the prepared model instead")
+    raise RuntimeError(
+        "dspfx's own convolutions are for inference; train the prepared model instead"
+    )
 
 
 @contextmanager
