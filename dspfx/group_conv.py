@@ -136,8 +136,9 @@ class GroupConv2d(nn.Module):
         return weight
 
     def _unpacked(self) -> native.Layer:
-        buffers: Any = (self.weight, self.plan)
-        (layer,) = native.unpacked(*buffers, self.numbers(0, 1 if self.adds else -1))
+        weight: Any = self.weight
+        plan: Any = self.plan
+        (layer,) = native.unpacked(weight, plan, self.numbers(0, 1 if self.adds else -1))
         return layer
 
     def extra_repr(self) -> str:

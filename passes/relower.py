@@ -115,7 +115,8 @@ def relowered(model: nn.Module, modules: Mapping[Site, nn.Module]) -> nn.Module:
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for site, module in modules.items():
-        weight, bias = _whole(module, *site.weight.shape[:2], site.families)
+        filters, channels = site.weight.shape[:2]
+        weight, bias = _whole(module, filters, channels, site.families)
         if not (_equal(weight, site.weight) and _equal(bias, site.bias)):
             raise EquivalenceError(
                 f"layer {site.name!r} changed when it was emitted anew. This is a bug of dspfx; "

@@ -59,7 +59,7 @@ def _join(module: fx.GraphModule, run: list[Node], name: str) -> None:
     values = {node: number for number, node in enumerate((*given, *run))}
     read_elsewhere = [n for n in run if any(reader not in values for reader in n.users)]
     layers: list[Any] = [_layer(module, node) for node in run]
-    reads = [(*(values[i] for i in _operands(node)), -1)[:2] for node in run]
+    reads = [_reads(values, node) for node in run]
     outputs = [values[node] for node in read_elsewhere]
     module.add_submodule(name, GroupConvRun(layers, reads, len(given), outputs).eval())
     graph, first, last = module.graph, run[0], run[-1]
@@ -77,8 +77,10 @@ def _join(module: fx.GraphModule, run: list[Node], name: str) -> None:
         graph.erase_node(node)
 
 
-def _operands(node: Node) -> list[Node]:
-    return [a for a in node.args if isinstance(a, Node)]
+def _reads(values: dict[Node, int], node: Node) -> tuple[int, int]:
+    """The numbers of what a layer reads and what it adds, -1 for nothing."""
+    source, *residual = (values[a] for a in node.args if isinstance(a, Node))
+    return source, residual[0] if residual else -1
 
 
 def _move_behind(first: Node, last: Node, run: list[Node], end: Node) -> None:

@@ -144,7 +144,8 @@ def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[La
         if kind == MAX_POOL:
             yield Layer(kind, source, -1, settings, 0, plan[:0], (), None)
             continue
-        sizes, written, plan = plan.split([2 * count, filters, len(plan) - 2 * count - filters])
+        sizes, written = plan[: 2 * count], plan[2 * count : 2 * count + filters]
+        plan = plan[2 * count + filters :]
         groups, left = [], written
         for size, reads in sizes.reshape(-1, 2).tolist():
             inputs, plan = plan[:reads], plan[reads:]
@@ -170,7 +171,7 @@ def packed(weights: Sequence[Tensor], block: int) -> Tensor:
     pieces = [
         piece.detach().flatten(1).T.flatten()
         for weight in weights
-        for piece in weight.split(rows_of_blocks(len(weight), block))
+        for piece in torch.split(weight, rows_of_blocks(len(weight), block))
     ]
     return torch.cat(pieces)
 
@@ -192,15 +193,15 @@ def _run(
     """The same by torch's convolutions, one for each group, on any device."""
     values = list(inputs)
     for layer in unpacked(weight, plan, layers):
-        x, (kernel, *settings) = values[layer.source], layer.settings
+        x, (kernel, stride, padding, dilation) = values[layer.source], layer.settings
         if layer.kind == MAX_POOL:
-            values.append(F.max_pool2d(x, kernel, *settings))
+            values.append(F.max_pool2d(x, kernel, stride, padding, dilation))
             continue
         filters = layer.filters.numel()
-        y = x.new_zeros(len(x), filters, *_out_size(x.shape[2:], kernel, *settings))
+        y = x.new_zeros(len(x), filters, *_out_size(x.shape[2:], *layer.settings))
         for written, read, own in layer.groups:
             if written.numel() and read.numel():
-                y[:, written] = F.conv2d(x[:, read], own, None, *settings)
+                y[:, written] = F.conv2d(x[:, read], own, None, stride, padding, dilation)
         if bias is not None:
             own_bias, bias = bias[:filters], bias[filters:]
             y = y + own_bias.reshape(1, -1, 1, 1)
