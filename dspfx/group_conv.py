@@ -195,6 +195,7 @@ class GroupConvRun(nn.Module):
             then one value for each layer.
         inputs: how many.
         outputs: the values that are returned.
+        names: of the layers; their numbers by default.
     """
 
     def __init__(
@@ -203,8 +204,10 @@ class GroupConvRun(nn.Module):
         reads: Sequence[tuple[int, int]],
         inputs: int,
         outputs: Sequence[int],
+        names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self.names = [str(i) for i in range(len(layers))] if names is None else list(names)
         self.descriptions = [layer.extra_repr() for layer in layers]
         self.inputs, self.outputs = inputs, list(outputs)
         self.numbers = [
@@ -235,9 +238,21 @@ class GroupConvRun(nn.Module):
         )
         return results
 
+    def seconds(self, *inputs: Tensor) -> Tensor:
+        """Float64 `[layers]`, how long the first thread takes for each layer in one call.
+
+        Threads take images of their own where there are enough, and share every layer otherwise.
+        Only where the kernel is built.
+        """
+        result: Tensor = torch.ops.dspfx.group_conv_run_seconds(
+            list(inputs), self.weight, self.bias, self.plan, self.numbers, self.outputs
+        )
+        return result
+
     def extra_repr(self) -> str:
         """A line for each layer, in `print`."""
-        return "\n".join(self.descriptions)
+        lines = zip(self.names, self.descriptions, strict=True)
+        return "\n".join(f"({name}): {description}" for name, description in lines)
 
 
 def _counted(sizes: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:

@@ -61,7 +61,8 @@ def _join(module: fx.GraphModule, run: list[Node], name: str) -> None:
     layers: list[Any] = [_layer(module, node) for node in run]
     reads = [_reads(values, node) for node in run]
     outputs = [values[node] for node in read_elsewhere]
-    module.add_submodule(name, GroupConvRun(layers, reads, len(given), outputs).eval())
+    names = [str(node.target) for node in run]
+    module.add_submodule(name, GroupConvRun(layers, reads, len(given), outputs, names).eval())
     graph, first, last = module.graph, run[0], run[-1]
     with graph.inserting_after(last):
         call = graph.call_module(name, tuple(given))

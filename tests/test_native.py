@@ -289,6 +289,15 @@ def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> Non
             assert result.shape[:2] in {(2, 6), (2, 9), (2, run.numbers[4]), (2, run.numbers[18])}
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_layers_of_a_run_are_timed(batch: int) -> None:
+    own, _ = layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=0)
+    run = GroupConvRun([own, nn.MaxPool2d(2), own], [(0, -1), (1, -1), (2, -1)], 1, [3])
+    seconds = run.seconds(torch.randn(batch, 6, 20, 20))
+    assert seconds.shape == (3,)
+    assert (seconds > 0).all()
+
+
 def test_a_plan_that_changed_is_read_again() -> None:
     own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 1, seed=0, keep=1)
     x = torch.randn(2, 6, 8, 8)

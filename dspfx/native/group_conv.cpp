@@ -8,9 +8,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <chrono>
 #include <thread>
 
 #ifdef _OPENMP
@@ -137,6 +139,7 @@ struct Call {
   std::vector<const float*> given;           // by value
   std::vector<int64_t> strides;              // of images, by value
   std::vector<float*> returned;              // by value
+  double* seconds = nullptr;                 // of the first thread, by layer, if wanted
 
   Planes<float> target(int64_t number, int64_t image, float* arena) const {
     const Value& v = program.values[number];
@@ -200,6 +203,25 @@ void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t ima
   }
 }
 
+// Adds the time until it is destroyed to a layer's, in the first thread.
+class Stopwatch {
+ public:
+  Stopwatch(const Call& call, const Layer& l, int64_t member)
+      : to_(call.seconds == nullptr || member != 0
+                ? nullptr
+                : call.seconds + (&l - call.program.layers.data())) {
+    if (to_ != nullptr) started_ = std::chrono::steady_clock::now();
+  }
+  ~Stopwatch() {
+    if (to_ == nullptr) return;
+    *to_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
+  }
+
+ private:
+  double* to_;
+  std::chrono::steady_clock::time_point started_;
+};
+
 void run(const Call& call, Arenas& arenas, int64_t images, int64_t threads) {
   const Program& p = call.program;
   std::vector<Arenas::Block> own;
@@ -208,10 +230,14 @@ void run(const Call& call, Arenas& arenas, int64_t images, int64_t threads) {
     float *arena = own[me].get(), *scratch = arena + p.arena;
     const int64_t share = images / team.size();
     for (int64_t n = me * share; n < (me + 1) * share; ++n)
-      for (const Layer& l : p.layers) compute_layer(call, l, l.alone, n, arena, scratch, 0, 1);
+      for (const Layer& l : p.layers) {
+        const Stopwatch watch(call, l, me);
+        compute_layer(call, l, l.alone, n, arena, scratch, 0, 1);
+      }
     team.wait();
     for (int64_t n = share * team.size(); n < images; ++n)
       for (const Layer& l : p.layers) {
+        const Stopwatch watch(call, l, me);
         compute_layer(call, l, l.together, n, own[0].get(), scratch, me, team.size());
         team.wait();
       }
@@ -265,10 +291,10 @@ class Programs {
   std::map<std::vector<int64_t>, std::shared_ptr<Entry>> known_;
 };
 
-std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& weight,
-                                       const std::optional<at::Tensor>& bias,
-                                       const at::Tensor& plan, at::IntArrayRef layers,
-                                       at::IntArrayRef outputs) {
+std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& plan,
+                                at::IntArrayRef layers, at::IntArrayRef outputs,
+                                double* seconds) {
   TORCH_CHECK(plan.scalar_type() == at::kLong && plan.is_contiguous() && plan.is_cpu(),
               "group_conv2d: the plan must be a contiguous int64 tensor");
   TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.is_cpu(),
@@ -296,7 +322,7 @@ std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& 
   const Program& p = entry->program;
   const float* weights = weight.const_data_ptr<float>();
   Call call{p, weights, weights + weight.numel(),
-            bias ? bias->const_data_ptr<float>() : p.no_bias.data(), {}, {}, {}};
+            bias ? bias->const_data_ptr<float>() : p.no_bias.data(), {}, {}, {}, seconds};
   call.given.resize(p.values.size()), call.returned.resize(p.values.size());
   call.strides.resize(p.values.size());
   for (size_t i = 0; i < given.size(); ++i) {
@@ -313,6 +339,22 @@ std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& 
   }
   run(call, entry->arenas, images, threads);
   return results;
+}
+
+std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& bias,
+                                       const at::Tensor& plan, at::IntArrayRef layers,
+                                       at::IntArrayRef outputs) {
+  return compute(inputs, weight, bias, plan, layers, outputs, nullptr);
+}
+
+at::Tensor group_conv_run_seconds(at::TensorList inputs, const at::Tensor& weight,
+                                  const std::optional<at::Tensor>& bias, const at::Tensor& plan,
+                                  at::IntArrayRef layers, at::IntArrayRef outputs) {
+  const at::Tensor seconds =
+      at::zeros({static_cast<int64_t>(layers.size()) / LAYER_NUMBERS}, at::kDouble);
+  compute(inputs, weight, bias, plan, layers, outputs, seconds.mutable_data_ptr<double>());
+  return seconds;
 }
 
 at::Tensor group_conv2d(const at::Tensor& x, const at::Tensor& weight,
@@ -378,6 +420,10 @@ TORCH_LIBRARY_IMPL(dspfx, Autograd, m) {
   m.impl("group_conv_run", &group_conv_run_without_gradient);
 }
 
-TORCH_LIBRARY_FRAGMENT(dspfx, m) { m.def("filters_in_a_block() -> int", &filters_in_a_block); }
+TORCH_LIBRARY_FRAGMENT(dspfx, m) {
+  m.def("filters_in_a_block() -> int", &filters_in_a_block);
+  m.def("group_conv_run_seconds(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, "
+        "int[] layers, int[] outputs) -> Tensor", &group_conv_run_seconds);
+}
 
 }  // namespace dspfx
