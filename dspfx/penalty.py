@@ -11,7 +11,7 @@ G groups by an assignment p `[G, O]` whose columns sum to 1:
     kappa  = sqrt(A / 16384) * kh * (G / O)^1.5  A: elements of the input, kh: size of the kernel
 
 R sees the weight only through E, so dR/dW[o,c,k] = 2 W[o,c,k] dR/dE[o,c]: no copy of the weight
-for each group is ever made.
+for each group is ever made. The first derivatives by E are written out; those by p are autograd's.
 """
 
 from dataclasses import dataclass
@@ -55,40 +55,34 @@ class LayerPenalty:
         kappa = scale * kernel * (groups / filters) ** 1.5
         return LayerPenalty(kappa, structural_groups(layer))
 
-    def norms(self, energies: Tensor, assignment: Tensor) -> Tensor:
-        """`[G, S, C]`, N; zero, its derivatives too, where N^2 is below the root of `tiny`.
-
-        There lies the kink of the root, and below it 1 / N^2 of the second order overflows.
-
-        Args:
-            energies: `[O, C]`, C for each structural group.
-            assignment: `[G, O]`.
-        """
-        (groups, _), (_, channels) = assignment.shape, energies.shape
-        shares = assignment.square().reshape(groups, self.structural_groups, -1)
-        by_structure = energies.reshape(self.structural_groups, -1, channels)
-        squares = torch.einsum("gso,soc->gsc", shares, by_structure)
-        positive = squares > torch.finfo(squares.dtype).tiny ** 0.5
-        return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
-
     def __call__(self, energies: Tensor, assignment: Tensor) -> Tensor:
-        """R, a scalar."""
-        sizes = assignment.sqrt().sum(1).square()
-        return self.kappa * (sizes * self.norms(energies, assignment).sum((1, 2))).sum()
+        """R, a scalar, of energies `[O, C]` (C for each structural group) and p `[G, O]`.
+
+        It is zero, its derivatives too, where N^2 is below the root of `tiny`: there lies the kink
+        of the root, and below it 1 / N^2 of the second order overflows.
+        """
+        shares, factors = self._shares(assignment), self._factors(assignment)
+        norms = _power(self._matmul(shares, energies), 0.5)
+        return (factors * norms.sum((0, 2))).sum()
 
     def slope(self, energies: Tensor, assignment: Tensor) -> Tensor:
         """`[O, C]`, dR/dE; twice the weight times this is dR/dW."""
-        with torch.enable_grad():
-            at = energies.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self(at, assignment.detach()), at)
-        return slope
+        shares, factors = self._shares(assignment), self._factors(assignment)
+        inverse = _power(self._matmul(shares, energies), -0.5) * (factors / 2)[:, None]
+        return (shares.transpose(1, 2) @ inverse).reshape(energies.shape)
+
+    def along(self, energies: Tensor, assignment: Tensor, step: Tensor) -> Tensor:
+        """`<dR/dE, step>`, a scalar, with no tensor of `[O, C]` made."""
+        shares, factors = self._shares(assignment), self._factors(assignment)
+        inverse = _power(self._matmul(shares, energies), -0.5)
+        return (factors / 2 * (inverse * self._matmul(shares, step)).sum((0, 2))).sum()
 
     def assignment_gradient(
         self, assignment: Tensor, before: Tensor, after: Tensor, step: Tensor
     ) -> Tensor:
         """`[G, O]`: dR/dp(W3, p) + (d2R/dp dW)(W1, p) . delta.
 
-        The second term is the derivative by p of `sum_oc dR/dE(E1, p)[o,c] D[o,c]`, since
+        The second term is the derivative by p of `<dR/dE(E1, p), D>`, since
         `<dR/dW, delta> = sum_ock 2 W1 dR/dE delta`.
 
         Args:
@@ -99,8 +93,25 @@ class LayerPenalty:
         """
         with torch.enable_grad():
             p = assignment.detach().requires_grad_()
-            at = before.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self(at, p), at, create_graph=True)
-            objective = self(after.detach(), p) + (slope * step.detach()).sum()
+            objective = self(after.detach(), p) + self.along(before.detach(), p, step.detach())
             (gradient,) = torch.autograd.grad(objective, p)
         return gradient
+
+    def _shares(self, assignment: Tensor) -> Tensor:
+        """`[S, G, O/S]`, p^2."""
+        groups = len(assignment)
+        return assignment.square().reshape(groups, self.structural_groups, -1).transpose(0, 1)
+
+    def _factors(self, assignment: Tensor) -> Tensor:
+        """`[G]`, kappa s."""
+        return self.kappa * assignment.sqrt().sum(1).square()
+
+    def _matmul(self, shares: Tensor, matrix: Tensor) -> Tensor:
+        """`[S, G, C]`: `sum_o p[g,o]^2 matrix[o,c]`, over the filters of a structural group."""
+        return shares @ matrix.reshape(self.structural_groups, -1, matrix.shape[1])
+
+
+def _power(squares: Tensor, exponent: float) -> Tensor:
+    """`squares ** exponent`; zero, its derivative too, below the root of `tiny`."""
+    positive = squares > torch.finfo(squares.dtype).tiny ** 0.5
+    return torch.where(positive, torch.where(positive, squares, 1.0) ** exponent, 0.0)
