@@ -258,7 +258,7 @@ def test_the_present_rate_of_the_layers_own_group_counts() -> None:
     learner = dspfx.GroupLearner(prepared, optimizer, 0.5, total_steps=4)
     learner.steps_done = 1
     optimizer.param_groups[1]["lr"] = 0.1
-    assert learner._rate(conv(prepared)) == pytest.approx(0.5 * 0.1 * 2 / 4)
+    assert learner._rates()[conv(prepared).weight] == pytest.approx(0.5 * 0.1 * 2 / 4)
 
 
 class RebindingSGD(torch.optim.SGD):
