@@ -93,7 +93,8 @@ class GroupLearner:
     ) -> Tensor:
         """One step of training and group learning on one batch.
 
-        No gradients are left afterwards; `before_step` is the place to look at them.
+        `before_step` is the place to look at gradients: what is left of them afterwards is of the
+        last pass, which may be the look-ahead's.
 
         Args:
             closure: computes the batch's loss, a scalar with a gradient. It may also return a
@@ -137,7 +138,6 @@ class GroupLearner:
             if self.steps_done % self.logits_every == 0:
                 self._learn_groups(layers, closure, before_step, scaler)
             self._shrink(layers)
-        self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         return loss
 
@@ -227,7 +227,6 @@ class GroupLearner:
                 before_step()
             if finite:
                 self._trial_steps(layers)  # W3
-                self.optimizer.zero_grad(set_to_none=True)
                 for name, layer in layers.items():
                     self._set_logits_gradient(name, rates[layer.weight], soft[name], before[layer.weight])
         self.logits_optimizer.step()
@@ -288,7 +287,7 @@ class GroupLearner:
     def _looking_ahead(self, layers: dict[str, GatedLayer]) -> Iterator[dict[Tensor, Tensor]]:
         """Weights and buffers are afterwards what they were; gives the old values of the weights.
 
-        Gradients are lost, except those of parameters that the optimizer does not train.
+        Gradients are replaced, except those of parameters that the optimizer does not train.
         """
         trained = {p for group in self.optimizer.param_groups for p in group["params"]}
         moved = {layer.weight for layer in layers.values()} if self._one_at_a_time else trained
@@ -304,8 +303,6 @@ class GroupLearner:
                 for parameter, saved in before.items():
                     parameter.copy_(saved)
             buffers.restore()
-            for parameter in trained:
-                parameter.grad = None
             for parameter, gradient in foreign.items():
                 parameter.grad = gradient
 
