@@ -156,7 +156,10 @@ def main(
     print(tabulate(rows, ("logits learn at", "ms", "over plain"), disable_numparse=True))
     image, label = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     extra = [
-        (name, extra_memory(prepared_resnet(depth), make, lambda m: F.cross_entropy(m(image), label)))
+        (
+            name,
+            extra_memory(prepared_resnet(depth), make, lambda m: F.cross_entropy(m(image), label)),
+        )
         for name, make in OPTIMIZERS.items()
     ]
     print()

@@ -164,7 +164,9 @@ class GroupLearner:
         if own.keys() != state.keys():
             raise LearnError(f"this is no state of a GroupLearner: it has {', '.join(state)}")
         if own["logits"] != state["logits"]:
-            raise LearnError("this is the state of a GroupLearner for another model or other groups")
+            raise LearnError(
+                "this is the state of a GroupLearner for another model or other groups"
+            )
         for name, value in own["settings"].items():
             if value != state["settings"][name]:
                 raise LearnError(
@@ -228,7 +230,9 @@ class GroupLearner:
             if finite:
                 self._trial_steps(layers)  # W3
                 for name, layer in layers.items():
-                    self._set_logits_gradient(name, rates[layer.weight], soft[name], before[layer.weight])
+                    self._set_logits_gradient(
+                        name, rates[layer.weight], soft[name], before[layer.weight]
+                    )
         self.logits_optimizer.step()
         self.logits_optimizer.zero_grad(set_to_none=True)
 
@@ -384,14 +388,20 @@ class _Buffers:
 def _trial_step(optimizer: torch.optim.Optimizer, only: Tensor | None) -> None:
     """One step of `optimizer`, of all parameters or of `only` one, on copies of its state."""
     groups, state = optimizer.param_groups, optimizer.state
-    chosen = [(group, [p for p in group["params"] if only is None or p is only]) for group in groups]
+    chosen = [
+        (group, [p for p in group["params"] if only is None or p is only]) for group in groups
+    ]
     known = state if only is None else state.keys() & {only}
     optimizer.param_groups = [{**group, "params": ps} for group, ps in chosen if ps]
-    optimizer.state = defaultdict(dict, {p: copy.deepcopy(state[p]) for p in known})
+    optimizer.state = defaultdict(dict, {p: _copied(state[p]) for p in known})
     try:
         optimizer.step()
     finally:
         optimizer.param_groups, optimizer.state = groups, state
+
+
+def _copied(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in values.items()}
 
 
 def _one_by_one(losses: Losses) -> Iterable[Tensor]:
