@@ -223,7 +223,11 @@ def test_the_penalty_is_never_in_half_precision() -> None:
         learners[1].step(lambda: nothing(models[1]))
     mine, theirs = (gated_layers(model)["2"] for model in models)
     torch.testing.assert_close(mine.weight, theirs.weight, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mine.gate.logits, theirs.gate.logits, rtol=1e-5, atol=1e-6)
+    gradients = [
+        learner.logits_optimizer.state[gate(model).logits]["exp_avg"]  # a tenth of the first one
+        for learner, model in zip(learners, models, strict=True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @MAKERS
