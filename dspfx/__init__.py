@@ -5,11 +5,13 @@ prepared = dspfx.prepare(model)      # a traced copy with group gates
 compact = dspfx.convert(prepared)    # the same function, smaller and faster, verified
 """
 
+from dspfx.checkpoint import load_checkpoint, save_checkpoint
 from dspfx.compile import compile
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.errors import (
     BudgetError,
+    CheckpointError,
     ConvertError,
     DataError,
     DspfxError,
@@ -32,6 +34,7 @@ __all__ = [
     "FEWEST_WEIGHTS",
     "Budget",
     "BudgetError",
+    "CheckpointError",
     "CompactModule",
     "ConvertError",
     "CostModel",
@@ -51,8 +54,10 @@ __all__ = [
     "compile",
     "convert",
     "get_masks",
+    "load_checkpoint",
     "prepare",
     "prune",
     "report",
+    "save_checkpoint",
     "set_masks",
 ]

@@ -26,9 +26,11 @@ def test_public_names() -> None:
         "compile",
         "convert",
         "get_masks",
+        "load_checkpoint",
         "prepare",
         "prune",
         "report",
+        "save_checkpoint",
         "set_masks",
     ]
     values = ["Budget", "CompactModule", "GroupLearner", "PrepareConfig", "PreparedModule"]
