@@ -6,6 +6,7 @@ compact = dspfx.convert(prepared)    # the same function, smaller and faster, ve
 """
 
 from dspfx.checkpoint import load_checkpoint, save_checkpoint
+from dspfx.cluster import cluster_groups
 from dspfx.compile import compile
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
@@ -28,6 +29,7 @@ from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
 from dspfx.prepare import prepare
 from dspfx.prune import Budget, PruneReport, prune
+from dspfx.recalibrate import recalibrate
 from dspfx.report import Report, report
 
 __all__ = [
@@ -51,12 +53,14 @@ __all__ = [
     "Report",
     "TraceError",
     "channel_graph",
+    "cluster_groups",
     "compile",
     "convert",
     "get_masks",
     "load_checkpoint",
     "prepare",
     "prune",
+    "recalibrate",
     "report",
     "save_checkpoint",
     "set_masks",

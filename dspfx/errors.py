@@ -38,4 +38,4 @@ class CheckpointError(DspfxError):
 
 
 class DataError(DspfxError):
-    """A data set is missing or damaged; the message says where it was looked for."""
+    """Data is missing, empty or damaged; the message says where it was looked for."""
