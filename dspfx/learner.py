@@ -27,6 +27,7 @@ from dspfx.penalty import LayerPenalty, energy
 
 # one loss; several, which are added; or micro-batches, whose losses come one at a time
 Losses = Tensor | list[Tensor] | tuple[Tensor, ...] | Mapping[str, Tensor] | Iterator[Tensor]
+BLOCK = 2**18  # elements of the matrices [O, C] that are worked on at a time
 SETTINGS = ("strength", "total_steps", "temperature", "logits_lr", "logits_every")
 
 
@@ -34,9 +35,10 @@ class GroupLearner:
     """Trains a prepared model and its groups together.
 
     Beside what plain training needs, it holds during a step one copy of the gated weights, and, of
-    one layer at a time, a copy of the optimizer's state and a few matrices `[O, C]`. Optimizers
-    that are not torch's own may couple parameters; for them it is a copy of all that they train,
-    and of all their state.
+    one layer at a time, a copy of the optimizer's state (AdamW: twice the layer's weight) or one or
+    two matrices `[O, C]`; less than twice the parameters, unless one layer has most of them.
+    Optimizers that are not torch's own may couple parameters; for them it is a copy of all that
+    they train, and of all their state.
 
     Args:
         prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
@@ -229,10 +231,10 @@ class GroupLearner:
                 before_step()
             if finite:
                 self._trial_steps(layers)  # W3
-                for name, layer in layers.items():
-                    self._set_logits_gradient(
-                        name, rates[layer.weight], soft[name], before[layer.weight]
-                    )
+                with _no_autocast(layers):
+                    for name, layer in layers.items():
+                        w = layer.weight
+                        self._set_logits_gradient(name, rates[w], soft[name], before[w])
         self.logits_optimizer.step()
         self.logits_optimizer.zero_grad(set_to_none=True)
 
@@ -240,14 +242,13 @@ class GroupLearner:
     def _set_logits_gradient(self, name: str, rate: float, soft: Tensor, before: Tensor) -> None:
         """The gradient of the assignment at W1 (`before`) and W3 (now), through softmax."""
         layer, penalty = self.layers[name], self.penalties[name]
-        first, moved = filters_first(layer, before), filters_first(layer, layer.weight - before)
-        with torch.autocast(first.device.type, enabled=False):
-            e1, e13 = energy(first), energy(first, moved)
-            e3 = energy(filters_first(layer, layer.weight))
+        gradient = torch.zeros_like(soft)
+        for w1, w3 in zip(_blocks(layer, before), _blocks(layer, layer.weight), strict=True):
+            e1, e13, e3 = energy(w1), energy(w1, w3 - w1), energy(w3)
             # W4 - W2 = (W3 - 2 rho S3 W3) - (W1 - 2 rho S1 W1), S being the slopes; times 2 W1
             shrunk = penalty.slope(e3, soft) * (e1 + e13) - penalty.slope(e1, soft) * e1
             step = 2 * (e13 - 2 * rate * shrunk)
-            gradient = penalty.assignment_gradient(soft, e1, e3, step)
+            gradient += penalty.assignment_gradient(soft, e1, e3, step)
         inner = (gradient * soft).sum(0)  # the derivative of softmax is diag(p) - p p^T
         layer.gate.logits.grad = soft * (gradient - inner) / self.temperature
 
@@ -259,11 +260,12 @@ class GroupLearner:
     def _descend(self, layers: dict[str, GatedLayer], assignments: dict[str, Tensor]) -> None:
         """W - rho dR/dW(W, p), in place; dR/dW is 2 W times the slope by the energy."""
         rates = self._rates()
-        for name, layer in layers.items():
-            with torch.autocast(layer.weight.device.type, enabled=False):
-                energies = energy(filters_first(layer))
-                slope = self.penalties[name].slope(energies, assignments[name])
-            layer.weight.mul_(spread(layer, 1 - 2 * rates[layer.weight] * slope))
+        with _no_autocast(layers):
+            for name, layer in layers.items():
+                penalty, p = self.penalties[name], assignments[name]
+                slopes = [penalty.slope(energy(w), p) for w in _blocks(layer, layer.weight)]
+                slope = torch.cat(slopes, 1) if len(slopes) > 1 else slopes[0]
+                layer.weight.mul_(spread(layer, slope.mul_(-2 * rates[layer.weight]).add_(1)))
 
     def _rates(self) -> dict[Tensor, float]:
         """rho = lambda lr (t + 1) / T of every trained parameter, with the present lr."""
@@ -426,6 +428,18 @@ def _check_loss(loss: object, *, finite: bool) -> None:
             f"the loss is {loss.item()}; this pass changed nothing. Lower the learning rate "
             "or the strength, or look for bad values in the batch"
         )
+
+
+def _no_autocast(layers: dict[str, GatedLayer]) -> torch.autocast:
+    """The penalty is in the precision of the weights, whatever surrounds the step."""
+    device = next(iter(layers.values())).weight.device
+    return torch.autocast(device.type, enabled=False)
+
+
+def _blocks(layer: GatedLayer, weight: Tensor) -> tuple[Tensor, ...]:
+    """`weight`, as `[O, C, *taps]`, in blocks of channels, over which R is a sum."""
+    filters = filters_first(layer, weight)
+    return filters.split(max(1, BLOCK // len(filters)), dim=1)
 
 
 @torch.no_grad()

@@ -352,6 +352,23 @@ def test_a_model_that_was_cast_since_is_an_error() -> None:
         learner.step(lambda: prepared(X.float()).square().mean())
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_channels_are_worked_on_in_blocks(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few channels give the step that a single one gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), kind(8, 4, 2, groups=2), nn.Flatten())
+    models = [dspfx.prepare(copy.deepcopy(model).double(), X).train() for _ in range(2)]
+    for prepared, block in zip(models, (2**20, 4 * 3), strict=True):
+        monkeypatch.setattr("dspfx.learner.BLOCK", block)
+        learner = learner_of(prepared, sgd)
+        for _ in range(2):
+            learner.step(lambda m=prepared: m(X).square().mean())
+    for mine, theirs in zip(
+        models[0].state_dict().values(), models[1].state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_structural_groups_single_groups_and_shared_layers() -> None:
     """Hard shrink of a convolution in two structural groups, and of one that is called twice."""
     torch.manual_seed(0)

@@ -440,7 +440,7 @@ def test_learning_through_a_compiled_model() -> None:
     ],
 )
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_extra_memory(make: Any, kernel: int) -> None:
+def test_extra_memory_of_many_layers(make: Any, kernel: int) -> None:
     """At most twice the parameters, counted tensor by tensor; much less than the model twice."""
     torch.manual_seed(0)
     convs = [nn.Conv2d(32, 32, kernel, padding=kernel // 2, bias=False) for _ in range(6)]
@@ -449,6 +449,22 @@ def test_extra_memory(make: Any, kernel: int) -> None:
     x = torch.randn(2, 3, 8, 8)
     extra = extra_memory(prepared, make, lambda m: m(x).square().mean())
     assert 0.9 < extra < 2
+
+
+def test_extra_memory_of_one_layer_that_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the weight, and one of the optimizer's state; matrices `[O, C]` come in blocks."""
+    monkeypatch.setattr("dspfx.learner.BLOCK", 2**10)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 128), nn.Tanh(), nn.Linear(128, 256), nn.Linear(256, 2))
+    x = torch.randn(2, 3)
+    for state, make in [
+        (0, lambda m: torch.optim.SGD(m.parameters(), 0.1)),
+        (1, lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9)),
+        (2, lambda m: torch.optim.AdamW(m.parameters(), 0.1)),
+    ]:
+        prepared = dspfx.prepare(model, x).train()
+        extra = extra_memory(prepared, make, lambda m: m(x).square().mean())
+        assert extra < 1 + max(state, 1) + 0.15
 
 
 # -- going on ------------------------------------------------------------------------------------
