@@ -439,7 +439,7 @@ def _no_autocast(layers: dict[str, GatedLayer]) -> torch.autocast:
 def _blocks(layer: GatedLayer, weight: Tensor) -> tuple[Tensor, ...]:
     """`weight`, as `[O, C, *taps]`, in blocks of channels, over which R is a sum."""
     filters = filters_first(layer, weight)
-    return filters.split(max(1, BLOCK // len(filters)), dim=1)
+    return torch.split(filters, max(1, BLOCK // len(filters)), dim=1)
 
 
 @torch.no_grad()
