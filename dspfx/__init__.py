@@ -5,11 +5,14 @@ prepared = dspfx.prepare(model)      # a traced copy with group gates
 compact = dspfx.convert(prepared)    # the same function, smaller and faster, verified
 """
 
+from dspfx.checkpoint import load_checkpoint, save_checkpoint
+from dspfx.cluster import cluster_groups
 from dspfx.compile import compile
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.errors import (
     BudgetError,
+    CheckpointError,
     ConvertError,
     DataError,
     DspfxError,
@@ -26,12 +29,14 @@ from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
 from dspfx.prepare import prepare
 from dspfx.prune import Budget, PruneReport, prune
+from dspfx.recalibrate import recalibrate
 from dspfx.report import Report, report
 
 __all__ = [
     "FEWEST_WEIGHTS",
     "Budget",
     "BudgetError",
+    "CheckpointError",
     "CompactModule",
     "ConvertError",
     "CostModel",
@@ -48,11 +53,15 @@ __all__ = [
     "Report",
     "TraceError",
     "channel_graph",
+    "cluster_groups",
     "compile",
     "convert",
     "get_masks",
+    "load_checkpoint",
     "prepare",
     "prune",
+    "recalibrate",
     "report",
+    "save_checkpoint",
     "set_masks",
 ]

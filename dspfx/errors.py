@@ -33,5 +33,9 @@ class LearnError(DspfxError):
     """Group learning was given an optimiser, a loss or settings it cannot work with."""
 
 
+class CheckpointError(DspfxError):
+    """A checkpoint is missing, damaged or of something else, or cannot be written."""
+
+
 class DataError(DspfxError):
-    """A data set is missing or damaged; the message says where it was looked for."""
+    """Data is missing, empty or damaged; the message says where it was looked for."""

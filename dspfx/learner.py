@@ -3,11 +3,17 @@
 Park et al., "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, arXiv 2303.09736: a
 bilevel problem, solved by one look-ahead for every step. The forward pass is dense throughout; the
 task reaches the grouping through the second-order term of the look-ahead alone.
+
+1. Task step: the optimizer takes the weights from W0 to W1.
+2. Look-ahead: shrink to W2, step to W3, shrink to W4; only the gated weights matter from here on,
+   and of W4 only what the formula of `_step_energy` needs. Back to W1.
+3. Adam moves the logits; the weights are shrunk by the hard assignment.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,17 +22,29 @@ from torch import Tensor, nn
 
 from dspfx.errors import LearnError
 from dspfx.filters import filters_first, spread
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gates import ChannelGate, FilterGate, GatedLayer, gated_layers
 from dspfx.penalty import LayerPenalty, energy
+
+# one loss; several, which are added; or micro-batches, whose losses come one at a time
+Losses = Tensor | list[Tensor] | tuple[Tensor, ...] | Mapping[str, Tensor] | Iterator[Tensor]
+BLOCK = 2**18  # elements of the matrices [O, C] that are worked on at a time
+SETTINGS = ("strength", "total_steps", "temperature", "logits_lr", "logits_every")
 
 
 class GroupLearner:
     """Trains a prepared model and its groups together.
 
+    Beside what plain training needs, it holds during a step one copy of the gated weights, and, of
+    one layer at a time, a copy of the optimizer's state (AdamW: twice the layer's weight) or one or
+    two matrices `[O, C]`; less than twice the parameters, unless one layer has most of them.
+    Optimizers that are not torch's own may couple parameters; for them it is a copy of all that
+    they train, and of all their state.
+
     Args:
-        prepared: from `dspfx.prepare`.
-        optimizer: the user's, over the model's parameters. Its learning rate is read at every
-            step, so any scheduler works.
+        prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
+        optimizer: the user's, over the model's parameters. At every step, its present learning
+            rates count, and the layers that it trains at present: any scheduler works, and layers
+            may be frozen and thawed.
         strength: lambda, the weight of the regulariser; it grows linearly over `total_steps`.
         total_steps: T, how often `step` will be called.
         temperature: tau of the soft assignment `softmax(logits / tau + Gumbel noise)`.
@@ -58,29 +76,47 @@ class GroupLearner:
         self.strength = strength
         self.total_steps = total_steps
         self.temperature = temperature
+        self.logits_lr = logits_lr
         self.logits_every = logits_every
         self.generator = generator
         self.steps_done = 0
-        self.layers = _trained_layers(prepared, optimizer)
+        self.layers = gated_layers(prepared)
+        self._check_layers()
         self.penalties = {name: LayerPenalty.of(layer) for name, layer in self.layers.items()}
         logits = [layer.gate.logits for layer in self.layers.values()]
         self.logits_optimizer = torch.optim.Adam(logits, lr=logits_lr, eps=1e-12)
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+    def step(
+        self,
+        closure: Callable[[], Losses],
+        *,
+        before_step: Callable[[], object] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
         """One step of training and group learning on one batch.
 
+        `before_step` is the place to look at gradients: what is left of them afterwards is of the
+        last pass, which may be the look-ahead's.
+
         Args:
-            closure: returns the loss of the batch, a scalar with a gradient; it is called once
-                or twice and must not call `backward`.
+            closure: computes the batch's loss, a scalar with a gradient. It may also return a
+                list, tuple or dict of losses, which are added, or an iterator (a generator) of
+                the losses of micro-batches, each of which is propagated back before the next is
+                computed. It is called once or twice, must compute on the same batch both times,
+                and must not call `backward`.
+            before_step: called when the gradients are complete (and unscaled), before each of
+                the one or two steps of the optimizer: clip them here.
+            scaler: for losses in half precision. It is used and updated here; a step that it
+                skips changes nothing and counts as done.
 
         Returns:
-            The loss before the step, detached.
+            The loss before the step, the sum if there were several, detached.
 
         Raises:
-            LearnError: the loss is no finite scalar with a gradient, all steps are done, or the
+            LearnError: a loss is no finite scalar with a gradient, all steps are done, or the
                 model was moved or cast since construction. Model, optimizer and groups are then
                 what they were; if it is the loss of the look-ahead that is not finite, what they
-                were after the task's own step.
+                were after the task's own step. With an enabled `scaler` losses may be infinite.
         """
         if self.steps_done >= self.total_steps:
             raise LearnError(
@@ -88,81 +124,157 @@ class GroupLearner:
                 "total_steps you need"
             )
         self._check_logits()
-        with self._buffers_kept_on_error():
-            loss = self._backward(closure)
-        self.optimizer.step()
-        if self.steps_done % self.logits_every == 0:
-            self._learn_groups(closure)
-        self._shrink()
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        buffers = _Buffers(self.prepared)
+        try:
+            loss = self._backward(closure, scaler)
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            if before_step is not None:
+                before_step()
+        except BaseException:
+            buffers.restore()
+            raise
+        layers = self._trained_layers()
+        if self._task_step(scaler) and layers:
+            if self.steps_done % self.logits_every == 0:
+                self._learn_groups(layers, closure, before_step, scaler)
+            self._shrink(layers)
         self.steps_done += 1
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the states of model and optimizer; plain values."""
+        return {
+            "steps_done": self.steps_done,
+            "settings": {name: getattr(self, name) for name in SETTINGS},
+            "logits": [list(layer.gate.logits.shape) for layer in self.layers.values()],
+            "logits_optimizer": self.logits_optimizer.state_dict(),
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the learner went on that `state` comes from.
+
+        The logits are in the model, so load its state, too, and the optimizer's.
+
+        Raises:
+            LearnError: `state` is of another model, or of a learner with other settings, or one
+                of the two has a generator of its own. Nothing is changed then.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise LearnError(f"this is no state of a GroupLearner: it has {', '.join(state)}")
+        if own["logits"] != state["logits"]:
+            raise LearnError(
+                "this is the state of a GroupLearner for another model or other groups"
+            )
+        for name, value in own["settings"].items():
+            if value != state["settings"][name]:
+                raise LearnError(
+                    f"the state was saved with {name}={state['settings'][name]}, this learner has "
+                    f"{value}; construct it with the settings of the run that is resumed"
+                )
+        if (self.generator is None) != (state["generator"] is None):
+            who = "this learner" if self.generator is None else "the state"
+            raise LearnError(f"{who} has no generator of its own; construct both alike")
+        self.steps_done = state["steps_done"]
+        self.logits_optimizer.load_state_dict(state["logits_optimizer"])
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+
     # -- the parts of a step -----------------------------------------------------------------
 
-    def _backward(self, closure: Callable[[], Tensor]) -> Tensor:
+    def _backward(
+        self, closure: Callable[[], Losses], scaler: torch.amp.GradScaler | None
+    ) -> Tensor:
+        """Leave the gradients of the closure's losses; the sum of these."""
+        torch.clear_autocast_cache()  # an autocast around the whole step remembers older weights
+        total: Tensor | None = None
         with torch.enable_grad():
-            loss = closure()
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise LearnError("the closure must return the loss, a scalar tensor with a gradient")
-        if not torch.isfinite(loss.detach()).all():
-            raise LearnError(
-                f"the loss is {loss.item()}; this pass changed nothing. Lower the learning rate "
-                "or the strength, or look for bad values in the batch"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+            for loss in _one_by_one(closure()):
+                _check_loss(loss, finite=scaler is None)
+                if total is None:
+                    self.optimizer.zero_grad(set_to_none=True)
+                scaled = loss if scaler is None else scaler.scale(loss)
+                scaled.backward()  # type: ignore[no-untyped-call]
+                total = loss.detach() if total is None else total + loss.detach()
+        if total is None:
+            raise LearnError("the closure gave no loss at all; it must give at least one")
+        return total
 
-    def _learn_groups(self, closure: Callable[[], Tensor]) -> None:
+    def _task_step(self, scaler: torch.amp.GradScaler | None) -> bool:
+        """Let the optimizer step; whether it did."""
+        if scaler is None:
+            self.optimizer.step()
+            return True
+        scale = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        return scaler.get_scale() >= scale  # it is lowered whenever a step is skipped
+
+    def _learn_groups(
+        self,
+        layers: dict[str, GatedLayer],
+        closure: Callable[[], Losses],
+        before_step: Callable[[], object] | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
         """Look ahead from W1, move the logits, and be back at W1."""
-        soft = {name: self._soft_assignment(layer) for name, layer in self.layers.items()}
-        with self._looking_ahead() as before:
-            self._descend(soft)  # W2
-            self._backward(closure)
-            self.optimizer.step()  # W3
-            for name, layer in self.layers.items():
-                self._set_logits_gradient(name, soft[name], before[layer.weight])
+        soft = {name: self._soft_assignment(layer) for name, layer in layers.items()}
+        rates = self._rates()
+        with self._looking_ahead(layers) as before:
+            self._descend(layers, soft)  # W2
+            self._backward(closure, scaler)
+            finite = scaler is None or self._unscale(scaler.get_scale())
+            if before_step is not None:
+                before_step()
+            if finite:
+                self._trial_steps(layers)  # W3
+                with _no_autocast(layers):
+                    for name, layer in layers.items():
+                        w = layer.weight
+                        self._set_logits_gradient(name, rates[w], soft[name], before[w])
         self.logits_optimizer.step()
         self.logits_optimizer.zero_grad(set_to_none=True)
 
-    def _set_logits_gradient(self, name: str, soft: Tensor, before: Tensor) -> None:
+    @torch.no_grad()
+    def _set_logits_gradient(self, name: str, rate: float, soft: Tensor, before: Tensor) -> None:
         """The gradient of the assignment at W1 (`before`) and W3 (now), through softmax."""
-        layer = self.layers[name]
-        after = layer.weight.detach()
-        # W4 - W2; computing W2 again is cheaper than keeping it through the backward
-        delta = self._descended(name, after, soft) - self._descended(name, before, soft)
-        before, after, delta = (filters_first(layer, w) for w in (before, after, delta))
-        gradient = self.penalties[name].assignment_gradient(
-            soft, energy(before), energy(after), 2 * energy(before, delta)
-        )
+        layer, penalty = self.layers[name], self.penalties[name]
+        gradient = torch.zeros_like(soft)
+        for w1, w3 in zip(_blocks(layer, before), _blocks(layer, layer.weight), strict=True):
+            e1, e13, e3 = energy(w1), energy(w1, w3 - w1), energy(w3)
+            # W4 - W2 = (W3 - 2 rho S3 W3) - (W1 - 2 rho S1 W1), S being the slopes; times 2 W1
+            shrunk = penalty.slope(e3, soft) * (e1 + e13) - penalty.slope(e1, soft) * e1
+            step = 2 * (e13 - 2 * rate * shrunk)
+            gradient += penalty.assignment_gradient(soft, e1, e3, step)
         inner = (gradient * soft).sum(0)  # the derivative of softmax is diag(p) - p p^T
         layer.gate.logits.grad = soft * (gradient - inner) / self.temperature
 
-    def _shrink(self) -> None:
+    def _shrink(self, layers: dict[str, GatedLayer]) -> None:
         """W = W1 - rho dR/dW(W1, p) with the hard assignment of the present logits."""
-        hard = {name: _hard_assignment(layer) for name, layer in self.layers.items()}
-        self._descend(hard)
+        self._descend(layers, {name: _hard_assignment(layer) for name, layer in layers.items()})
 
     @torch.no_grad()
-    def _descend(self, assignments: dict[str, Tensor]) -> None:
-        for name, layer in self.layers.items():
-            layer.weight.copy_(self._descended(name, layer.weight, assignments[name]))
+    def _descend(self, layers: dict[str, GatedLayer], assignments: dict[str, Tensor]) -> None:
+        """W - rho dR/dW(W, p), in place; dR/dW is 2 W times the slope by the energy."""
+        rates = self._rates()
+        with _no_autocast(layers):
+            for name, layer in layers.items():
+                penalty, p = self.penalties[name], assignments[name]
+                slopes = [penalty.slope(energy(w), p) for w in _blocks(layer, layer.weight)]
+                slope = torch.cat(slopes, 1) if len(slopes) > 1 else slopes[0]
+                layer.weight.mul_(spread(layer, slope.mul_(-2 * rates[layer.weight]).add_(1)))
 
-    def _descended(self, name: str, weight: Tensor, assignment: Tensor) -> Tensor:
-        """`weight - rho dR/dW(weight, assignment)`, with the penalty and rate of layer `name`."""
-        layer = self.layers[name]
-        slope = self.penalties[name].slope(energy(filters_first(layer, weight)), assignment)
-        gradient = _weight_gradient(layer, weight, slope)
-        return torch.sub(weight.detach(), gradient, alpha=self._rate(layer))
-
-    def _rate(self, layer: GatedLayer) -> float:
-        """rho = lambda lr (t + 1) / T, with the present rate of the layer's weight."""
-        lr = next(
-            float(group["lr"])
+    def _rates(self) -> dict[Tensor, float]:
+        """rho = lambda lr (t + 1) / T of every trained parameter, with the present lr."""
+        share = self.strength * (self.steps_done + 1) / self.total_steps
+        return {
+            p: share * float(group["lr"])
             for group in self.optimizer.param_groups
-            if any(p is layer.weight for p in group["params"])
-        )
-        return self.strength * lr * (self.steps_done + 1) / self.total_steps
+            for p in group["params"]
+        }
 
     @torch.no_grad()
     def _soft_assignment(self, layer: GatedLayer) -> Tensor:
@@ -178,49 +290,77 @@ class GroupLearner:
     # -- leaving no trace --------------------------------------------------------------------
 
     @contextmanager
-    def _buffers_kept_on_error(self) -> Iterator[None]:
-        buffers = {name: b.clone() for name, b in self.prepared.named_buffers()}
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for name, buffer in self.prepared.named_buffers():
-                    buffer.copy_(buffers[name])
-            raise
+    def _looking_ahead(self, layers: dict[str, GatedLayer]) -> Iterator[dict[Tensor, Tensor]]:
+        """Weights and buffers are afterwards what they were; gives the old values of the weights.
 
-    @contextmanager
-    def _looking_ahead(self) -> Iterator[dict[Tensor, Tensor]]:
-        """All that a step changes is afterwards what it was; gives the parameters' old values.
-
-        The optimizer may hold more than the model, and the model more than the optimizer. The
-        copies are one of the trained parameters, their gradients and the optimizer's state.
+        Gradients are replaced, except those of parameters that the optimizer does not train.
         """
-        trained: list[Tensor] = [p for g in self.optimizer.param_groups for p in g["params"]]
-        before = {p: p.detach().clone() for p in trained}
-        buffers = {b: b.clone() for b in self.prepared.buffers()}
-        parameters = {*trained, *self.prepared.parameters()}
-        gradients = {p: p.grad for p in parameters}
-        for parameter in parameters:
-            parameter.grad = None  # or the backward would add to the gradients kept
-        options = [dict(group) for group in self.optimizer.param_groups]
-        state = {p: _Kept(values) for p, values in self.optimizer.state.items()}
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        moved = {layer.weight for layer in layers.values()} if self._one_at_a_time else trained
+        before = {p: p.detach().clone() for p in moved}
+        buffers = _Buffers(self.prepared)
+        foreign = {p: p.grad for p in self.prepared.parameters() if p not in trained}
+        for parameter in trained | foreign.keys():
+            parameter.grad = None  # or the backward would add to it
         try:
             yield before
         finally:
             with torch.no_grad():
-                for tensor, saved in (before | buffers).items():
-                    tensor.copy_(saved)
-                for parameter, gradient in gradients.items():
-                    parameter.grad = gradient
-                for group, saved_group in zip(self.optimizer.param_groups, options, strict=True):
-                    group.clear()
-                    group.update(saved_group)
-                self.optimizer.state.clear()
-                self.optimizer.state.update({p: kept.restored() for p, kept in state.items()})
+                for parameter, saved in before.items():
+                    parameter.copy_(saved)
+            buffers.restore()
+            for parameter, gradient in foreign.items():
+                parameter.grad = gradient
+
+    def _trial_steps(self, layers: dict[str, GatedLayer]) -> None:
+        """Step from W2 to W3, with what the optimizer remembers left as it is.
+
+        Only W3 of the gated weights is needed. Torch's own optimizers treat every parameter by
+        itself, so that no more than the state of one has to be copied at a time.
+        """
+        if not self._one_at_a_time:
+            _trial_step(self.optimizer, None)
+            return
+        for layer in layers.values():
+            _trial_step(self.optimizer, layer.weight)
+
+    @property
+    def _one_at_a_time(self) -> bool:
+        return type(self.optimizer).__module__.startswith("torch.optim.")
+
+    @torch.no_grad()
+    def _unscale(self, scale: float) -> bool:
+        """Divide the gradients of trained parameters by `scale`; whether they are finite."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(1 / scale)
+        return bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+
+    def _trained_layers(self) -> dict[str, GatedLayer]:
+        """The gated layers that the optimizer trains at present."""
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if layer.weight in trained and layer.weight.requires_grad
+        }
+
+    def _check_layers(self) -> None:
+        if not self.layers:
+            raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")
+        if not self._trained_layers():
+            raise LearnError(
+                "the optimizer trains no gated layer of this model; construct it from "
+                "prepared.parameters(), not from the original model's"
+            )
+        for name, layer in self.layers.items():
+            if not torch.isfinite(layer.weight).all():
+                raise LearnError(f"{name}.weight holds NaN or infinite values; repair it first")
 
     def _check_logits(self) -> None:
-        trained = self.logits_optimizer.param_groups[0]["params"]
-        for (name, layer), logits in zip(self.layers.items(), trained, strict=True):
+        known = self.logits_optimizer.param_groups[0]["params"]
+        for (name, layer), logits in zip(self.layers.items(), known, strict=True):
             if layer.gate.logits is not logits:  # `Module.to` replaces buffers
                 raise LearnError(
                     f"the logits of {name} were replaced since this GroupLearner was constructed; "
@@ -228,53 +368,84 @@ class GroupLearner:
                 )
 
 
-class _Kept:
-    """The state of one parameter, to be put back into the same tensors."""
+class _Buffers:
+    """Copies of what a forward pass may change: the buffers of `model`, except those of gates."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.container = values
-        self.tensors = {k: (v, v.clone()) for k, v in values.items() if isinstance(v, Tensor)}
-        self.others = {k: copy.deepcopy(v) for k, v in values.items() if k not in self.tensors}
+    def __init__(self, model: nn.Module) -> None:
+        self.copies = [
+            (module._buffers, name, buffer, buffer.clone())
+            for module in model.modules()
+            if not isinstance(module, FilterGate | ChannelGate)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
-    def restored(self) -> dict[str, Any]:
-        """The container with its old entries and no others."""
-        self.container.clear()
-        self.container.update(self.others)
-        for key, (tensor, saved) in self.tensors.items():
-            self.container[key] = tensor.copy_(saved)
-        return self.container
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the same tensors back, with their old values."""
+        for owner, name, buffer, saved in self.copies:
+            owner[name] = buffer.copy_(saved)
 
 
-def _weight_gradient(layer: GatedLayer, weight: Tensor, slope: Tensor) -> Tensor:
-    """dR/dW, in the form of the layer's weight, from dR/dE `[O, C]`."""
-    return 2 * weight.detach() * spread(layer, slope)
+def _trial_step(optimizer: torch.optim.Optimizer, only: Tensor | None) -> None:
+    """One step of `optimizer`, of all parameters or of `only` one, on copies of its state."""
+    groups, state = optimizer.param_groups, optimizer.state
+    chosen = [
+        (group, [p for p in group["params"] if only is None or p is only]) for group in groups
+    ]
+    known = state if only is None else state.keys() & {only}
+    optimizer.param_groups = [{**group, "params": ps} for group, ps in chosen if ps]
+    optimizer.state = defaultdict(dict, {p: _copied(state[p]) for p in known})
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups, optimizer.state = groups, state
+
+
+def _copied(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in values.items()}
+
+
+def _one_by_one(losses: Losses) -> Iterable[Tensor]:
+    """The losses to be propagated back one after the other."""
+    if isinstance(losses, Mapping):
+        losses = list(losses.values())
+    if isinstance(losses, list | tuple):
+        for loss in losses:
+            _check_loss(loss, finite=False)
+        return [torch.stack([loss.reshape(()) for loss in losses]).sum()] if losses else []
+    return [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterator) else losses
+
+
+def _check_loss(loss: object, *, finite: bool) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise LearnError(
+            "the closure must return the loss, a scalar tensor with a gradient, or a list, a dict "
+            "or an iterator of such"
+        )
+    if finite and not torch.isfinite(loss.detach()).all():
+        raise LearnError(
+            f"the loss is {loss.item()}; this pass changed nothing. Lower the learning rate "
+            "or the strength, or look for bad values in the batch"
+        )
+
+
+def _no_autocast(layers: dict[str, GatedLayer]) -> torch.autocast:
+    """The penalty is in the precision of the weights, whatever surrounds the step."""
+    device = next(iter(layers.values())).weight.device
+    return torch.autocast(device.type, enabled=False)
+
+
+def _blocks(layer: GatedLayer, weight: Tensor) -> tuple[Tensor, ...]:
+    """`weight`, as `[O, C, *taps]`, in blocks of channels, over which R is a sum."""
+    filters = filters_first(layer, weight)
+    return torch.split(filters, max(1, BLOCK // len(filters)), dim=1)
 
 
 @torch.no_grad()
 def _hard_assignment(layer: GatedLayer) -> Tensor:
     logits = layer.gate.logits
     return nn.functional.one_hot(layer.gate.assignment, len(logits)).T.to(logits.dtype)
-
-
-def _trained_layers(prepared: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, GatedLayer]:
-    layers = gated_layers(prepared)
-    if not layers:
-        raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    chosen = {
-        name: layer
-        for name, layer in layers.items()
-        if id(layer.weight) in trained and layer.weight.requires_grad
-    }
-    if not chosen:
-        raise LearnError(
-            "the optimizer trains no gated layer of this model; construct it from "
-            "prepared.parameters(), not from the original model's"
-        )
-    for name, layer in chosen.items():
-        if not torch.isfinite(layer.weight).all():
-            raise LearnError(f"{name}.weight holds NaN or infinite values; repair it first")
-    return chosen
 
 
 def _check_settings(

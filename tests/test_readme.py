@@ -23,12 +23,16 @@ def test_every_python_block_runs() -> None:
 def test_public_names() -> None:
     verbs = [
         "channel_graph",
+        "cluster_groups",
         "compile",
         "convert",
         "get_masks",
+        "load_checkpoint",
         "prepare",
         "prune",
+        "recalibrate",
         "report",
+        "save_checkpoint",
         "set_masks",
     ]
     values = ["Budget", "CompactModule", "GroupLearner", "PrepareConfig", "PreparedModule"]
