@@ -78,14 +78,15 @@ def built() -> bool:
     try:
         isa = pick_vec_isa()
         macros = [f"-D{macro}" for macro in isa.build_macro()]
-        folder = cache_folder() / _build_name(str(isa))
+        more = os.environ.get("DSPFX_NATIVE_FLAGS", "").split()  # such as a sanitizer's
+        folder = cache_folder() / _build_name(f"{isa} {' '.join(more)}".strip())
         folder.mkdir(parents=True, exist_ok=True)
         with _own_programs_on_path():
             cpp_extension.load(
                 "dspfx_group_conv",
                 str(SOURCE),
-                extra_cflags=["-O3", "-fopenmp", *isa.build_arch_flags().split(), *macros],
-                extra_ldflags=["-fopenmp"],
+                extra_cflags=["-O3", "-fopenmp", *isa.build_arch_flags().split(), *macros, *more],
+                extra_ldflags=["-fopenmp", *more],
                 build_directory=str(folder),
                 is_python_module=False,
             )
