@@ -141,64 +141,82 @@ struct Call {
   std::vector<float*> returned;              // by value
   double* seconds = nullptr;                 // of the first thread, by layer, if wanted
 
-  Planes<float> target(int64_t number, int64_t image, float* arena) const {
+  // Of image `image` of all, image `nth` of those in the arena.
+  Planes<float> target(int64_t number, int64_t image, int64_t nth, float* arena) const {
     const Value& v = program.values[number];
-    if (v.place == Value::INSIDE) return {arena + v.at, v.plane(), v.row()};
+    if (v.place == Value::INSIDE) {
+      if (v.late) arena += program.early_arena + nth * program.late_arena;
+      return {arena + v.at, v.plane(), v.row()};
+    }
     return {returned[number] + image * strides[number], v.plane(), v.row()};
   }
 
-  Planes<const float> source(int64_t number, int64_t image, float* arena) const {
+  Planes<const float> source(int64_t number, int64_t image, int64_t nth, float* arena) const {
     const Value& v = program.values[number];
     if (v.place == Value::GIVEN)
       return {given[number] + image * strides[number], v.plane(), v.row()};
-    const Planes<float> p = target(number, image, arena);
+    const Planes<float> p = target(number, image, nth, arena);
     return {p.data, p.plane, p.row};
   }
 };
 
-// Some blocks of filters for all pixels of a strip.
-void compute_blocks(const Call& call, const Layer& l, const Cut& cut, Target target,
-                    const float* pixels, int64_t strip, int64_t from, int64_t until) {
-  for (int64_t number = from; number < until; ++number) {
-    const Block& block = l.blocks[number];
-    const std::vector<Tile>& tiles = cut.tiles[strip][vectors_for(block.rows)];
-    const int64_t* filter = l.filters.data() + block.filter;
-    target.filter = filter;
-    target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
+// A strip of an image: what it is computed from and written to.
+struct Strip {
+  const float* pixels;
+  Target target;
+};
+
+// Some blocks of filters for all pixels of the strips with number `number`, of several images.
+void compute_blocks(const Call& call, const Layer& l, const Cut& cut, int64_t number,
+                    Strip* strips, int64_t images, int64_t from, int64_t until) {
+  for (int64_t b = from; b < until; ++b) {
+    const Block& block = l.blocks[b];
+    const std::vector<Tile>& tiles = cut.tiles[number][vectors_for(block.rows)];
+    const OfRows& compute = l.kind == MAX_POOL ? POOL : COMPUTE[block.rows];
     const float* weight = call.weight + block.weight;
     // weights come from far away, and once only: those of the next block are asked for early
     const float* next = weight + block.rows * block.count;
     const float* last = std::min(next + block.rows * block.count, call.weights_end);
-    const int64_t parts = static_cast<int64_t>(tiles.size());
+    const int64_t parts = static_cast<int64_t>(tiles.size()) * images;
     const int64_t share = (last - next + parts - 1) / parts;
-    for (const Tile& tile : tiles) {
-      for (const float* end = std::min(next + share, last); next < end; next += LINE)
-        __builtin_prefetch(next);
-      const OfRows& compute = l.kind == MAX_POOL ? POOL : COMPUTE[block.rows];
-      compute[tile.vectors](weight, cut.offsets.data() + block.list, block.count,
-                                        pixels + tile.at, tile, target);
+    for (Strip* strip = strips; strip < strips + images; ++strip) {
+      strip->target.filter = l.filters.data() + block.filter;
+      strip->target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
+      for (const Tile& tile : tiles) {
+        for (const float* end = std::min(next + share, last); next < end; next += LINE)
+          __builtin_prefetch(next);
+        compute[tile.vectors](weight, cut.offsets.data() + block.list, block.count,
+                              strip->pixels + tile.at, tile, strip->target);
+      }
     }
   }
 }
 
-// A member's share of a layer, for one image.
-void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t image, float* arena,
-                   float* scratch, int64_t member, int64_t members) {
+// A member's share of a layer, for images from `image` on, at most TOGETHER, of which the first is
+// the `nth` in the arena.
+void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t image, int64_t nth,
+                   int64_t images, float* arena, float* scratch, int64_t member,
+                   int64_t members) {
   const Program& p = call.program;
-  const Planes<const float> source = call.source(l.source, image, arena);
-  Target target{};
-  target.bias = call.bias + l.bias;
-  target.activation = l.activation;
-  target.y = call.target(l.result, image, arena);
-  if (l.residual >= 0) target.residual = call.source(l.residual, image, arena);
-  target.masks = cut.masks.data();
   const int64_t blocks = static_cast<int64_t>(l.blocks.size());
   for (int64_t task = member; task < cut.strips * cut.splits; task += members) {
-    const int64_t strip = task / cut.splits, split = task % cut.splits, first = strip * cut.rows;
-    const float* pixels = scratch;
-    if (cut.in_place) pixels = source.data + first * cut.row;
-    else fill(l, cut, p.values[l.source], source, first, scratch);
-    compute_blocks(call, l, cut, target, pixels, strip, blocks * split / cut.splits,
+    const int64_t number = task / cut.splits, split = task % cut.splits;
+    const int64_t first = number * cut.rows;
+    Strip strips[TOGETHER];
+    for (int64_t i = 0; i < images; ++i) {
+      const Planes<const float> source = call.source(l.source, image + i, nth + i, arena);
+      strips[i].pixels = scratch + i * p.late_scratch;
+      if (cut.in_place) strips[i].pixels = source.data + first * cut.row;
+      else fill(l, cut, p.values[l.source], source, first, scratch + i * p.late_scratch);
+      Target& target = strips[i].target;
+      target.bias = call.bias + l.bias;
+      target.activation = l.activation;
+      target.y = call.target(l.result, image + i, nth + i, arena);
+      target.residual = {};
+      if (l.residual >= 0) target.residual = call.source(l.residual, image + i, nth + i, arena);
+      target.masks = cut.masks.data();
+    }
+    compute_blocks(call, l, cut, number, strips, images, blocks * split / cut.splits,
                    blocks * (split + 1) / cut.splits);
   }
 }
@@ -222,23 +240,36 @@ class Stopwatch {
   std::chrono::steady_clock::time_point started_;
 };
 
+// All layers for images from `image` on, at most TOGETHER.
+void run_alone(const Call& call, int64_t image, int64_t images, float* arena, float* scratch,
+               int64_t member) {
+  const Program& p = call.program;
+  for (int64_t i = 0; i < images; ++i)
+    for (auto l = p.layers.begin(); l < p.layers.begin() + p.late; ++l) {
+      const Stopwatch watch(call, *l, member);
+      compute_layer(call, *l, l->alone, image + i, i, 1, arena, scratch, 0, 1);
+    }
+  for (auto l = p.layers.begin() + p.late; l < p.layers.end(); ++l) {
+    const Stopwatch watch(call, *l, member);
+    compute_layer(call, *l, l->alone, image, 0, images, arena, scratch, 0, 1);
+  }
+}
+
 void run(const Call& call, Arenas& arenas, int64_t images, int64_t threads) {
   const Program& p = call.program;
   std::vector<Arenas::Block> own;
-  for (int64_t i = 0; i < threads; ++i) own.push_back(arenas.take(p.arena + p.scratch));
+  for (int64_t i = 0; i < threads; ++i) own.push_back(arenas.take(p.floats()));
   in_parallel(threads, [&](int64_t me, Team& team) {
-    float *arena = own[me].get(), *scratch = arena + p.arena;
+    const int64_t values = p.early_arena + TOGETHER * p.late_arena;
+    float *arena = own[me].get(), *scratch = arena + values;
     const int64_t share = images / team.size();
-    for (int64_t n = me * share; n < (me + 1) * share; ++n)
-      for (const Layer& l : p.layers) {
-        const Stopwatch watch(call, l, me);
-        compute_layer(call, l, l.alone, n, arena, scratch, 0, 1);
-      }
+    for (int64_t n = me * share; n < (me + 1) * share; n += TOGETHER)
+      run_alone(call, n, std::min(TOGETHER, (me + 1) * share - n), arena, scratch, me);
     team.wait();
     for (int64_t n = share * team.size(); n < images; ++n)
       for (const Layer& l : p.layers) {
         const Stopwatch watch(call, l, me);
-        compute_layer(call, l, l.together, n, own[0].get(), scratch, me, team.size());
+        compute_layer(call, l, l.together, n, 0, 1, own[0].get(), scratch, me, team.size());
         team.wait();
       }
   });

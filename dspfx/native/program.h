@@ -25,6 +25,7 @@ namespace dspfx {
 constexpr int64_t STRIP_FLOATS = 96 * 1024;  // of input, of the second cache
 constexpr int64_t FEW_WEIGHTS = 64 * 1024;   // cheap for every thread to read
 const float ALL_BITS = c10::bit_cast<float>(~uint32_t{0});
+constexpr int64_t TOGETHER = 4;              // images, in late layers
 constexpr int64_t LAYER_NUMBERS = 14;        // that describe a layer
 
 enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1 };
@@ -35,6 +36,7 @@ struct Value {
   int64_t channels, height, width;
   int64_t zeros[2] = {0, 0};  // rows before a plane, pixels behind a row
   int64_t at = 0;             // of pixel 0 of channel 0, in the arena
+  bool late = false;          // read or written by late layers: one for each image of a batch
   int64_t row() const { return width + zeros[1]; }
   int64_t plane() const { return (height + zeros[0]) * row(); }
   int64_t before() const { return zeros[0] * row() + zeros[1]; }
@@ -76,16 +78,28 @@ struct Layer {
   std::vector<int64_t> used, inputs;    // channels that anybody reads; lists, in terms of `used`
   std::vector<Block> blocks;
   Cut alone, together;                  // for one thread, for all
+  int64_t weights() const {
+    int64_t sum = 0;
+    for (const Block& b : blocks) sum += kind == CONVOLUTION ? b.rows * b.count : 0;
+    return sum;
+  }
   int64_t taps() const { return kernel[0] * kernel[1]; }
   int64_t reach(int axis) const { return (kernel[axis] - 1) * dilation[axis]; }
 };
 
+// The last layers, those that all have more weights than pixels, are late: a thread computes each for
+// several images before the next one, so that it reads the weights once for all of them.
 struct Program {
   std::vector<Value> values;
   std::vector<Layer> layers;
   std::vector<int64_t> outputs;
   std::vector<float> no_bias;
-  int64_t arena = 0, scratch = 0;  // floats, for one image
+  int64_t late;               // the first late layer
+  int64_t early_arena = 0, late_arena = 0;  // floats for values, the late ones for one image
+  int64_t early_scratch = 0, late_scratch = 0;
+  int64_t floats() const {
+    return early_arena + TOGETHER * late_arena + std::max(early_scratch, TOGETHER * late_scratch);
+  }
 };
 
 // Reads the numbers of a plan one after the other, and no further.
@@ -220,11 +234,30 @@ inline void choose_zeros(Program& p) {
       for (int axis = 0; axis < 2; ++axis) v.zeros[axis] = zeros[{v.height, v.width}][axis];
 }
 
+inline void find_late_layers(Program& p) {
+  const auto pixels = [&](int64_t number) {
+    const Value& v = p.values[number];
+    return v.channels * v.height * v.width;
+  };
+  p.late = static_cast<int64_t>(p.layers.size());
+  while (p.late > 0) {
+    const Layer& l = p.layers[p.late - 1];
+    if (l.weights() <= pixels(l.source) + pixels(l.result)) break;
+    --p.late;
+  }
+  for (size_t i = p.late; i < p.layers.size(); ++i) {
+    const Layer& l = p.layers[i];
+    p.values[l.source].late = p.values[l.result].late = true;
+    if (l.residual >= 0) p.values[l.residual].late = true;
+  }
+}
+
 // Gives every value inside a place in the arena for as long as it is read. A place is used for
 // values of one size only: its zeros stay what they are.
 inline void choose_places(Program& p) {
   struct Slot {
     int64_t height, width, free_from, channels;
+    bool late;
     std::vector<int64_t> values;
   };
   std::vector<int64_t> last(p.values.size(), -1);
@@ -239,18 +272,19 @@ inline void choose_places(Program& p) {
     const Value& v = p.values[number];
     if (v.place != Value::INSIDE) continue;
     auto slot = std::find_if(slots.begin(), slots.end(), [&](const Slot& s) {
-      return s.height == v.height && s.width == v.width && s.free_from < i;
+      return s.height == v.height && s.width == v.width && s.late == v.late && s.free_from < i;
     });
-    if (slot == slots.end()) slot = slots.insert(slot, {v.height, v.width, 0, 0, {}});
+    if (slot == slots.end()) slot = slots.insert(slot, {v.height, v.width, 0, 0, v.late, {}});
     slot->free_from = last[number];
     slot->channels = std::max(slot->channels, v.channels);
     slot->values.push_back(number);
   }
   for (const Slot& slot : slots) {
     const Value& like = p.values[slot.values[0]];
-    for (const int64_t number : slot.values) p.values[number].at = p.arena + like.before();
+    int64_t& end = slot.late ? p.late_arena : p.early_arena;
+    for (const int64_t number : slot.values) p.values[number].at = end + like.before();
     const int64_t floats = like.before() + slot.channels * like.plane() + like.behind();
-    p.arena += (floats + LINE - 1) / LINE * LINE;
+    end += (floats + LINE - 1) / LINE * LINE;
   }
 }
 
@@ -311,7 +345,7 @@ inline void choose_frame(const Layer& l, const Value& from, const Value& to, Cut
   cut.row = cut.frame.width;
 }
 
-inline Cut cut_for(const Program& p, const Layer& l, int64_t weights, int64_t threads) {
+inline Cut cut_for(const Program& p, const Layer& l, int64_t threads) {
   const Value &from = p.values[l.source], &to = p.values[l.result];
   Cut cut{};
   const int64_t row = to.place == Value::INSIDE ? to.row() : from.row();
@@ -327,7 +361,7 @@ inline Cut cut_for(const Program& p, const Layer& l, int64_t weights, int64_t th
   cut.strips = (to.height + fitting - 1) / fitting, cut.splits = 1;
   if (cut.strips % threads != 0) {
     const int64_t more = (cut.strips + threads - 1) / threads * threads;
-    if (weights <= FEW_WEIGHTS && to.height >= more * 2 * (reach + 1)) cut.strips = more;
+    if (l.weights() <= FEW_WEIGHTS && to.height >= more * 2 * (reach + 1)) cut.strips = more;
     else cut.splits = std::min<int64_t>(threads, std::max<size_t>(1, l.blocks.size()));
   }
   cut.rows = (to.height + cut.strips - 1) / cut.strips;
@@ -375,7 +409,9 @@ inline void finish_cut(Program& p, const Layer& l, Cut& cut) {
   if (!cut.in_place) {
     const int64_t floats = l.used.size() * cut.frame.channel() + l.padding[1] +
         MOST_VECTORS * LANES;
-    p.scratch = std::max(p.scratch, floats);
+    const bool late = &l - p.layers.data() >= p.late;
+    int64_t& most = late ? p.late_scratch : p.early_scratch;
+    most = std::max(most, floats);
   }
 }
 
@@ -415,13 +451,11 @@ inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
     p.outputs.push_back(number);
   }
   choose_zeros(p);
+  find_late_layers(p);
   choose_places(p);
   for (Layer& l : p.layers) {
-    const int64_t own = std::accumulate(
-        l.blocks.begin(), l.blocks.end(), int64_t{0},
-        [](int64_t sum, const Block& b) { return sum + b.rows * b.count; });  // a pool: as if
-    l.alone = cut_for(p, l, own, 1);
-    l.together = cut_for(p, l, own, threads);
+    l.alone = cut_for(p, l, 1);
+    l.together = cut_for(p, l, threads);
     finish_cut(p, l, l.alone);
     finish_cut(p, l, l.together);
   }
