@@ -25,10 +25,6 @@
 namespace dspfx {
 namespace {
 
-inline void set(float* to, int64_t count, float value) {
-  for (int64_t i = 0; i < count; ++i) to[i] = value;
-}
-
 // Rows are short: whole vectors, the last one stepping back, beat a call of memcpy.
 inline void copy(float* to, const float* from, int64_t count) {
   if (count < LANES) {
@@ -71,21 +67,17 @@ void fill(const Layer& l, const Cut& cut, const Value& size, Planes<const float>
         const int64_t begin = std::clamp<int64_t>((-shift + step - 1) / step, 0, f.width);
         const int64_t end =
             std::clamp<int64_t>((size.width - shift + step - 1) / step, begin, f.width);
+        // all of it first: rows are short, and so are their ends
+        std::fill_n(to, f.height * f.width, padding);
         for (int64_t row = 0; row < f.height; ++row, to += f.width) {
           const int64_t y = (first + row) * l.stride[0] + py - l.padding[0];
-          if (y < 0 || y >= size.height) {
-            set(to, f.width, padding);
-            continue;
-          }
-          const float* line = plane + y * from.row + shift;
-          set(to, begin, padding);
-          copy(to + begin, line + begin * step, end - begin, step);
-          set(to + end, f.width - end, padding);
+          if (y >= 0 && y < size.height)
+            copy(to + begin, plane + y * from.row + shift + begin * step, end - begin, step);
         }
       }
     }
   }
-  set(to, l.padding[1], padding);  // what the last row pads
+  std::fill_n(to, l.padding[1], padding);  // what the last row pads
 }
 
 // Threads that take the same steps and wait for each other.

@@ -218,15 +218,16 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
   p.layers.push_back(std::move(l));
 }
 
-// Values inside get the zeros that those need who read them as they are, all of a size the same, so
-// that their pixels lie side by side.
+// Values inside get the zeros that those need who read them as they are, and rows as long as those who
+// write them by strides have; all of a size the same, so that their pixels lie side by side.
 inline void choose_zeros(Program& p) {
   std::map<std::pair<int64_t, int64_t>, std::array<int64_t, 2>> zeros;
   for (const Layer& l : p.layers) {
     const Value &from = p.values[l.source], &to = p.values[l.result];
+    auto& most = zeros[{to.height, to.width}];
+    if (l.stride[1] > 1) most[1] = std::max(most[1], l.reach(1) / l.stride[1]);
     const bool same = from.height == to.height && from.width == to.width;
     if (!same || l.kind != CONVOLUTION || l.stride[0] != 1 || l.stride[1] != 1) continue;
-    auto& most = zeros[{from.height, from.width}];
     for (int axis = 0; axis < 2; ++axis) most[axis] = std::max(most[axis], l.padding[axis]);
   }
   for (Value& v : p.values)
