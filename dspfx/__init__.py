@@ -14,19 +14,24 @@ from dspfx.errors import (
     DataError,
     DspfxError,
     EquivalenceError,
+    ExportError,
     LearnError,
+    LoadError,
     MaskError,
     PrepareError,
+    SaveError,
     TraceError,
 )
 from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
+from dspfx.load import load
 from dspfx.masks import get_masks, set_masks
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
 from dspfx.prepare import prepare
 from dspfx.prune import Budget, PruneReport, prune
 from dspfx.report import Report, report
+from dspfx.save import save
 
 __all__ = [
     "FEWEST_WEIGHTS",
@@ -38,21 +43,26 @@ __all__ = [
     "DataError",
     "DspfxError",
     "EquivalenceError",
+    "ExportError",
     "GroupLearner",
     "LearnError",
+    "LoadError",
     "MaskError",
     "PrepareConfig",
     "PrepareError",
     "PreparedModule",
     "PruneReport",
     "Report",
+    "SaveError",
     "TraceError",
     "channel_graph",
     "compile",
     "convert",
     "get_masks",
+    "load",
     "prepare",
     "prune",
     "report",
+    "save",
     "set_masks",
 ]
