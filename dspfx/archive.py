@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dspfx.errors import LoadError, SaveError
 
-PLAN, DIGEST = "dspfx", "sha256"
+KEY = "dspfx"  # one key of metadata alone: several would be written in any order
 FORMAT = 1
 MOST_HEADER = 2**25  # bytes
 
@@ -48,13 +48,12 @@ def write(path: Path, archive: Archive) -> None:
         SaveError: there is a type of tensor that cannot be stored, or no space.
     """
     tensors = {name: _storable(name, tensor) for name, tensor in archive.tensors.items()}
-    text = json.dumps(archive.plan, allow_nan=False, separators=(",", ":"))
+    text = _text({"sha256": _digest(archive.plan, tensors), "plan": archive.plan})
     if len(text) > MOST_HEADER // 2:
         raise SaveError(f"the plan of the model takes {len(text):,} characters, too many")
-    metadata = {PLAN: text, DIGEST: _digest(text, tensors)}
     try:
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {KEY: text})
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise SaveError(f"{path} cannot be written: {error}") from error
 
@@ -88,14 +87,13 @@ def read(path: Path, most_bytes: int) -> Archive:
     try:
         _check_size(path, most_bytes)
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            text = metadata.get(PLAN, "null")
-            plan = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
-            _check_format(path, plan)
+            text = (file.metadata() or {}).get(KEY, "null")
+            found = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
+            plan, digest = _of_known_format(path, found)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"{path} is no file of dspfx.save, or a damaged one: {error}") from error
-    if metadata.get(DIGEST) != _digest(text, tensors):
+    if digest != _digest(plan, tensors):
         raise LoadError(f"{path} is damaged: it does not hold what was written; get it anew")
     return Archive(plan, tensors)
 
@@ -116,15 +114,23 @@ def _check_size(path: Path, most_bytes: int) -> None:
         )
 
 
-def _check_format(path: Path, plan: Any) -> None:
-    number = plan.get("format") if isinstance(plan, dict) else None
-    if type(number) is not int or number < 1:
-        raise LoadError(f"{path} holds no plan of dspfx.save; it was written by something else")
+def _of_known_format(path: Path, found: Any) -> tuple[dict[str, Any], str]:
+    """The plan and the digest in the metadata."""
+    match found:
+        case {"sha256": str(digest), "plan": {"format": int(number)}} if number > 0:
+            plan: dict[str, Any] = found["plan"]
+        case _:
+            raise LoadError(f"{path} holds no plan of dspfx.save; it was written by something else")
     if number > FORMAT:
         raise LoadError(
             f"{path} has format {number}, this dspfx reads formats up to {FORMAT}; it was written "
             f"by dspfx {str(plan.get('dspfx'))[:20]}: update dspfx to that version"
         )
+    return plan, digest
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def _storable(name: str, tensor: Tensor) -> Tensor:
@@ -139,12 +145,12 @@ def _is_part(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def _digest(plan: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(plan: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Of the plan, and of the names, types, shapes and bytes of the tensors."""
-    sha = hashlib.sha256(plan.encode())
+    sha = hashlib.sha256(_text(plan).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        sha.update(_text([name, str(tensor.dtype), list(tensor.shape)]).encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 

@@ -61,15 +61,12 @@ def _chosen_channels(model: nn.Module) -> list[str]:
     """The buffers of compact modules that say which channels are read, in which order."""
     found = []
     for path, part in compact_parts_of(model):
-        inside = [n for n, m in part.named_modules() if isinstance(m, Branches)]
-        found += [
-            full_name(path, full_name(n, b)) for n in inside for b in part.get_submodule(n)._buffers
-        ]
-        found += [
-            full_name(path, str(node.args[2].target))
-            for node in part.graph.find_nodes(op="call_function", target=torch.index_select)
-            if node.args[2].op == "get_attr"
-        ]
+        branches = {n: m for n, m in part.named_modules() if isinstance(m, Branches)}
+        chosen = [(n, own) for n, m in branches.items() for own in (*m.inputs, m.order)]
+        found += [full_name(path, full_name(n, own)) for n, own in chosen if isinstance(own, str)]
+        selects = part.graph.find_nodes(op="call_function", target=torch.index_select)
+        indices = [node.args[2] for node in selects]
+        found += [full_name(path, str(i.target)) for i in indices if i.op == "get_attr"]
     return found
 
 
