@@ -66,7 +66,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives to a new file
         yield temporary
+        temporary.chmod(mode)
         _force(temporary)
         temporary.replace(path)
         _force(path.parent)

@@ -122,11 +122,6 @@ def listings(prepared: PreparedModule) -> tuple[Listing, ...]:
     return tuple(listing(prepared, graph) for graph in distinct)
 
 
-def shapes(module: nn.Module) -> dict[str, Channels]:
-    """The shapes of all parameters and buffers of `module`, by every name."""
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
-
-
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of `module`, by every name they go by."""
     parameters = dict(module.named_parameters(remove_duplicate=False))

@@ -50,7 +50,7 @@ class Compaction:
         layers: node -> how the layer is emitted.
         summary: for the report.
         difference: what verification found, and in which type.
-        shapes: of all tensors of the compact module.
+        structure: a digest of the compact module without its weights.
     """
 
     channels: tuple[Channels, ...]
@@ -60,14 +60,14 @@ class Compaction:
     layers: dict[str, LayerRecord]
     summary: Summary
     difference: tuple[float, str] | None
-    shapes: dict[str, Channels]
+    structure: str
 
 
 def compaction(
     plan: CompactionPlan,
     summary: Summary,
     difference: tuple[float, torch.dtype] | None,
-    shapes: dict[str, Channels],
+    structure: str,
 ) -> Compaction:
     """What is saved of `plan`, and of the compact module that it led to."""
     lists: dict[Channels, int] = {}
@@ -89,7 +89,7 @@ def compaction(
         layers,
         summary,
         None if difference is None else (difference[0], str(difference[1]).removeprefix("torch.")),
-        shapes,
+        structure,
     )
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dspfx.blueprint import blueprint, shapes
+from dspfx.blueprint import blueprint
 from dspfx.compaction import compaction
 from dspfx.gates import ChannelGate, FilterGate
 from dspfx.gating import fitting_inputs
+from dspfx.listing import structure
 from dspfx.masks import present_liveness
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
@@ -69,7 +70,7 @@ def _convert(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> C
     summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
     module.summary = replace(summary, gathers=count_gathers(module))
     module.difference = difference
-    stored = compaction(planned, module.summary, difference, shapes(module))
+    stored = compaction(planned, module.summary, difference, structure(module))
     module.blueprint = replace(blueprint(prepared), compaction=stored)
     return module
 

@@ -14,13 +14,19 @@ from dspfx.parts import compact_parts_of, full_name
 from dspfx.save import aliases
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+def fill(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    orders: Mapping[str, tuple[int, ...]],
+) -> None:
     """Give `model` the values of `tensors`, if all of them fit.
 
     Args:
         model: changed in place, unless an error is raised.
         tensors: for every parameter and buffer under its first name.
         names: the `aliases` that `model` should have.
+        orders: see `Plan`.
 
     Raises:
         LoadError: names, shapes, kinds of types or aliases differ.
@@ -33,7 +39,10 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, st
             f"the file lacks {_some(own.keys() - tensors.keys())} and has "
             f"{_some(tensors.keys() - own.keys())} besides"
         )
-    new = {name: matching(name, tensor, tensors[name]) for name, tensor in own.items()}
+    new = {
+        name: matching(name, tensor, tensors[name], orders.get(name))
+        for name, tensor in own.items()
+    }
     for name in _chosen_channels(model):
         if not torch.equal(own[name], new[name]):
             raise LoadError(f"'{name}' chooses other channels than its plan")
@@ -46,15 +55,29 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, st
             module.set_alive(module.alive)
 
 
-def matching(name: str, own: Tensor, stored: Tensor) -> Tensor:
-    """`stored`, copied to the device of `own`, which it is to replace."""
+def matching(
+    name: str, own: Tensor, stored: Tensor, order: tuple[int, ...] | None = None
+) -> Tensor:
+    """`stored`, copied to the device of `own`, which it is to replace.
+
+    Args:
+        name: of `own`, for messages.
+        order: of its dimensions in memory; contiguous if None.
+
+    Raises:
+        LoadError: it does not fit.
+    """
     if own.shape != stored.shape:
         raise LoadError(f"'{name}' is {tuple(own.shape)} and was {tuple(stored.shape)}")
     if own.dtype != stored.dtype and not (own.is_floating_point() and stored.is_floating_point()):
         raise LoadError(f"'{name}' is of type {own.dtype} and was {stored.dtype}")
     if stored.dtype == torch.bool and bool((stored.view(torch.uint8) > 1).any()):
         raise LoadError(f"'{name}' holds something else than true and false")
-    return stored.to(own.device, copy=True)
+    order = tuple(range(stored.dim())) if order is None else order
+    if sorted(order) != list(range(stored.dim())):
+        raise LoadError(f"'{name}' does not have the dimensions {order}")
+    laid_out = stored.permute(order).clone(memory_format=torch.contiguous_format)
+    return laid_out.permute([order.index(dim) for dim in range(len(order))]).to(own.device)
 
 
 def _chosen_channels(model: nn.Module) -> list[str]:

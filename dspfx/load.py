@@ -27,7 +27,6 @@ from dspfx.blueprint import (
     mask_of,
     named_rules,
     named_tensors,
-    shapes,
 )
 from dspfx.compaction import checked, plan_of
 from dspfx.config import PrepareConfig
@@ -37,6 +36,7 @@ from dspfx.fill import fill, matching
 from dspfx.gates import GATED, gated_layers
 from dspfx.gating import Task, analyse_prepared, fitting, gate
 from dspfx.inputs import Call, fresh, parameter_dtype_and_device
+from dspfx.listing import structure
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.parts import compact_parts_of, parts_of, prepare_in_parts
 from dspfx.passes.operators import Key, Rule
@@ -97,7 +97,8 @@ def _built(
     compact = any(part.compaction is not None for part in plan.parts)
     if compact:
         root = _compacted(root, plan.parts, tensors)
-    fill(root, {n: t for n, t in tensors.items() if not n.startswith(ORIGINAL)}, plan.aliases)
+    values = {name: t for name, t in tensors.items() if not name.startswith(ORIGINAL)}
+    fill(root, values, plan.aliases, plan.orders)
     if not compact:
         _check_masks(root, plan.parts)
     _run(root)
@@ -196,7 +197,7 @@ def _emitted(prepared: PreparedModule, part: Blueprint, most_weights: int) -> Co
     module.summary = stored.summary
     module.difference = None if found is None else (found[0], DTYPES[found[1]])
     module.blueprint = replace(part, name="", arguments=None)
-    if shapes(module) != stored.shapes:
+    if structure(module) != stored.structure:
         raise LoadError("its plan describes other layers than it holds")
     return module
 

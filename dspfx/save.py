@@ -6,11 +6,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dspfx.archive import FORMAT, Archive, write
-from dspfx.blueprint import Blueprint, blueprint, named_tensors, shapes, with_arguments
+from dspfx.blueprint import Blueprint, blueprint, named_tensors, with_arguments
 from dspfx.errors import SaveError
+from dspfx.listing import structure
 from dspfx.module import CompactModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.records import to_json
@@ -27,6 +28,8 @@ class Plan:
         dspfx, torch: the versions that wrote it.
         training: whether the model was in training mode.
         aliases: further names of tensors, and the names under which these are stored.
+        orders: the dimensions of tensors that are not contiguous, in the order of their strides,
+            the largest first.
         parts: the prepared or compact modules of the model, itself if it was traced whole.
     """
 
@@ -35,6 +38,7 @@ class Plan:
     torch: str
     training: bool
     aliases: dict[str, str]
+    orders: dict[str, tuple[int, ...]]
     parts: tuple[Blueprint, ...]
 
 
@@ -72,7 +76,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, tensor in part.indices.items()
     }
     tensors |= {name: t for name, t in named_tensors(model).items() if name not in names}
-    plan = Plan(FORMAT, version("dspfx"), torch.__version__, model.training, names, _parts(model))
+    plan = Plan(
+        format=FORMAT,
+        dspfx=version("dspfx"),
+        torch=torch.__version__,
+        training=model.training,
+        aliases=names,
+        orders={name: _order(t) for name, t in tensors.items() if not t.is_contiguous()},
+        parts=_parts(model),
+    )
     write(Path(path), Archive(to_json(plan), tensors))
 
 
@@ -81,6 +93,10 @@ def aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(t), name) for name, t in named_tensors(model).items()}
     return {name: own for name, own in names.items() if name != own}
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
 
 
 def _parts(model: nn.Module) -> tuple[Blueprint, ...]:
@@ -95,7 +111,7 @@ def _parts(model: nn.Module) -> tuple[Blueprint, ...]:
 def _unchanged(part: CompactModule) -> Blueprint:
     plain: Blueprint = part.blueprint
     assert plain.compaction is not None
-    if shapes(part) != plain.compaction.shapes:
+    if structure(part) != plain.compaction.structure:
         raise SaveError(
             "the layers of the model are not those that dspfx.convert made, perhaps since "
             "dspfx.compile emitted them anew; save the model that convert returned, and compile "
