@@ -47,7 +47,7 @@ def write(path: Path, archive: Archive) -> None:
     Raises:
         SaveError: there is a type of tensor that cannot be stored, or no space.
     """
-    tensors = {name: _storable(name, tensor) for name, tensor in archive.tensors.items()}
+    tensors = _storable(archive.tensors)
     text = _text({"sha256": _digest(archive.plan, tensors), "plan": archive.plan})
     if len(text) > MOST_HEADER // 2:
         raise SaveError(f"the plan of the model takes {len(text):,} characters, too many")
@@ -136,16 +136,18 @@ def _text(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def _storable(name: str, tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and sharing nothing with others."""
-    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
-        raise SaveError(f"'{name}' is no ordinary tensor that holds values, and is not stored")
-    own = tensor.detach().cpu().contiguous()
-    return own.clone() if own.data_ptr() == tensor.data_ptr() and _is_part(own) else own
-
-
-def _is_part(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and sharing nothing with each other."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
+            raise SaveError(f"'{name}' is no ordinary tensor that holds values, and is not stored")
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if storage in storages else own
+        storages.add(storage)
+    return found
 
 
 def _digest(plan: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -135,7 +135,7 @@ def mask_of(record: MaskRecord, filters: int, channels: int) -> Tensor:
         ValueError: it describes none of that shape.
     """
     if len(record.reads) != filters or len(record.lists) > filters:
-        raise ValueError(f"a mask of {len(record.reads)} filters where there are {filters}")
+        raise ValueError(f"the mask of a layer is not one of its {filters} filters")
     rows = torch.zeros(len(record.lists) + 1, channels, dtype=torch.bool)  # the last one is for -1
     for number, own in enumerate(record.lists):
         rows[number, torch.from_numpy(checked(own, 0, channels))] = True
