@@ -22,6 +22,7 @@ from dspfx.errors import (
     SaveError,
     TraceError,
 )
+from dspfx.export import export
 from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
 from dspfx.load import load
@@ -58,6 +59,7 @@ __all__ = [
     "channel_graph",
     "compile",
     "convert",
+    "export",
     "get_masks",
     "load",
     "prepare",

@@ -25,10 +25,13 @@ def test_public_names() -> None:
         "channel_graph",
         "compile",
         "convert",
+        "export",
         "get_masks",
+        "load",
         "prepare",
         "prune",
         "report",
+        "save",
         "set_masks",
     ]
     values = ["Budget", "CompactModule", "GroupLearner", "PrepareConfig", "PreparedModule"]
