@@ -8,12 +8,13 @@ consists of standard operators: an ONNX model of the `ai.onnx` domain alone, a p
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from dspfx.archive import replacing
 from dspfx.errors import ExportError, PrepareError
@@ -25,6 +26,7 @@ from dspfx.trees import map_leaves
 Format = Literal["onnx", "export", "aoti"]
 SUFFIXES: Mapping[str, Format] = {".onnx": "onnx", ".aoti.pt2": "aoti", ".pt2": "export"}
 LARGEST_ONNX = 2**31  # bytes
+BATCH = "batch"
 
 
 def export(
@@ -65,7 +67,7 @@ def export(
     shapes = _dynamic_shapes(model, call) if dynamic_batch else None
     program = _program(model, call, shapes)
     with replacing(path) as temporary:
-        write(program, temporary, shapes)
+        write(program, temporary)
 
 
 def _format(path: Path, given: str | None) -> Format:
@@ -113,7 +115,7 @@ def _dynamic_shapes(model: nn.Module, call: Call) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, value in call.by_name(model).items():
         named |= value if name.startswith("**") else {name.lstrip("*"): value}
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim(BATCH)
 
     def of(leaf: Any) -> Any:
         return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None
@@ -122,9 +124,7 @@ def _dynamic_shapes(model: nn.Module, call: Call) -> dict[str, Any]:
     return shapes
 
 
-def _program(
-    model: nn.Module, call: Call, shapes: dict[str, Any] | None
-) -> torch.export.ExportedProgram:
+def _program(model: nn.Module, call: Call, shapes: dict[str, Any] | None) -> ExportedProgram:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # recurrent layers keep a list of their weights; torch restores it
@@ -138,9 +138,7 @@ def _program(
         ) from error
 
 
-def _write_onnx(
-    program: torch.export.ExportedProgram, path: Path, shapes: dict[str, Any] | None
-) -> None:
+def _write_onnx(program: ExportedProgram, path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise ExportError(f"ONNX files need {' and '.join(missing)}: pip install 'dspfx[deploy]'")
@@ -148,33 +146,35 @@ def _write_onnx(
     if size > LARGEST_ONNX:
         raise ExportError(f"one ONNX file holds 2 GiB, the model has {size:,} bytes")
     try:
-        model = torch.onnx.export(program, dynamic_shapes=shapes, dynamo=True, verbose=False)
+        model = torch.onnx.export(program, dynamo=True, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"the ONNX exporter of torch cannot export it: {error}") from error
     assert model is not None
+    model.rename_axes(dict.fromkeys(_first_axes(model.model.graph.inputs), BATCH))
     foreign = {node.domain for node in model.model.graph.all_nodes()} - {"", "ai.onnx"}
     if foreign or model.model.functions:
         raise ExportError(f"the model has operators that are not standard, of {foreign}")
     model.save(path, external_data=False)
 
 
-def _write_program(
-    program: torch.export.ExportedProgram, path: Path, shapes: dict[str, Any] | None
-) -> None:
+def _first_axes(inputs: Iterable[Any]) -> set[str]:
+    """The names that the exporter gave to the first dimensions of `inputs` that may change."""
+    firsts = [given.shape[0] for given in inputs if given.shape is not None and len(given.shape)]
+    return {str(first) for first in firsts if not isinstance(first, int)}
+
+
+def _write_program(program: ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
 
 
-def _write_package(
-    program: torch.export.ExportedProgram, path: Path, shapes: dict[str, Any] | None
-) -> None:
+def _write_package(program: ExportedProgram, path: Path) -> None:
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # of the compiler, of inductor or of the file system
         raise ExportError(f"AOTInductor cannot compile it: {error}") from error
 
 
-_Writer = Callable[[torch.export.ExportedProgram, Path, dict[str, Any] | None], None]
-_WRITERS: Mapping[Format, _Writer] = {
+_WRITERS: Mapping[Format, Callable[[ExportedProgram, Path], None]] = {
     "onnx": _write_onnx,
     "export": _write_program,
     "aoti": _write_package,

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import CRNN, FPN, MODELS, C2f, Configurable, Siamese
+from models import CRNN, MODELS, C2f, Configurable, ListInput, Siamese
 from test_parts import IMAGES, Detector
 from test_save import Small, pruned
 from torch import Tensor, nn
 
 import dspfx
 from dspfx.group_conv import GroupConv2d
+from dspfx.trees import leaves
 from helpers import assert_equal, random_masks, randomise, unchanged
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -91,15 +92,18 @@ def test_a_network_whose_channels_lie_in_order_has_no_gather(tmp_path: Path) -> 
     assert kinds["Gather"] == dspfx.report(compact).gathers
 
 
-@pytest.mark.parametrize("kind", [C2f, CRNN, Siamese, FPN, Configurable])
+@pytest.mark.parametrize("kind", [C2f, CRNN, Siamese, ListInput, Configurable])
 def test_awkward_models(kind: type[nn.Module], tmp_path: Path) -> None:
-    """Several inputs and outputs, inputs by name, integers; with the batch of the example."""
+    """Several inputs and outputs, lists, flags, integers, an LSTM."""
     pytest.importorskip("onnxscript")
-    prepared = pruned(kind(), as_float32(MODELS[kind]))
-    model = dspfx.convert(prepared)
+    model = dspfx.convert(pruned(kind(), as_float32(MODELS[kind])))
     inputs = model.example_inputs
-    dspfx.export(model, inputs, tmp_path / "m.pt2", dynamic_batch=False)
-    assert_equal(model(*inputs), torch.export.load(tmp_path / "m.pt2").module()(*inputs), 1e-5)
+    dspfx.export(model, inputs, tmp_path / "m.onnx")
+    dspfx.export(model, inputs, tmp_path / "m.pt2")
+    expected, program = list(leaves(model(*inputs))), torch.export.load(tmp_path / "m.pt2")
+    assert_equal(expected, list(leaves(program.module()(*inputs))), 1e-5)
+    given = [x for x in leaves(inputs) if isinstance(x, Tensor)]
+    assert_equal(expected, onnx_outputs(tmp_path / "m.onnx", *given), 1e-5)
 
 
 def as_float32(inputs: Any) -> Any:
