@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,10 +188,10 @@ def _emitted(prepared: PreparedModule, part: Blueprint, most_weights: int) -> Co
         raise LoadError("one part is compact, another is not")
     for name, layer in gated_layers(prepared).items():
         layer.gate.set_mask(mask_of(part.masks[name], *layer.gate.mask.shape))
-    for name, module in channel_gates(prepared).items():
-        alive = torch.ones(len(module.alive), dtype=torch.bool)
+    for name, gate_behind_norm in channel_gates(prepared).items():
+        alive = torch.ones(len(gate_behind_norm.alive), dtype=torch.bool)
         alive[torch.from_numpy(checked(part.dead[name], 0, len(alive)))] = False
-        module.set_alive(alive)
+        gate_behind_norm.set_alive(alive)
     analysis = analyse_prepared(prepared)
     module = emit_compact(prepared, analysis, plan_of(stored, analysis, most_weights))
     found = stored.difference
@@ -212,7 +213,7 @@ def _check_masks(root: nn.Module, parts: tuple[Blueprint, ...]) -> None:
 
 def _run(root: nn.Module) -> None:
     """Run every part once, so that what cannot run is not returned."""
-    compact = [part for _, part in compact_parts_of(root)]
+    compact: list[Any] = [part for _, part in compact_parts_of(root)]
     for part in compact or [part.module for part in parts_of(root)]:
         part.example_inputs = map_leaves(fitting(part), part.example_inputs)
         with torch.no_grad(), part.evaluation_view() as view:

@@ -96,7 +96,8 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
 
 
 def _parts(model: nn.Module) -> tuple[Blueprint, ...]:
