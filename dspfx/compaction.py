@@ -148,17 +148,18 @@ class _Reader:
         operands = self.analysis.ops[node].operands
         if len(numbers) != len(operands):
             raise ValueError(f"{name} has {len(operands)} operands, not {len(numbers)}")
+        # constants know no channels, but are cut like what they are combined with
+        most = [max(self._count(operand), self._count(node)) for operand in operands]
         return tuple(
-            None
-            if number is None
-            else self._channels(
-                number, -1, self._count(of), max(self._count(of), self._count(node))
-            )
-            for number, of in zip(numbers, operands, strict=True)
+            None if number is None else self._channels(number, -1, count, count)
+            for number, count in zip(numbers, most, strict=True)
         )
 
     def _count(self, node: Node) -> int:
-        value = self.analysis.values.get(node)
+        """The channels of what `node` computes, 0 if it is only handled whole."""
+        op, value = self.analysis.ops[node], self.analysis.values.get(node)
+        if isinstance(op, Mix):
+            return op.filters
         return 0 if value is None else value.channels
 
     def _layer(self, name: str, layer: LayerRecord) -> LayerPlan:

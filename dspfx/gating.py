@@ -68,7 +68,8 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
     prepared.origin = Origin(call.map(fresh), task.opaque, task.gate_first, dtype)
     _check_trace(prepared, name, expected)
     analysis = analyse_prepared(prepared)
-    plan = plan_gates(prepared, analysis, config.layers, task.frozen, task.gate_first)
+    with prepared.evaluation_view() as view:  # whatever mode the model is in
+        plan = plan_gates(view, analysis, config.layers, task.frozen, task.gate_first)
     if not plan.layers:
         raise PrepareError(
             f"{name} has no layer to prune: dspfx gates convolutions and linear layers that have "
