@@ -1,16 +1,23 @@
 """`save` and `load`: bit for bit, on a new module; what does not fit changes nothing."""
 
+import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models import MODELS, Detections
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_config import RULES, Squash, Unusual
 from test_parts import IMAGES, Detector
+from test_properties import COST_MODELS, inputs, prepare
 from torch import Tensor, nn
 
 import dspfx
@@ -18,6 +25,7 @@ from dspfx import archive, stored_inputs
 from dspfx.passes.lowering import dense
 from dspfx.passes.relower import relowered, sites
 from helpers import assert_equal, random_masks, randomise, unchanged
+from random_networks import MaskRecipe, mask_recipes, networks
 
 DATA = Path(__file__).parent / "data"
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
@@ -78,6 +86,50 @@ def test_awkward_models(kind: type[nn.Module], tmp_path: Path) -> None:
         assert type(loaded).__name__ == type(model).__name__
         assert loaded.code == model.code
         assert_equal(model(*model.example_inputs), loaded(*model.example_inputs), tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v3_small", "googlenet", "shufflenet_v2_x0_5", "convnext_atto"]
+)
+def test_models_of_torchvision_and_timm(name: str, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        if name == "convnext_atto":
+            return timm.create_model(name, num_classes=5)
+        options = {"init_weights": True} if name == "googlenet" else {}
+        return torchvision.models.get_model(name, num_classes=5, **options)
+
+    x = torch.randn(2, 3, 48, 48)
+    prepared = pruned(make().eval(), x)
+    for model in (prepared, dspfx.convert(prepared, verify=False)):
+        loaded = round_trip(model, make(), tmp_path)
+        with torch.no_grad():
+            assert_equal(model(x), loaded(x), tolerance=0)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    model=networks(),
+    recipe=mask_recipes(),
+    groups=st.integers(1, 4),
+    cost_model=st.sampled_from(COST_MODELS),
+)
+def test_random_networks(
+    model: nn.Module, recipe: MaskRecipe, groups: int, cost_model: dspfx.CostModel
+) -> None:
+    prepared = prepare(model, groups)
+    if prepared is None:
+        return
+    dspfx.set_masks(prepared, recipe.masks(prepared))
+    compact = dspfx.convert(prepared, verify=False, cost_model=cost_model)
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in (*fresh.parameters(), *fresh.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(0.25)
+    for saved in (prepared, compact):
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            loaded = round_trip(saved, fresh, Path(folder))
+            assert_equal(saved(inputs(model)), loaded(inputs(model)), tolerance=0)
 
 
 def test_work_goes_on_with_what_was_loaded(tmp_path: Path) -> None:
