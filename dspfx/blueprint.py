@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -143,11 +144,16 @@ def mask_of(record: MaskRecord, filters: int, channels: int) -> Tensor:
 
 
 def _mask_record(gate: FilterGate) -> MaskRecord:
-    rows, reads = torch.unique(gate.mask.cpu(), dim=0, return_inverse=True)
-    some = rows.any(1)
-    number = torch.where(some, some.cumsum(0) - 1, -1)
-    lists = tuple(_numbers(row.nonzero().flatten()) for row in rows[some])
-    return MaskRecord(lists, _numbers(number[reads]), _numbers(gate.assignment))
+    mask = gate.mask.cpu().numpy()
+    keys = [row.tobytes() for row in np.packbits(mask, axis=1)]
+    first: dict[bytes, int] = {}
+    for filter, key in enumerate(keys):
+        if any(key):
+            first.setdefault(key, filter)
+    number_of = {key: number for number, key in enumerate(first)}
+    lists = tuple(tuple(np.flatnonzero(mask[row]).tolist()) for row in first.values())
+    reads = tuple(number_of.get(key, -1) for key in keys)
+    return MaskRecord(lists, reads, _numbers(gate.assignment))
 
 
 def _numbers(tensor: Tensor) -> Channels:
