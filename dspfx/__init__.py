@@ -17,13 +17,18 @@ from dspfx.errors import (
     DataError,
     DspfxError,
     EquivalenceError,
+    ExportError,
     LearnError,
+    LoadError,
     MaskError,
     PrepareError,
+    SaveError,
     TraceError,
 )
+from dspfx.export import export
 from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
+from dspfx.load import load
 from dspfx.masks import get_masks, set_masks
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
@@ -31,6 +36,7 @@ from dspfx.prepare import prepare
 from dspfx.prune import Budget, PruneReport, prune
 from dspfx.recalibrate import recalibrate
 from dspfx.report import Report, report
+from dspfx.save import save
 
 __all__ = [
     "FEWEST_WEIGHTS",
@@ -43,25 +49,31 @@ __all__ = [
     "DataError",
     "DspfxError",
     "EquivalenceError",
+    "ExportError",
     "GroupLearner",
     "LearnError",
+    "LoadError",
     "MaskError",
     "PrepareConfig",
     "PrepareError",
     "PreparedModule",
     "PruneReport",
     "Report",
+    "SaveError",
     "TraceError",
     "channel_graph",
     "cluster_groups",
     "compile",
     "convert",
+    "export",
     "get_masks",
+    "load",
     "load_checkpoint",
     "prepare",
     "prune",
     "recalibrate",
     "report",
+    "save",
     "save_checkpoint",
     "set_masks",
 ]

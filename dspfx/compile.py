@@ -8,6 +8,7 @@
 3. A network that takes only a few milliseconds is compiled once more, called from C++.
 """
 
+import threading
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ MOST_FORMS = 6
 ROUNDS = 15
 SETTLE = 5e-3
 SHORT = 3e-3
+_COMPILING = threading.Lock()  # torch's settings are those of the process
 FROM_CPP, AS_IT_IS = "from C++", "without inductor"
 
 
@@ -120,10 +122,11 @@ class Compiled:
         with torch.no_grad():
             if shapes in self._met:
                 return self._call(*args)
-            # as options of torch.compile they come too late: dynamo asks for them before inductor
-            with torch._inductor.config.patch(self._settings):
-                result = self._call(*args)
-            self._met.add(shapes)
+            with _COMPILING:  # one thread compiles, those that wait for the same find it done
+                # options of torch.compile come too late: dynamo asks for them before inductor
+                with torch._inductor.config.patch(self._settings):
+                    result = self._call(*args)
+                self._met.add(shapes)
             return result
 
 

@@ -1,19 +1,25 @@
 """`convert`: from a masked model to a compact one that computes the same function."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from dspfx.blueprint import blueprint
+from dspfx.compaction import compaction
+from dspfx.gates import ChannelGate, FilterGate
 from dspfx.gating import fitting_inputs
+from dspfx.listing import structure
 from dspfx.masks import present_liveness
 from dspfx.module import CompactModule, PreparedModule
-from dspfx.parts import compact_parts_of, parts_of
+from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.compact import compact
 from dspfx.passes.cost_model import CPU, CostModel
-from dspfx.passes.plan import plan
+from dspfx.passes.plan import CompactionPlan, plan
 from dspfx.passes.summary import count_gathers, summarise
+from dspfx.passes.values import ChannelAnalysis
 from dspfx.passes.verify import verify as verify_equal
 
 
@@ -41,24 +47,55 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
     """
     if compact_parts_of(prepared):
         return copy.deepcopy(prepared)
-    # a copy of the whole in which every part is taken for its compact form
-    copies: dict[int, Any] = {
-        id(part.module): _convert(part.module, verify, cost_model) for part in parts_of(prepared)
+    compact = {
+        part.module: _convert(part.module, verify, cost_model) for part in parts_of(prepared)
     }
-    return copy.deepcopy(prepared, copies).eval()
+    return exchanged(prepared, compact).eval()
+
+
+def exchanged(model: nn.Module, parts: Mapping[PreparedModule, CompactModule]) -> nn.Module:
+    """A copy of `model` in which every part is taken for its compact form."""
+    copies: dict[int, Any] = {id(part): compact for part, compact in parts.items()}
+    twin: nn.Module = copy.deepcopy(model, copies)
+    return twin
 
 
 def _convert(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> CompactModule:
-    inputs = fitting_inputs(prepared)
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
         planned = plan(view, analysis, live, cost_model)
+        inputs = fitting_inputs(prepared)
         difference = verify_equal(view, analysis, live, planned, inputs) if verify else None
+    module = emit_compact(prepared, analysis, planned)
+    summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
+    module.summary = replace(summary, gathers=count_gathers(module))
+    module.difference = difference
+    stored = compaction(planned, module.summary, difference, structure(module))
+    module.blueprint = replace(blueprint(prepared), compaction=stored)
+    return module
+
+
+def emit_compact(
+    prepared: PreparedModule, analysis: ChannelAnalysis, planned: CompactionPlan
+) -> CompactModule:
+    """The module that `planned` describes, without its summary and blueprint."""
+    with prepared.evaluation_view() as view:
         compacted = compact(view, analysis, planned)
     graphs = dict.fromkeys((False, True), compacted.graph)
     module = CompactModule(compacted.root, graphs, type(prepared).__name__)
-    module.example_inputs, module.difference = inputs, difference
+    module.example_inputs, module.origin = fitting_inputs(prepared), prepared.origin
+    module.indices = {name: buffer.clone() for name, buffer in indices(prepared).items()}
     module.stands_for = copy.deepcopy(prepared.stands_for)
-    summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
-    module.summary = replace(summary, gathers=count_gathers(module))
     return module
+
+
+def indices(prepared: PreparedModule) -> dict[str, Tensor]:
+    """The buffers of the user's that hold no floating-point numbers: where channels go, may be."""
+    gates = (FilterGate, ChannelGate)
+    return {
+        full_name(path, name): buffer
+        for path, module in prepared.named_modules()
+        if not isinstance(module, gates)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dim() and not buffer.is_floating_point()
+    }

@@ -29,6 +29,18 @@ class EquivalenceError(DspfxError):
     """Masked and compact model differ; the message names the first node that does."""
 
 
+class SaveError(DspfxError):
+    """The model cannot be saved, for example since its layers were exchanged after `convert`."""
+
+
+class LoadError(DspfxError):
+    """A file is damaged, of a later format, or does not fit the model; nothing was loaded."""
+
+
+class ExportError(DspfxError):
+    """The model cannot be exported, or not to this format; the message says what to do."""
+
+
 class LearnError(DspfxError):
     """Group learning was given an optimiser, a loss or settings it cannot work with."""
 

@@ -1,5 +1,6 @@
 """From a private copy of a module to a gated graph of it, and the analysis of what came out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from dspfx.config import PrepareConfig
 from dspfx.errors import PrepareError, TraceError
 from dspfx.inputs import Call, evaluate, fresh, parameter_dtype_and_device
 from dspfx.module import PreparedModule
+from dspfx.origin import Origin
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
 from dspfx.passes.trace import trace
@@ -54,6 +56,7 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
         PrepareError: there is no layer to gate.
     """
     config, name = task.config, type(root).__name__
+    dtype, _ = parameter_dtype_and_device(root)
     expected = evaluate(root, call)
     leaves = frozenset(key for key in config.rules if isinstance(key, type))
     arguments = call.map(fresh).by_name(root)
@@ -62,9 +65,11 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
     prepared.example_inputs = _positional(prepared.graph, call.by_name(root))
     prepared.frozen, prepared.config = task.frozen, config
     prepared.lines = traced.lines
+    prepared.origin = Origin(call.map(fresh), task.opaque, task.gate_first, dtype)
     _check_trace(prepared, name, expected)
     analysis = analyse_prepared(prepared)
-    plan = plan_gates(prepared, analysis, config.layers, task.frozen, task.gate_first)
+    with prepared.evaluation_view() as view:  # whatever mode the model is in
+        plan = plan_gates(view, analysis, config.layers, task.frozen, task.gate_first)
     if not plan.layers:
         raise PrepareError(
             f"{name} has no layer to prune: dspfx gates convolutions and linear layers that have "
@@ -88,15 +93,20 @@ def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:
 
 def fitting_inputs(prepared: PreparedModule) -> tuple[Any, ...]:
     """The example inputs, as the prepared model's present dtype and device want them."""
-    dtype, device = parameter_dtype_and_device(prepared)
+    fitted: tuple[Any, ...] = map_leaves(fitting(prepared), prepared.example_inputs)
+    return fitted
+
+
+def fitting(module: nn.Module) -> Callable[[Any], Any]:
+    """What brings a tensor to the present dtype and device of `module`, and leaves the rest."""
+    dtype, device = parameter_dtype_and_device(module)
 
     def fit(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         return leaf.to(device, dtype if leaf.is_floating_point() else None)
 
-    fitted: tuple[Any, ...] = map_leaves(fit, prepared.example_inputs)
-    return fitted
+    return fit
 
 
 def _positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:

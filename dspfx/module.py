@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from dspfx.config import PrepareConfig
+from dspfx.origin import Origin
 
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -149,15 +150,17 @@ class PreparedModule(TwoModeModule):
         left_alone: the layers that are not gated, and why.
         lines: the line of source that each node of the graphs comes from, where it is known.
         notes: what was decided without the user, for the report.
+        origin: what else has to be known to prepare another module alike.
     """
 
-    carried = ("example_inputs", "config", "frozen", "left_alone", "lines", "notes")
+    carried = ("example_inputs", "config", "frozen", "left_alone", "lines", "notes", "origin")
     example_inputs: tuple[Any, ...]
     config: PrepareConfig
     frozen: frozenset[str]
     left_alone: dict[str, str]
     lines: dict[str, str]
     notes: tuple[str, ...]
+    origin: Origin
 
 
 class CompactModule(TwoModeModule):
@@ -168,9 +171,15 @@ class CompactModule(TwoModeModule):
         summary: what became of every layer, see `dspfx.report`.
         difference: the largest relative difference from the masked model that verification
             found, and the type it ran in; None if it was not asked for.
+        blueprint: how it is built from the user's module, see `Blueprint`.
+        indices: buffers of the prepared module that may say where channels go.
+        origin: see `PreparedModule`.
     """
 
-    carried = ("difference", "example_inputs", "summary")
+    carried = ("blueprint", "difference", "example_inputs", "indices", "origin", "summary")
+    blueprint: Any
     difference: tuple[float, torch.dtype] | None
     example_inputs: tuple[Any, ...]
+    indices: dict[str, torch.Tensor]
+    origin: Origin
     summary: Any

@@ -6,7 +6,7 @@ children are `PreparedModule`s; every verb works on all of them together. A mode
 whole is its own only part, with an empty name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -74,17 +74,16 @@ def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, A
 
 def prepare_in_parts(
     root: nn.Module,
-    inputs: Call,
+    calls: Mapping[int, Call],
     prepare_one: Callable[[nn.Module, str, Call], PreparedModule],
 ) -> int:
     """Replace the largest children of `root` that can be prepared; how many there were.
 
     Args:
         root: a private copy; changed in place.
-        inputs: of the root. It is run on them once to see what its children are called with.
+        calls: what the modules in it are called with, by their `id`. Others are left alone.
         prepare_one: prepares the child of a name for its inputs.
     """
-    calls = _calls(root, inputs)
     done: dict[int, PreparedModule | None] = {}
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -118,8 +117,8 @@ def _try(
         return None
 
 
-def _calls(root: nn.Module, inputs: Call) -> dict[int, Call]:
-    """The first call of every module, by its `id`."""
+def first_calls(root: nn.Module, inputs: Call) -> dict[int, Call]:
+    """The first call of every module when `root` is called with `inputs`, by its `id`."""
     calls: dict[int, Call] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dspfx.errors import PrepareError, TraceError
 from dspfx.gating import Task, gate
 from dspfx.inputs import Call, choose_inputs
 from dspfx.module import PreparedModule
-from dspfx.parts import prepare_in_parts
+from dspfx.parts import first_calls, prepare_in_parts
 from dspfx.passes.trace import copy_model
 
 
@@ -73,7 +73,7 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, error: TraceError) -> n
         prepared.append(name)
         return part
 
-    if not prepare_in_parts(root, inputs, prepare_one):
+    if not prepare_in_parts(root, first_calls(root, inputs), prepare_one):
         return None
     first = root.get_submodule(prepared[0])
     assert isinstance(first, PreparedModule)

@@ -194,3 +194,24 @@ def test_bad_settings() -> None:
         dspfx.prepare(Plain(), config=PrepareConfig(ignore=("nothing.*",)))
     with pytest.raises(dspfx.PrepareError, match="prepared already"):
         dspfx.prepare(dspfx.prepare(Plain()))
+
+
+def test_gates_do_not_depend_on_the_mode() -> None:
+    """In training mode the last linear layer was gated where the model has a dropout."""
+
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.head = (
+                nn.Conv2d(3, 4, 1),
+                nn.Conv2d(4, 4, 1),
+                nn.Linear(4, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(self.stem(x)).mean((2, 3))
+            return self.head(nn.functional.dropout(x, 0.5, self.training))
+
+    for mode in (False, True):
+        prepared = dspfx.prepare(Drops().train(mode), torch.randn(2, 3, 4, 4))
+        assert list(gated_layers(prepared)) == ["conv"]

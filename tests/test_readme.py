@@ -5,12 +5,15 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
 import dspfx
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_every_python_block_runs() -> None:
+def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # they write files
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
@@ -26,12 +29,15 @@ def test_public_names() -> None:
         "cluster_groups",
         "compile",
         "convert",
+        "export",
         "get_masks",
+        "load",
         "load_checkpoint",
         "prepare",
         "prune",
         "recalibrate",
         "report",
+        "save",
         "save_checkpoint",
         "set_masks",
     ]

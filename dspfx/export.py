@@ -1,0 +1,181 @@
+"""`export`: a compact model to a file that other programs run.
+
+The layers of a compact model are ordinary ones, whatever groups they have, so that what is written
+consists of standard operators: an ONNX model of the `ai.onnx` domain alone, a program of
+`torch.export`, or a package of machine code by AOTInductor.
+"""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from dspfx.archive import replacing
+from dspfx.errors import ExportError, PrepareError
+from dspfx.group_conv import GroupConv2d, GroupConvRun
+from dspfx.inputs import Call, choose_inputs
+from dspfx.module import PreparedModule
+from dspfx.trees import map_leaves
+
+Format = Literal["onnx", "export", "aoti"]
+SUFFIXES: Mapping[str, Format] = {".onnx": "onnx", ".aoti.pt2": "aoti", ".pt2": "export"}
+LARGEST_ONNX = 2**31  # bytes
+BATCH = "batch"
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    format: Format | None = None,
+    dynamic_batch: bool = True,
+) -> None:
+    """Write `model` to a file that runs without dspfx and without the Python code of the model.
+
+    Args:
+        model: from `dspfx.convert`, or any other module in evaluation mode; it is left as it is.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of inputs by name. Their
+            shapes and types are the model's, apart from the batch; their values do not matter and
+            are not stored.
+        path: of the file, which is replaced in one step when all is written.
+        format: `"onnx"`, one file for ONNX Runtime, OpenVINO and others, of standard operators;
+            `"export"`, for `torch.export.load`; `"aoti"`, machine code for the processor or GPU
+            that the model is on, for `torch._inductor.aoti_load_package` in Python and
+            `AOTIModelPackageLoader` in C++. If left out, the suffix of `path` says it: `.onnx`,
+            `.pt2` or `.aoti.pt2`.
+        dynamic_batch: the first dimension of all tensors is one that may change.
+
+    Raises:
+        ExportError: the model is not converted, is in training mode, holds the own kernel that
+            `dspfx.compile` puts in, has no graph, or fixes its batch; the suffix of `path` is
+            another; or a package is missing. No file is written then.
+    """
+    path = Path(path)
+    write = _WRITERS[_format(path, format)]
+    _check(model)
+    try:
+        call = choose_inputs(model, example_inputs)[0].map(_without_values)
+    except PrepareError as error:
+        raise ExportError(str(error)) from error
+    shapes = _dynamic_shapes(model, call) if dynamic_batch else None
+    program = _program(model, call, shapes)
+    with replacing(path) as temporary:
+        write(program, temporary)
+
+
+def _format(path: Path, given: str | None) -> Format:
+    if given is None:
+        found = next((f for suffix, f in SUFFIXES.items() if path.name.endswith(suffix)), None)
+        if found is None:
+            raise ExportError(
+                f"the suffix of {path.name} does not say in which format; those that do are "
+                f"{', '.join(SUFFIXES)}, or pass format="
+            )
+        return found
+    if given not in get_args(Format):
+        raise ExportError(f"format={given!r} is none of {', '.join(get_args(Format))}")
+    if given != "onnx" and path.suffix != ".pt2":
+        raise ExportError(f"{path.name} has to end with .pt2 for format={given!r}")
+    return given  # type: ignore[return-value]
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ExportError(
+            f"a {type(model).__name__} is made for this process alone; export the model that was "
+            "compiled, the one that dspfx.convert returned"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, PreparedModule):
+            raise ExportError("the model is prepared; export what dspfx.convert makes of it")
+        if isinstance(module, GroupConv2d | GroupConvRun):
+            raise ExportError(
+                f"'{name}' runs on the project's own kernel, which no other program has; export "
+                "the model that dspfx.convert returned, not the one that dspfx.compile chose"
+            )
+        if module.training:
+            raise ExportError("the model is in training mode; call model.eval() first")
+
+
+def _without_values(leaf: Any) -> Any:
+    """A floating-point tensor that tells nothing but its shape and type."""
+    plain = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return torch.zeros_like(leaf) if plain else leaf
+
+
+def _dynamic_shapes(model: nn.Module, call: Call) -> dict[str, Any]:
+    """For every argument by name, and every tensor in it, that its first dimension is the batch."""
+    named: dict[str, Any] = {}
+    for name, value in call.by_name(model).items():
+        named |= value if name.startswith("**") else {name.lstrip("*"): value}
+    batch = torch.export.Dim(BATCH)
+
+    def of(leaf: Any) -> Any:
+        return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None
+
+    shapes: dict[str, Any] = map_leaves(of, named)
+    return shapes
+
+
+def _program(model: nn.Module, call: Call, shapes: dict[str, Any] | None) -> ExportedProgram:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # recurrent layers keep a list of their weights; torch restores it
+            warnings.filterwarnings("ignore", "The tensor attributes .*_flat_weights")
+            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes)
+    except Exception as error:  # torch raises many kinds, none of its own
+        raise ExportError(
+            f"torch.export cannot export {type(model).__name__}: {error}; if it fixes the size of "
+            "its batch, pass dynamic_batch=False; if its code depends on the values of tensors, "
+            "export the children that do not"
+        ) from error
+
+
+def _write_onnx(program: ExportedProgram, path: Path) -> None:
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ExportError(f"ONNX files need {' and '.join(missing)}: pip install 'dspfx[deploy]'")
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    if size > LARGEST_ONNX:
+        raise ExportError(f"one ONNX file holds 2 GiB, the model has {size:,} bytes")
+    try:
+        model = torch.onnx.export(program, dynamo=True, verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"the ONNX exporter of torch cannot export it: {error}") from error
+    assert model is not None
+    model.rename_axes(dict.fromkeys(_first_axes(model.model.graph.inputs), BATCH))
+    foreign = {node.domain for node in model.model.graph.all_nodes()} - {"", "ai.onnx"}
+    if foreign or model.model.functions:
+        raise ExportError(f"the model has operators that are not standard, of {foreign}")
+    model.save(path, external_data=False)
+
+
+def _first_axes(inputs: Iterable[Any]) -> set[str]:
+    """The names that the exporter gave to the first dimensions of `inputs` that may change."""
+    firsts = [given.shape[0] for given in inputs if given.shape is not None and len(given.shape)]
+    return {str(first) for first in firsts if not isinstance(first, int)}
+
+
+def _write_program(program: ExportedProgram, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+def _write_package(program: ExportedProgram, path: Path) -> None:
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # of the compiler, of inductor or of the file system
+        raise ExportError(f"AOTInductor cannot compile it: {error}") from error
+
+
+_WRITERS: Mapping[Format, Callable[[ExportedProgram, Path], None]] = {
+    "onnx": _write_onnx,
+    "export": _write_program,
+    "aoti": _write_package,
+}

@@ -1,0 +1,225 @@
+"""`load`: what `save` wrote, built on a new module of the same architecture.
+
+1. The file is read as data, and checked to be what was written.
+2. A copy of the user's module is traced and gated as the saved one was; its graph has to be the
+   same, node by node.
+3. A compact model is emitted from that by the stored plan, every number of which is checked.
+4. The names, shapes and kinds of all tensors have to fit. Only then are values copied.
+5. Every part is run once.
+"""
+
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.archive import read
+from dspfx.blueprint import (
+    Blueprint,
+    Listing,
+    blueprint,
+    channel_gates,
+    listings,
+    mask_of,
+    named_rules,
+    named_tensors,
+)
+from dspfx.compaction import checked, plan_of
+from dspfx.config import PrepareConfig
+from dspfx.convert import emit_compact, exchanged, indices
+from dspfx.errors import DspfxError, LoadError, PrepareError, TraceError
+from dspfx.fill import fill, matching
+from dspfx.gates import GATED, gated_layers
+from dspfx.gating import Task, analyse_prepared, fitting, gate
+from dspfx.inputs import Call, fresh, parameter_dtype_and_device
+from dspfx.listing import structure
+from dspfx.module import CompactModule, PreparedModule
+from dspfx.parts import compact_parts_of, parts_of, prepare_in_parts
+from dspfx.passes.operators import Key, Rule
+from dspfx.passes.trace import copy_model
+from dspfx.records import from_json
+from dspfx.save import ORIGINAL, Plan
+from dspfx.stored_inputs import DTYPES, from_plain
+from dspfx.trees import map_leaves
+
+LARGER = 16  # times the size of the model that its file may have at most
+ROOM = 2**26  # bytes that it may have besides
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, rules: Mapping[Key, Rule] | None = None
+) -> nn.Module:
+    """Rebuild what `dspfx.save` wrote, on a new module of the same architecture.
+
+    Weights, masks, groups and outputs are those of the saved model, bit for bit. No code is read
+    from the file, and there is no pickle: a damaged or hostile file leads to an error.
+
+    Args:
+        path: of the file.
+        model: constructed as the one that was prepared; its weights do not matter. It is left
+            alone, whether loading succeeds or fails.
+        rules: those of the `PrepareConfig` that the model was prepared with, if there were any:
+            functions and types are not stored.
+
+    Returns:
+        A prepared model, or one like that of `dspfx.convert`, on the device of `model`, in the mode
+        and type that it was saved in. Random values stand for its example inputs.
+
+    Raises:
+        LoadError: the file is damaged, of a later format, or was saved of another architecture.
+    """
+    path = Path(path)
+    if any(isinstance(module, PreparedModule | CompactModule) for module in model.modules()):
+        raise LoadError("pass the model as it was before dspfx.prepare: construct it anew")
+    own = list(named_tensors(model).values())
+    if any(tensor.is_meta for tensor in own):
+        raise LoadError("the model is on the meta device; construct it on a CPU or GPU")
+    archive = read(path, LARGER * sum(8 * tensor.numel() for tensor in own) + ROOM)
+    try:
+        return _built(model, from_json(Plan, archive.plan), archive.tensors, rules or {})
+    except Exception as error:  # also what the code of the model raises when it is called
+        what = str(error) if isinstance(error, DspfxError | ValueError) else repr(error)
+        saved = " and ".join(f"{n} {str(archive.plan.get(n))[:20]}" for n in ("dspfx", "torch"))
+        raise LoadError(
+            f"{path} cannot be loaded on this {type(model).__name__}: {what}. It was saved with "
+            f"{saved}; construct the model as it was constructed then"
+        ) from error
+
+
+def _built(
+    model: nn.Module, plan: Plan, tensors: dict[str, Tensor], rules: Mapping[Key, Rule]
+) -> nn.Module:
+    root = _prepared(copy_model(model), plan.parts, rules)
+    compact = any(part.compaction is not None for part in plan.parts)
+    if compact:
+        root = _compacted(root, plan.parts, tensors)
+    values = {name: t for name, t in tensors.items() if not name.startswith(ORIGINAL)}
+    fill(root, values, plan.aliases, plan.orders)
+    if not compact:
+        _check_masks(root, plan.parts)
+    _run(root)
+    return root.train(plan.training)
+
+
+def _prepared(
+    root: nn.Module, parts: tuple[Blueprint, ...], rules: Mapping[Key, Rule]
+) -> nn.Module:
+    """`root`, a private copy, prepared as `parts` say."""
+    if [part.name for part in parts] == [""]:
+        return _gated(root, parts[0], rules)
+    named = {part.name: part for part in parts}
+    calls = {id(root.get_submodule(name)): _call(root, part) for name, part in named.items()}
+    done: list[str] = []
+
+    def prepare_one(child: nn.Module, name: str, _: Call) -> PreparedModule:
+        done.append(name)
+        gated = _gated(child, named[name], rules)
+        gated.answer_for(child)
+        return gated
+
+    prepare_in_parts(root, calls, prepare_one)
+    if done != [part.name for part in parts]:
+        raise LoadError(f"it has the parts {', '.join(named)}, the model {', '.join(done)}")
+    return root
+
+
+def _gated(child: nn.Module, part: Blueprint, rules: Mapping[Key, Rule]) -> PreparedModule:
+    """`child`, traced and gated as `part` was, with weights of its own still."""
+    if named_rules(rules) != part.rules:
+        raise LoadError(
+            f"it was prepared with rules for {', '.join(part.rules) or 'nothing'}, which are not "
+            "stored: pass the same ones, dspfx.load(path, model, rules={...})"
+        )
+    if DTYPES[part.dtype] != parameter_dtype_and_device(child)[0]:
+        child.to(DTYPES[part.dtype])
+    kinds = {kind.__name__: kind for kind in GATED}
+    layers = tuple(kinds[name] for name in part.layers)
+    settings = part.groups, part.frozen, layers, part.round_to, dict(rules), part.opaque
+    config = PrepareConfig(*settings)
+    task = Task(config, frozenset(part.frozen), frozenset(part.opaque), part.gate_first)
+    try:
+        gated = gate(child, _call(child, part), task)
+    except (TraceError, PrepareError) as error:
+        raise LoadError(f"it cannot be prepared as it was: {error}") from error
+    gated.notes = part.notes
+    _check_graphs(listings(gated), part.graphs)
+    return gated
+
+
+def _call(module: nn.Module, part: Blueprint) -> Call:
+    """The arguments that `part` was traced for, on the device of `module`."""
+    _, device = parameter_dtype_and_device(module)
+    match from_plain(["list", part.arguments]):
+        case [tuple(args), dict(kwargs)]:
+            return Call(args, kwargs).map(lambda x: x.to(device) if isinstance(x, Tensor) else x)
+    raise ValueError("there are no arguments to trace the model for")
+
+
+def _check_graphs(here: tuple[Listing, ...], saved: tuple[Listing, ...]) -> None:
+    if here == saved:
+        return
+    ours, theirs = (tuple(itertools.chain.from_iterable(graphs)) for graphs in (here, saved))
+    pairs = itertools.zip_longest(ours, theirs, fillvalue="nothing")
+    line, other = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+    raise LoadError(f"its graph differs, first where it is `{line}` and was `{other[:200]}`")
+
+
+def _compacted(
+    root: nn.Module, parts: tuple[Blueprint, ...], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """`root`, prepared, with its parts as they were emitted, with weights of its own still."""
+    compact = {}
+    for part, stored in zip(parts_of(root), parts, strict=True):
+        for name, buffer in indices(part.module).items():
+            buffer.data = matching(name, buffer, tensors[ORIGINAL + part.full_name(name)])
+        most = sum(tensor.numel() for tensor in tensors.values())
+        compact[part.module] = _emitted(part.module, stored, most)
+    return exchanged(root, compact).eval()
+
+
+def _emitted(prepared: PreparedModule, part: Blueprint, most_weights: int) -> CompactModule:
+    stored = part.compaction
+    if stored is None:
+        raise LoadError("one part is compact, another is not")
+    for name, layer in gated_layers(prepared).items():
+        layer.gate.set_mask(mask_of(part.masks[name], *layer.gate.mask.shape))
+    for name, gate_behind_norm in channel_gates(prepared).items():
+        alive = torch.ones(len(gate_behind_norm.alive), dtype=torch.bool)
+        alive[torch.from_numpy(checked(part.dead[name], 0, len(alive)))] = False
+        gate_behind_norm.set_alive(alive)
+    analysis = analyse_prepared(prepared)
+    module = emit_compact(prepared, analysis, plan_of(stored, analysis, most_weights))
+    found = stored.difference
+    module.summary = stored.summary
+    module.difference = None if found is None else (found[0], DTYPES[found[1]])
+    module.blueprint = replace(part, name="", arguments=None)
+    if structure(module) != stored.structure:
+        raise LoadError("its plan describes other layers than it holds")
+    return module
+
+
+def _check_masks(root: nn.Module, parts: tuple[Blueprint, ...]) -> None:
+    """The plan of a prepared model repeats what its gates hold."""
+    for part, stored in zip(parts_of(root), parts, strict=True):
+        held = blueprint(part.module)
+        same = held.dead == stored.dead and held.masks.keys() == stored.masks.keys()
+        if not same or not all(
+            torch.equal(mask_of(stored.masks[name], *layer.gate.mask.shape), layer.gate.mask.cpu())
+            and stored.masks[name].groups == held.masks[name].groups
+            for name, layer in gated_layers(part.module).items()
+        ):
+            raise LoadError("its masks are not those of its plan")
+
+
+def _run(root: nn.Module) -> None:
+    """Run every part once, so that what cannot run is not returned."""
+    compact: list[Any] = [part for _, part in compact_parts_of(root)]
+    for part in compact or [part.module for part in parts_of(root)]:
+        part.example_inputs = map_leaves(fitting(part), part.example_inputs)
+        with torch.no_grad(), part.evaluation_view() as view:
+            view(*fresh(part.example_inputs))
