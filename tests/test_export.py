@@ -16,7 +16,7 @@ from test_save import Small, pruned
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.group_conv import GroupConv2d
+from dspfx.group_conv import GroupConvRun, group_conv_like
 from dspfx.trees import leaves
 from helpers import assert_equal, random_masks, randomise, unchanged
 
@@ -157,14 +157,15 @@ class FixedBatch(nn.Module):
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     compact = dspfx.convert(pruned(Small(), X))
     fixed = dspfx.convert(pruned(FixedBatch(), X))
-    own = GroupConv2d(
-        nn.Conv2d(3, 4, 1), [(np.arange(4), np.arange(3))], torch.ones(4, 3, 1, 1), None
-    )
+    groups = [(np.arange(4), np.arange(3))]
+    own = group_conv_like(nn.Conv2d(3, 4, 1), groups, torch.ones(4, 3, 1, 1), None)
+    run = GroupConvRun([own, own.remade(activation="relu")], [(0, -1), (0, -1)], 1, [2])
     detector = dspfx.convert(pruned(Detector().double(), (IMAGES,), groups=2))
     cases: list[tuple[Any, Any, str, dict[str, Any], str]] = [
         (lambda x: x, X, "m.onnx", {}, "for this process alone"),
         (pruned(Small(), X), X, "m.onnx", {}, "dspfx.convert"),
         (nn.Sequential(own).eval(), X, "m.onnx", {}, "own kernel"),
+        (nn.Sequential(run).eval(), X, "m.onnx", {}, "own kernel"),
         (Small().train(), X, "m.onnx", {}, r"model\.eval\(\)"),
         (compact, X, "m.bin", {}, "pass format="),
         (compact, X, "m.onnx", {"format": "aoti"}, "end with .pt2"),
