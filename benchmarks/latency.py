@@ -76,7 +76,7 @@ def main(
 ) -> None:
     """Print and write the milliseconds of every contender."""
     torch.set_num_threads(threads)
-    sections = _sections(output)
+    sections = sections_of(output)
     for make, name, batches in cases(reference):
         if fnmatch.fnmatchcase(name, only):
             case = make()
@@ -98,7 +98,7 @@ def heading(threads: int) -> str:
     )
 
 
-def _sections(output: Path) -> dict[str, str]:
+def sections_of(output: Path) -> dict[str, str]:
     """The sections of an earlier run, by their titles."""
     text = output.read_text() if output.is_file() else ""
     found = [f"## {section.strip()}" for section in text.split("\n## ")[1:]]

@@ -20,11 +20,19 @@ from torch import Tensor, nn
 import dspfx
 from dspfx import native
 from dspfx.errors import EquivalenceError
-from dspfx.group_conv import GroupConv2d, GroupConvRun, Numbers, group_conv_like
+from dspfx.group_conv import (
+    FilterGroup,
+    GroupConv2d,
+    GroupConvRun,
+    Numbers,
+    group_conv_like,
+)
 from dspfx.passes.fuse import fuse
 from dspfx.passes.relower import relowered, sites
 from dspfx.passes.runs import join_runs
 from helpers import assert_equal
+
+X = torch.empty(0)  # instead of a weight that is not drawn yet
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -116,6 +124,65 @@ def test_equal_to_convolutions(call: dict[str, Any]) -> None:
     numbers = own.numbers(0, len(given_too) * 2 - 3)
     (portable,) = native._run(given_too, *buffers, numbers, [len(given_too)])
     assert_equal(wanted, portable, 1e-5)
+
+
+@st.composite
+def any_lists(draw: st.DrawFn) -> dict[str, Any]:
+    """Groups that read whatever they like: nothing, or a channel twice, in any order."""
+    channels, filters = draw(st.integers(1, 130)), draw(st.integers(1, 130))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    cuts = np.sort(rng.integers(0, filters + 1, draw(st.integers(0, 3))))
+    groups = [
+        FilterGroup(own, rng.integers(0, channels, int(rng.integers(0, 2 * channels + 1))), X)
+        for own in np.split(rng.permutation(filters), cuts)
+    ]
+    kernel, stride, dilation = (
+        [draw(st.integers(1, 3)) for _ in range(2)] for _ in ("kernel", "stride", "dilation")
+    )
+    padding = [draw(st.integers(0, 4)) for _ in range(2)]
+    size = [
+        max(1, draw(st.integers(1, 67)), d * (k - 1) + 1 - 2 * p)
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
+    return {
+        "settings": (kernel, stride, padding, dilation),
+        "groups": groups,
+        "filters": filters,
+        "size": (draw(st.integers(0, 3)), channels, *size),
+        "layout": draw(st.sampled_from(["plain", "channels last", "slice", "every second row"])),
+        "threads": draw(st.integers(1, 4)),
+    }
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """`x` with other strides."""
+    if layout == "channels last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "slice":
+        return torch.cat([x, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]]
+    return x.repeat_interleave(2, 2)[:, :, ::2] if layout == "every second row" else x
+
+
+@settings(max_examples=150, deadline=None)
+@given(any_lists())
+@pytest.mark.usefixtures("_threads")
+def test_equal_to_the_reference_for_any_lists(call: dict[str, Any]) -> None:
+    torch.set_num_threads(call["threads"])
+    generator = torch.Generator().manual_seed(0)
+    groups = [
+        FilterGroup(
+            g.filters,
+            g.inputs,
+            torch.randn(len(g.filters), len(g.inputs), *call["settings"][0], generator=generator),
+        )
+        for g in call["groups"]
+    ]
+    bias = torch.randn(call["filters"], generator=generator)
+    own = GroupConv2d(call["settings"], groups, call["filters"], bias)
+    x = torch.randn(call["size"], generator=generator)
+    buffers: Any = (own.weight.double(), own.bias.double(), own.plan)
+    (wanted,) = native._run([x.double()], *buffers, own.numbers(0, -1), [1])
+    assert_equal(wanted.float(), own(laid_out(x, call["layout"])), 1e-5)
 
 
 @st.composite
