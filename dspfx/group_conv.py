@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dspfx import native
 
 Numbers = npt.NDArray[np.int64]
-Settings = tuple[list[int], list[int], list[int], list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +48,7 @@ class GroupConv2d(nn.Module):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: native.Settings,
         groups: Sequence[FilterGroup],
         filters: int,
         bias: Tensor | None,

@@ -365,6 +365,16 @@ def test_layers_of_a_run_are_timed(batch: int) -> None:
     assert (seconds > 0).all()
 
 
+def test_many_sizes_one_after_the_other() -> None:
+    """Only the last few are remembered; all are computed."""
+    own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    for _ in range(2):
+        for size in range(3, 12):
+            x = torch.randn(2, 6, size, size)
+            assert_equal(expected(conv, x, None, "none"), own(x), 1e-5)
+            conv.float()
+
+
 def test_a_plan_that_changed_is_read_again() -> None:
     own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 1, seed=0, keep=1)
     x = torch.randn(2, 6, 8, 8)

@@ -40,6 +40,8 @@ ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu")
 _FUNCTIONS: tuple[Any, ...] = (torch.clone, F.relu, F.relu6, F.hardswish, F.silu)
 PORTABLE_BLOCK = 8
 
+Settings = tuple[list[int], list[int], list[int], list[int]]
+
 
 @functools.cache
 def _library() -> Any:
@@ -128,7 +130,7 @@ class Layer:
     kind: int
     source: int
     residual: int
-    settings: tuple[list[int], list[int], list[int], list[int]]
+    settings: Settings
     activation: int
     filters: Tensor
     groups: tuple[tuple[Tensor, Tensor, Tensor], ...]
@@ -138,10 +140,8 @@ class Layer:
 def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[Layer]:
     """The layers of a run, from what `group_conv_run` is given."""
     block, plan = int(plan[0]), plan[1:]
-    for first in range(0, len(layers), LAYER_NUMBERS):
-        kind, source, residual, count, filters, *numbers = layers[first : first + LAYER_NUMBERS]
-        kernel, stride, padding, dilation = (numbers[i : i + 2] for i in (0, 2, 4, 6))
-        settings = (kernel, stride, padding, dilation)
+    for (kind, source, residual, count, filters), settings, activation in _numbers(layers):
+        kernel = settings[0]
         if kind == MAX_POOL:
             yield Layer(kind, source, -1, settings, 0, plan[:0], (), None)
             continue
@@ -161,7 +161,14 @@ def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[La
         added = None
         if residual >= 0:
             added, plan = plan[:filters], plan[filters:]
-        yield Layer(kind, source, residual, settings, numbers[8], written, tuple(groups), added)
+        yield Layer(kind, source, residual, settings, activation, written, tuple(groups), added)
+
+
+def _numbers(layers: Sequence[int]) -> Iterator[tuple[Sequence[int], Settings, int]]:
+    """Of each layer kind, source, residual, groups and filters; its settings; its activation."""
+    for first in range(0, len(layers), LAYER_NUMBERS):
+        own = list(layers[first : first + LAYER_NUMBERS])
+        yield own[:5], (own[5:7], own[7:9], own[9:11], own[11:13]), own[13]
 
 
 def packed(weights: Sequence[Tensor], block: int) -> Tensor:
@@ -223,10 +230,8 @@ def _run_fake(
     outputs: list[int],
 ) -> list[Tensor]:
     shapes: list[Sequence[int]] = [x.shape for x in inputs]
-    for first in range(0, len(layers), LAYER_NUMBERS):
-        kind, source, _, _, filters, *numbers = layers[first : first + LAYER_NUMBERS]
-        kernel, stride, padding, dilation = (numbers[i : i + 2] for i in (0, 2, 4, 6))
-        size = _out_size(shapes[source][2:], kernel, stride, padding, dilation)
+    for (kind, source, _, _, filters), settings, _ in _numbers(layers):
+        size = _out_size(shapes[source][2:], *settings)
         channels = shapes[source][1] if kind == MAX_POOL else filters
         shapes.append((shapes[source][0], channels, *size))
     return [inputs[0].new_empty(shapes[number]) for number in outputs]

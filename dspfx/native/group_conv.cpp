@@ -276,15 +276,18 @@ at::Tensor with_whole_planes(const at::Tensor& x) {
   return rows && x.stride(1) == x.size(2) * x.size(3) ? x : x.contiguous();
 }
 
-// Programs of plans that are alive: what was checked and laid out once need not be again.
+// Programs of plans that are alive: what was checked and laid out once need not be again. Of a plan
+// those for the last few sizes are kept, for each holds memory.
 class Programs {
  public:
   struct Entry {
+    std::vector<int64_t> key;
     c10::weak_intrusive_ptr<c10::StorageImpl> plan;
     Program program;
     Arenas arenas;
-    Entry(const at::Tensor& tensor, Program p)
-        : plan(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(
+    Entry(std::vector<int64_t> k, const at::Tensor& tensor, Program p)
+        : key(std::move(k)),
+          plan(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(
               tensor.storage().unsafeGetStorageImpl())),
           program(std::move(p)) {}
   };
@@ -296,22 +299,34 @@ class Programs {
 
   template <typename F>
   std::shared_ptr<Entry> get(const at::Tensor& plan, std::vector<int64_t> key, const F& read) {
-    key.push_back(reinterpret_cast<int64_t>(plan.const_data_ptr()));
     key.push_back(plan.numel());
     key.push_back(plan.is_inference() ? 0 : plan._version());
     const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = known_.find(key);
-    if (found != known_.end() && !found->second->plan.expired()) return found->second;
-    for (auto it = known_.begin(); it != known_.end();)
-      it = it->second->plan.expired() ? known_.erase(it) : std::next(it);
-    if (known_.size() >= MOST) known_.clear();
-    return known_[key] = std::make_shared<Entry>(plan, read());
+    Entries& known = known_[plan.const_data_ptr()];
+    for (const auto& entry : known)
+      if (entry->key == key && !entry->plan.expired()) return entry;
+    const auto made = std::make_shared<Entry>(std::move(key), plan, read());
+    if (known.size() >= MOST_SIZES) known.erase(known.begin());
+    known.push_back(made);
+    forget_plans_that_are_gone();
+    return made;
   }
 
  private:
-  static constexpr size_t MOST = 1024;
+  using Entries = std::vector<std::shared_ptr<Entry>>;
+  static constexpr size_t MOST_SIZES = 4;
+
+  void forget_plans_that_are_gone() {
+    for (auto it = known_.begin(); it != known_.end();) {
+      auto& entries = it->second;
+      const auto gone = [](const auto& entry) { return entry->plan.expired(); };
+      entries.erase(std::remove_if(entries.begin(), entries.end(), gone), entries.end());
+      it = entries.empty() ? known_.erase(it) : std::next(it);
+    }
+  }
+
   std::mutex mutex_;
-  std::map<std::vector<int64_t>, std::shared_ptr<Entry>> known_;
+  std::unordered_map<const void*, Entries> known_;
 };
 
 std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
