@@ -1,0 +1,39 @@
+"""The command line of the accuracy benchmark."""
+
+from typing import Annotated
+
+import typer
+
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.runs import DENSE, LONGER, Job, run_missing
+from benchmarks.accuracy.scenarios import SCENARIOS
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Accuracy against peers.")
+PRUNED = (50, 65, 80, 90, 95)
+SEEDS = (0, 1, 2)
+
+
+@app.command()
+def run(
+    scenario: Annotated[str, typer.Option(help=", ".join(SCENARIOS))] = "resnet20",
+    method: Annotated[list[str] | None, typer.Option(help="only these")] = None,
+    pruned: Annotated[list[int] | None, typer.Option(help="percent of the gated MACs")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="only these")] = None,
+    workers: Annotated[int, typer.Option(help="jobs at a time, one thread each")] = 2,
+) -> None:
+    """Train what has no result yet; a second call goes on where the first was stopped."""
+    jobs = []
+    for s in seed or SEEDS:
+        if method is None:
+            jobs += [Job(scenario, name, s, 0) for name in (DENSE, LONGER)]
+        jobs += [Job(scenario, name, s, p) for p in pruned or PRUNED for name in method or METHODS]
+    run_missing(jobs, workers, f"python -m benchmarks.accuracy run --scenario {scenario}")
+
+
+@app.callback()
+def main() -> None:
+    """Accuracy of pruned networks at equal MACs and equal training."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,252 @@
+"""The ways to prune that are compared: from the weights of a trained network to a smaller one.
+
+Every method gets the same dense weights and the same number of epochs, and must leave at most the
+same multiply-accumulates. What trains before it prunes does so for 8 epochs and is fine-tuned for
+5 + 5; what does not is fine-tuned for 8 + 5 + 5.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dspfx
+from benchmarks.accuracy.protocol import (
+    Data,
+    Loss,
+    Schedule,
+    cross_entropy,
+    distilled,
+    train,
+)
+from benchmarks.accuracy.scenarios import IMAGE, Scenario
+from dspfx.filters import filters_first
+from dspfx.gates import gated_layers
+from dspfx.penalty import energy
+
+SPARSE_LEARNING = 5e-4  # what Torch-Pruning's authors reproduce their CIFAR results with
+BISECTIONS = 14
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method may use.
+
+    Attributes:
+        scenario, data: what is trained on what.
+        dense: the trained network; not to be changed.
+        generator: of everything random.
+    """
+
+    scenario: Scenario
+    data: Data
+    dense: nn.Module
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to prune.
+
+    Attributes:
+        start: what it starts from, for any budget; of `STARTS`.
+        prune: the pruned network at a number of MACs, given the start.
+        distil: fine-tuning learns from the dense network, too.
+        tuned: whether there is any fine-tuning; otherwise batch norms are recalibrated.
+    """
+
+    start: str
+    prune: Callable[[nn.Module, int, Run], nn.Module]
+    distil: bool = False
+    tuned: bool = True
+
+    def tune(self, model: nn.Module, run: Run) -> None:
+        """Fine-tune `model` in place."""
+        if not self.tuned:
+            dspfx.recalibrate(model, run.data.train_x[:2000].split(500))
+            return
+        schedule = run.scenario.tune if STARTS[self.start].trains else run.scenario.tune_longer
+        loss: Loss = distilled(run.dense) if self.distil else cross_entropy
+        train(model, run.data, schedule, run.generator, loss=loss)
+
+
+def dense_macs(model: nn.Module) -> tuple[int, int]:
+    """MACs of `model` for one image, and those of its layers with gates."""
+    found = dspfx.report(dspfx.prepare(model, IMAGE.repeat(2, 1, 1, 1)))
+    return found.before.macs, found.gated_before.macs
+
+
+def macs_of(model: nn.Module) -> int:
+    """MACs for one image: of what is alive in a prepared network, else counted by torch."""
+    if isinstance(model, dspfx.PreparedModule):
+        return dspfx.report(model).after.macs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(IMAGE)
+    return int(counter.get_total_flops()) // 2
+
+
+# -- channel pruning, by Torch-Pruning -------------------------------------------------------------
+
+
+def _channels(model: nn.Module, macs: int, importance: Any) -> nn.Module:
+    """`model` without its least important channels, over all layers, at `macs` or just below."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
+        pruned = copy.deepcopy(model)
+        _pruner(pruned, torch_pruning.pruner.MagnitudePruner, importance, ratio).step()
+        if macs_of(pruned) > macs:
+            low = ratio
+        else:
+            high, best = ratio, pruned
+    assert best is not None
+    return best
+
+
+def _pruner(model: nn.Module, kind: Any, importance: Any, ratio: float, **options: Any) -> Any:
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return kind(
+        model,
+        IMAGE,
+        importance=importance,
+        global_pruning=True,
+        pruning_ratio=ratio,
+        ignored_layers=heads,
+        **options,
+    )
+
+
+def _magnitude(model: nn.Module, macs: int, _: Run) -> nn.Module:
+    return _channels(model, macs, torch_pruning.importance.GroupMagnitudeImportance(p=2))
+
+
+def _group_norm(model: nn.Module, macs: int, _: Run) -> nn.Module:
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer="max")
+    return _channels(model, macs, importance)
+
+
+def _sparse_learning(run: Run) -> nn.Module:
+    """8 epochs with a stronger decay for weaker channels, and no other, as in the original."""
+    model = copy.deepcopy(run.dense)
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer="max")
+    kind = torch_pruning.pruner.GroupNormPruner
+    pruner = _pruner(model, kind, importance, 0.5, reg=SPARSE_LEARNING)
+
+    def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        pruner.regularize(model)
+        optimizer.step()
+
+    schedule = Schedule(run.scenario.learn.cycles, run.scenario.learn.lr, weight_decay=0.0)
+    train(model, run.data, schedule, run.generator, step)
+    return model
+
+
+# -- groups of filters -----------------------------------------------------------------------------
+
+
+def _prepared(run: Run, groups: int) -> nn.Module:
+    config = dspfx.PrepareConfig(groups=groups)
+    return dspfx.prepare(run.dense, IMAGE.repeat(2, 1, 1, 1), config=config)
+
+
+def _learned(
+    run: Run,
+    groups: int = 4,
+    learner: type[dspfx.GroupLearner] = dspfx.GroupLearner,
+    **settings: Any,
+) -> nn.Module:
+    """Group learning as in the paper."""
+    prepared = _prepared(run, groups)
+    made: list[dspfx.GroupLearner] = []
+
+    def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+        if not made:
+            total = run.data.steps(run.scenario.learn.epochs)
+            made.append(
+                learner(prepared, optimizer, total_steps=total, generator=run.generator, **settings)
+            )
+        made[0].step(loss)
+
+    train(prepared, run.data, run.scenario.learn, run.generator, step)
+    return prepared
+
+
+class FirstOrderLearner(dspfx.GroupLearner):
+    """Moves the logits by dR/dp at the present weights alone: the task has no say in the groups."""
+
+    def _learn_groups(self, layers: Any, *_: Any) -> None:
+        for name, layer in layers.items():
+            soft = self._soft_assignment(layer).requires_grad_()
+            energies = energy(filters_first(layer)).detach()
+            (gradient,) = torch.autograd.grad(self.penalties[name](energies, soft), soft)
+            inner = (gradient * soft).sum(0)
+            layer.gate.logits.grad = (soft * (gradient - inner)).detach() / self.temperature
+        self.logits_optimizer.step()
+        self.logits_optimizer.zero_grad(set_to_none=True)
+
+
+def _random(run: Run, groups: int = 4) -> nn.Module:
+    """Groups at random, all of the same size."""
+    prepared = _prepared(run, groups)
+    for layer in gated_layers(prepared).values():
+        count, filters = layer.gate.logits.shape
+        layer.gate.assign(torch.randperm(filters, generator=run.generator) % count)
+    return prepared
+
+
+def _clustered(run: Run, groups: int = 4) -> nn.Module:
+    prepared = _prepared(run, groups)
+    dspfx.cluster_groups(prepared)
+    return prepared
+
+
+def _masked(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    """A pruned copy of `prepared`."""
+    pruned = copy.deepcopy(prepared)
+    dspfx.prune(pruned, dspfx.Budget(macs=macs / dense_macs(run.dense)[0]))
+    return pruned
+
+
+def _dense(run: Run) -> nn.Module:
+    return copy.deepcopy(run.dense)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is done before the budget matters; `trains` says whether 8 epochs are spent on it."""
+
+    make: Callable[[Run], nn.Module]
+    trains: bool = False
+
+
+STARTS = {
+    "dense": Start(lambda run: copy.deepcopy(run.dense)),
+    "sparse": Start(_sparse_learning, trains=True),
+    "random": Start(_random),
+    "clustered": Start(_clustered),
+    "first-order": Start(functools.partial(_learned, learner=FirstOrderLearner), trains=True),
+    "learned-2": Start(functools.partial(_learned, groups=2), trains=True),
+    "learned-4": Start(_learned, trains=True),
+}
+
+METHODS = {
+    "channels, magnitude": Method("dense", _magnitude),
+    "channels, magnitude, distilled": Method("dense", _magnitude, distil=True),
+    "channels, sparse learning": Method("sparse", _group_norm),
+    "random groups": Method("random", _masked),
+    "clustered groups": Method("clustered", _masked),
+    "learned, first order": Method("first-order", _masked),
+    "learned, 2 groups": Method("learned-2", _masked),
+    "learned, 4 groups": Method("learned-4", _masked),
+    "learned, 4 groups, distilled": Method("learned-4", _masked, distil=True),
+    "random groups, untrained": Method("random", _masked, tuned=False),
+    "clustered groups, untrained": Method("clustered", _masked, tuned=False),
+}
