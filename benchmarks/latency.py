@@ -239,9 +239,9 @@ def examine(case: Case, batch: int, threads: int) -> str:
     if case.packed is None:
         del calls["packed", "eager"]
     for name, model in (("dense", case.dense), ("channel-pruned", pruned), ("compact", compact)):
-        onnx = _onnx(model, x)
-        calls[name, "ONNX Runtime"] = _onnx_runtime(onnx, x, threads)
-        calls[name, "OpenVINO"] = _openvino(onnx, x, threads)
+        onnx = onnx_bytes(model, x)
+        calls[name, "ONNX Runtime"] = onnx_runtime(onnx, x, threads)
+        calls[name, "OpenVINO"] = openvino_runtime(onnx, x, threads)
     times = {key: 1e3 * value for key, value in medians(calls, ROUNDS, settle=SETTLE).items()}
     kept = report.after.macs / macs_of(case.dense, x[:1])
     return _section(case.name, batch, kept, times, fast.report, seconds)
@@ -284,7 +284,8 @@ def _without_gradients(model: nn.Module, x: Tensor) -> Any:
         return model(x)
 
 
-def _onnx(model: nn.Module, x: Tensor) -> bytes:
+def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
+    """The ONNX program of `model`."""
     file = io.BytesIO()
     program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     assert program is not None
@@ -292,7 +293,8 @@ def _onnx(model: nn.Module, x: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _onnx_runtime(onnx: bytes, x: Tensor, threads: int) -> Callable[[], Any]:
+def onnx_runtime(onnx: bytes, x: Tensor, threads: int) -> Callable[[], Any]:
+    """A call of `onnx` in ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
@@ -300,7 +302,8 @@ def _onnx_runtime(onnx: bytes, x: Tensor, threads: int) -> Callable[[], Any]:
     return partial(session.run, None, feed)
 
 
-def _openvino(onnx: bytes, x: Tensor, threads: int) -> Callable[[], Any]:
+def openvino_runtime(onnx: bytes, x: Tensor, threads: int) -> Callable[[], Any]:
+    """A call of `onnx` in OpenVINO, in float32."""
     core = openvino.Core()
     settings = {
         "INFERENCE_NUM_THREADS": threads,

@@ -2,11 +2,14 @@
 
 from typing import Annotated
 
+import torch
 import typer
 
+from benchmarks.accuracy.latency import measure
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import DENSE, LONGER, Job, run_missing
 from benchmarks.accuracy.scenarios import SCENARIOS
+from benchmarks.accuracy.tables import write
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Accuracy against peers.")
 PRUNED = (50, 65, 80, 90, 95)
@@ -28,6 +31,25 @@ def run(
             jobs += [Job(scenario, name, s, 0) for name in (DENSE, LONGER)]
         jobs += [Job(scenario, name, s, p) for p in pruned or PRUNED for name in method or METHODS]
     run_missing(jobs, workers, f"python -m benchmarks.accuracy run --scenario {scenario}")
+
+
+@app.command()
+def latency(
+    scenario: Annotated[str, typer.Option(help=", ".join(SCENARIOS))] = "resnet20",
+    seed: Annotated[int, typer.Option(help="whose networks are timed")] = 0,
+    batch: Annotated[int, typer.Option(help="images in a call")] = 8,
+    threads: Annotated[int, typer.Option(help="of every runtime")] = 2,
+) -> None:
+    """Time the networks that were trained, in turns."""
+    torch.set_num_threads(threads)
+    command = f"python -m benchmarks.accuracy latency --scenario {scenario} --batch {batch}"
+    measure(scenario, seed, batch, command)
+
+
+@app.command()
+def tables() -> None:
+    """Write docs/accuracy.md, its pictures and the README's table."""
+    write()
 
 
 @app.callback()

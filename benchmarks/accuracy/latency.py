@@ -1,0 +1,57 @@
+"""What the networks of the accuracy benchmark take, each in its fastest runtime.
+
+One seed's networks are built again from their shapes, compiled, and timed in turns in one process.
+Networks with groups run in `dspfx.compile`, others in the fastest of it, ONNX Runtime and OpenVINO.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import dspfx
+from benchmarks.accuracy import results
+from benchmarks.accuracy.scenarios import SCENARIOS
+from benchmarks.accuracy.shapes import rebuilt
+from benchmarks.latency import SETTLE, onnx_bytes, onnx_runtime, openvino_runtime
+from dspfx.timing import medians
+
+LATENCY = Path(results.RESULTS).with_name("accuracy_latency.json")
+ROUNDS = 15
+
+
+def measure(scenario: str, seed: int, batch: int, command: str) -> None:
+    """Time all networks of one scenario and seed, and write them to `LATENCY`."""
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = [r for r in results.read().values() if (r.scenario, r.seed) == (scenario, seed)]
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for result in tqdm(found, "compiling"):
+        torch.compiler.reset()
+        model = rebuilt(SCENARIOS[scenario], result.shape)
+        name = f"{result.method}/{result.pruned}"
+        calls[name, "dspfx"] = partial(dspfx.compile(model, x), x)
+        if "masks" not in result.shape:
+            onnx = onnx_bytes(model, x)
+            calls[name, "onnxruntime"] = onnx_runtime(onnx, x, torch.get_num_threads())
+            calls[name, "openvino"] = openvino_runtime(onnx, x, torch.get_num_threads())
+    times = medians(calls, ROUNDS, settle=SETTLE)
+    rows = [
+        {
+            "scenario": scenario,
+            "seed": seed,
+            "batch": batch,
+            "method": result.method,
+            "pruned": result.pruned,
+            "milliseconds": {
+                runtime: round(1e3 * seconds, 4)
+                for (name, runtime), seconds in times.items()
+                if name == f"{result.method}/{result.pruned}"
+            },
+        }
+        for result in found
+    ]
+    LATENCY.write_text(json.dumps({"made": results.made_by(command), "rows": rows}, indent=1))

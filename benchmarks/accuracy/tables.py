@@ -1,0 +1,176 @@
+"""docs/accuracy.md with its pictures, and the table in README.md, from the results files."""
+
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from benchmarks.accuracy import results
+from benchmarks.accuracy.latency import LATENCY
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.results import Result
+from benchmarks.accuracy.runs import DENSE, LONGER
+from benchmarks.accuracy.scenarios import SCENARIOS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "accuracy.md"
+PICTURES = ROOT / "docs" / "pictures"
+README = ROOT / "README.md"
+MARKS = "<!-- accuracy -->", "<!-- end of accuracy -->"
+
+Cells = dict[tuple[str, int], list[Result]]  # by method and percentage, one for each seed
+
+
+def write() -> None:
+    """Write the page, the pictures and the README's table."""
+    found = results.read().values()
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name, scenario in SCENARIOS.items():
+        cells = _cells(r for r in found if r.scenario == name)
+        if not cells:
+            continue
+        sections.append(f"## {scenario.title}\n\n{_section(name, cells)}")
+        if name == "resnet20":
+            _into_readme(_table(cells, [m for m in METHODS if "untrained" not in m]))
+    PAGE.write_text(re.sub(r"\n{3,}", "\n\n", f"{_heading()}\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _cells(found: Iterable[Result]) -> Cells:
+    cells: Cells = {}
+    for result in found:
+        cells.setdefault((result.method, result.pruned), []).append(result)
+    return cells
+
+
+def _section(name: str, cells: Cells) -> str:
+    trained = [m for m in METHODS if "untrained" not in m]
+    parts = [_dense_line(cells), _table(cells, trained)]
+    if any(method not in trained for method, _ in cells):
+        parts += ["Not trained after pruning; batch norms are recalibrated:"]
+        parts += [_table(cells, [m for m in METHODS if m not in trained])]
+    if len({pruned for _, pruned in cells}) > 2:
+        _picture(name, cells, trained)
+        parts.append(f"![accuracy over MACs](pictures/accuracy_{name}.png)")
+    return "\n\n".join(parts)
+
+
+def _dense_line(cells: Cells) -> str:
+    texts = [
+        f"{method}: {_text(cells[method, 0])}" for method in (DENSE, LONGER) if (method, 0) in cells
+    ]
+    return "Top-1, percent. " + "; ".join(texts) + "."
+
+
+def _table(cells: Cells, methods: list[str]) -> str:
+    columns = sorted({pruned for method, pruned in cells if method in methods})
+    rows = [
+        (method, *(_text(cells.get((method, p), [])) for p in columns))
+        for method in methods
+        if any((method, p) in cells for p in columns)
+    ]
+    kept = [_kept(cells, methods, p) for p in columns]
+    header = [
+        "pruned",
+        *(f"{p} % ({k:.1%} of all MACs left)" for p, k in zip(columns, kept, strict=True)),
+    ]
+    return tabulate(rows, header, "github", disable_numparse=True)
+
+
+def _kept(cells: Cells, methods: list[str], pruned: int) -> float:
+    return max(r.macs / r.dense_macs for m in methods for r in cells.get((m, pruned), []))
+
+
+def _text(found: list[Result]) -> str:
+    """Mean, standard deviation and number of seeds."""
+    if not found:
+        return ""
+    values = [r.accuracy for r in found]
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1 seed)"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
+def _picture(name: str, cells: Cells, methods: list[str]) -> None:
+    """Accuracy over MACs and, where latencies were measured, over these."""
+    latency = _latencies(name)
+    figure = Figure(figsize=(11 if latency else 6, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if latency else 1, squeeze=False)[0]
+    dense = statistics.mean(r.accuracy for r in cells[DENSE, 0])
+    for panel in panels:
+        panel.axhline(dense, color="0.6", linewidth=1, linestyle=":", label="dense")
+        panel.set_ylabel("top-1 on the test images, %")
+        panel.grid(color="0.92")
+    for index, method in enumerate(methods):
+        found = sorted((p, rs) for (m, p), rs in cells.items() if m == method)
+        if not found:
+            continue
+        style = {
+            "color": f"C{index % 10}",
+            "marker": "s" if method.startswith("channels") else "o",
+            "linestyle": "--" if method.startswith("channels") else "-",
+            "markersize": 4,
+            "linewidth": 1.4,
+        }
+        means = [statistics.mean(r.accuracy for r in rs) for _, rs in found]
+        spread = [
+            [m - min(r.accuracy for r in rs) for m, (_, rs) in zip(means, found, strict=True)],
+            [max(r.accuracy for r in rs) - m for m, (_, rs) in zip(means, found, strict=True)],
+        ]
+        macs = [statistics.mean(r.macs for r in rs) / 1e6 for _, rs in found]
+        panels[0].errorbar(macs, means, spread, label=method, capsize=2, elinewidth=0.8, **style)
+        points = [
+            (latency[method, p], m)
+            for m, (p, _) in zip(means, found, strict=True)
+            if (method, p) in latency
+        ]
+        if points:
+            panels[1].plot(*zip(*points, strict=True), label=method, **style)
+    panels[0].set_xscale("log")
+    panels[0].set_xlabel("MACs of one image, millions")
+    panels[0].legend(fontsize=8)
+    if latency:
+        panels[1].set_xlabel(f"milliseconds, batch of {_batch(name)}, fastest runtime")
+    figure.savefig(PICTURES / f"accuracy_{name}.png", dpi=130)
+
+
+def _latencies(name: str) -> dict[tuple[str, int], float]:
+    """Milliseconds in the fastest runtime, by method and percentage."""
+    if not LATENCY.is_file():
+        return {}
+    rows = json.loads(LATENCY.read_text())["rows"]
+    return {
+        (row["method"], row["pruned"]): min(row["milliseconds"].values())
+        for row in rows
+        if row["scenario"] == name
+    }
+
+
+def _batch(name: str) -> int:
+    rows = json.loads(LATENCY.read_text())["rows"]
+    return next(int(row["batch"]) for row in rows if row["scenario"] == name)
+
+
+def _heading() -> str:
+    made = [dict(r.made) for r in results.read().values()]
+    versions = sorted({f"torch {m['torch']}, Torch-Pruning {m['torch-pruning']}" for m in made})
+    dates = sorted(m["date"] for m in made)
+    return (
+        "# Accuracy\n\n"
+        "Written by `python -m benchmarks.accuracy tables` from "
+        "`benchmarks/results/accuracy.jsonl`, which `python -m benchmarks.accuracy run` fills "
+        f"({'; '.join(versions)}; {dates[0]} to {dates[-1]}).\n"
+    )
+
+
+def _into_readme(table: str) -> None:
+    before, _, rest = README.read_text().partition(MARKS[0])
+    _, _, behind = rest.partition(MARKS[1])
+    if behind:
+        README.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{behind}")
