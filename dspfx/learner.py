@@ -23,6 +23,8 @@ from dspfx.gates import GatedLayer, gated_layers
 from dspfx.lookahead import Buffers, looking_ahead, trained_parameters, trial_steps
 from dspfx.losses import BatchTask, Losses
 from dspfx.penalty import LayerPenalty, energy
+from dspfx.processes import Processes
+from dspfx.wrappers import check_whole, plain_optimizer, unwrapped
 
 BLOCK = 2**18  # elements of the matrices [O, C] that are worked on at a time
 SETTINGS = ("strength", "total_steps", "temperature", "logits_lr", "logits_every")
@@ -41,7 +43,7 @@ class GroupLearner:
         prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
         optimizer: the user's, over the model's parameters. At every step, its present learning
             rates count, and the layers that it trains at present: any scheduler works, and layers
-            may be frozen and thawed.
+            may be frozen and thawed. It may be wrapped by Accelerate or Lightning.
         strength: lambda, the weight of the regulariser; it grows linearly over `total_steps`.
         total_steps: T, how often `step` will be called.
         temperature: tau of the soft assignment `softmax(logits / tau + Gumbel noise)`.
@@ -49,10 +51,13 @@ class GroupLearner:
         logits_every: look ahead and update the logits at every n-th step only; the steps
             between cost one forward and backward instead of two.
         generator: of the Gumbel noise, on the model's device; torch's own by default.
+        process_group: the processes that train the model together, in `DistributedDataParallel`;
+            by default those of that wrapper, if `prepared` is or holds one, else all. They
+            construct and step their learners together; the noise is the first one's.
 
     Raises:
         LearnError: no gated layer, or none that the optimizer trains; weights that are not
-            finite; a setting out of range.
+            finite, are sharded, or differ between the processes; a setting out of range.
     """
 
     def __init__(
@@ -66,10 +71,11 @@ class GroupLearner:
         logits_lr: float = 1e-3,
         logits_every: int = 1,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         _check_settings(strength, total_steps, temperature, logits_lr, logits_every)
         self.prepared = prepared
-        self.optimizer = optimizer
+        self.optimizer = plain_optimizer(optimizer)
         self.strength = strength
         self.total_steps = total_steps
         self.temperature = temperature
@@ -77,7 +83,8 @@ class GroupLearner:
         self.logits_every = logits_every
         self.generator = generator
         self.steps_done = 0
-        self.layers = gated_layers(prepared)
+        self.layers = gated_layers(unwrapped(prepared))
+        self.processes = Processes.of(prepared, process_group)
         self._check_layers()
         self.penalties = {name: LayerPenalty.of(layer) for name, layer in self.layers.items()}
         logits = [layer.gate.logits for layer in self.layers.values()]
@@ -89,6 +96,7 @@ class GroupLearner:
         *,
         before_step: Callable[[], object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        backward: bool = True,
     ) -> Tensor:
         """One step of training and group learning on one batch.
 
@@ -100,20 +108,25 @@ class GroupLearner:
                 list, tuple or dict of losses, which are added, or an iterator (a generator) of
                 the losses of micro-batches, each of which is propagated back before the next is
                 computed. It is called once or twice, must compute on the same batch both times,
-                and must not call `backward`.
+                and must not call `backward`. Where several processes train the model, the loss is
+                that of the process's own share of the batch.
             before_step: called when the gradients are complete (and unscaled), before each of
                 the one or two steps of the optimizer: clip them here.
             scaler: for losses in half precision. It is used and updated here; a step that it
                 skips changes nothing and counts as done.
+            backward: False for closures as `torch.optim.Optimizer.step` takes them, which set the
+                gradients to zero, compute one loss and propagate it back, scaled where there is
+                a `scaler`.
 
         Returns:
             The loss before the step, the sum if there were several, detached.
 
         Raises:
-            LearnError: a loss is no finite scalar with a gradient, all steps are done, or the
-                model was moved or cast since construction. Model, optimizer and groups are then
-                what they were; if it is the loss of the look-ahead that is not finite, what they
-                were after the task's own step. With an enabled `scaler` losses may be infinite.
+            LearnError: a loss is no finite scalar with a gradient, all steps are done, the model
+                was moved or cast since construction, or the processes that train it have
+                different gradients, all of them then. Model, optimizer and groups are
+                then what they were; if it is the look-ahead that fails, what they were after the
+                task's own step. With an enabled `scaler` losses may be infinite.
         """
         if self.steps_done >= self.total_steps:
             raise LearnError(
@@ -122,10 +135,12 @@ class GroupLearner:
             )
         self._check_logits()
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        task = BatchTask(closure, before_step, scaler)
+        # one process alone must not leave before the others have its gradients
+        finite = scaler is None and self.processes.alone
+        task = BatchTask(closure, before_step, scaler, backward, finite)
         buffers = Buffers(self.prepared)
         try:
-            loss = task.run(self.optimizer)
+            loss = self._run(task)
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
             if before_step is not None:
@@ -183,6 +198,13 @@ class GroupLearner:
 
     # -- the parts of a step -----------------------------------------------------------------
 
+    def _run(self, task: BatchTask) -> Tensor:
+        """Leave the gradients of one pass, the same on all processes; the loss on this one."""
+        loss = task.run(self.optimizer)
+        weights = [layer.weight for layer in self.layers.values()]
+        self.processes.check_gradients(loss, weights, finite=task.scaler is None)
+        return loss
+
     def _task_step(self, scaler: torch.amp.GradScaler | None) -> bool:
         """Let the optimizer step; whether it did."""
         if scaler is None:
@@ -196,11 +218,12 @@ class GroupLearner:
     def _learn_groups(self, layers: dict[str, GatedLayer], task: BatchTask) -> None:
         """Look ahead from W1, move the logits, and be back at W1."""
         soft = {name: self._soft_assignment(layer) for name, layer in layers.items()}
+        self.processes.broadcast(list(soft.values()))
         rates = self._rates()
         weights = [layer.weight for layer in layers.values()]
         with looking_ahead(self.prepared, self.optimizer, weights) as before:
             self._descend(layers, soft)  # W2
-            task.run(self.optimizer)
+            self._run(task)
             finite = task.scaler is None or self._unscale(task.scaler.get_scale())
             if task.before_step is not None:
                 task.before_step()
@@ -210,6 +233,8 @@ class GroupLearner:
                     for name, layer in layers.items():
                         w = layer.weight
                         self._set_logits_gradient(name, rates[w], soft[name], before[w])
+        gradients = [layer.gate.logits.grad for layer in layers.values()]
+        self.processes.broadcast([g for g in gradients if g is not None])  # to the last bit
         self.logits_optimizer.step()
         self.logits_optimizer.zero_grad(set_to_none=True)
 
@@ -283,11 +308,13 @@ class GroupLearner:
     def _check_layers(self) -> None:
         if not self.layers:
             raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")
+        check_whole(self.prepared, self.optimizer)
         if not self._trained_layers():
             raise LearnError(
                 "the optimizer trains no gated layer of this model; construct it from "
                 "prepared.parameters(), not from the original model's"
             )
+        self.processes.check_weights([layer.weight for layer in self.layers.values()])
         for name, layer in self.layers.items():
             if not torch.isfinite(layer.weight).all():
                 raise LearnError(f"{name}.weight holds NaN or infinite values; repair it first")
