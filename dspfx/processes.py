@@ -50,7 +50,8 @@ class Processes:
             return
         flat = torch.cat([t.reshape(-1).to(tensors[0].device, torch.float64) for t in tensors])
         dist.broadcast(flat, group=self.group, group_src=0)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        parts = torch.split(flat, [t.numel() for t in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def of_first(self, find: Callable[[], Found]) -> Found:

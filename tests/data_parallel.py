@@ -383,6 +383,15 @@ def case_verbs() -> Any:
     }
 
 
+def case_pruned_by_the_first() -> Any:
+    """Masks that only the first process has set reach the others as all buffers do."""
+    model = normed()
+    if dist.get_rank() == 0:
+        dspfx.prune(model, dspfx.Budget(macs=0.5))
+    ddp = wrap(model).train()
+    return dspfx.get_masks(ddp), ddp(X[0]).detach()
+
+
 def case_latency() -> Any:
     """The first process measures; here each would find something else."""
     rank, calls = dist.get_rank(), itertools.count()

@@ -19,17 +19,19 @@ TESTS = Path(__file__).parent
 TIMEOUT = 240  # seconds; what takes longer hangs
 
 
-def torchrun(*arguments: str, processes: int = 2) -> str:
-    """What the processes print; a free port is found by torchrun itself."""
-    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    return run("-m", *launcher, *arguments)
+def torchrun(*arguments: str, **more: Any) -> str:
+    """What two processes print; torchrun finds a free port by itself."""
+    return run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments, **more
+    )
 
 
-def run(*arguments: str) -> str:
-    """What Python prints, in an environment that holds nothing of this process."""
+def run(*arguments: str, cwd: Path | None = None, **variables: str) -> str:
+    """What Python prints."""
     done = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
@@ -183,6 +185,13 @@ def test_masks_groups_and_reports_are_equal(outcomes: list[dict[str, Any]]) -> N
     one, other = (outcome["verbs"] for outcome in outcomes)
     assert_same(one, other)
     assert not all(mask.all() for mask in one["masks"].values())
+
+
+def test_masks_that_one_process_has_set(outcomes: list[dict[str, Any]]) -> None:
+    (masks, output), (masks_too, output_too) = (o["pruned_by_the_first"] for o in outcomes)
+    assert not all(mask.all() for mask in masks.values())
+    assert_same(masks, masks_too)
+    assert torch.equal(output, output_too)
 
 
 def test_the_first_process_measures(outcomes: list[dict[str, Any]]) -> None:
