@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dspfx.errors import LearnError
 
 Found = TypeVar("Found")
-ALIKE = 1e-3  # how far norms that are the same may be apart, relative
+ALIKE = 1e-4  # how far sums over equal tensors may be apart, relative to the norm
 
 
 class Processes:
@@ -84,10 +84,10 @@ class Processes:
         """
         if self.alone:
             return
-        bad = float(finite and not torch.isfinite(loss).all())
-        norm = _norm([w.grad for w in weights if w.grad is not None])
-        worst, same = self._compare(bad, norm, weights[0].device)
-        if worst:
+        gradients = [w.grad for w in weights if w.grad is not None]
+        bad = bool(finite and not torch.isfinite(loss).all())
+        any_bad, same = self._compare(bad, gradients, weights[0].device)
+        if any_bad:
             raise LearnError(
                 f"the loss of one of the processes is not finite, here it is {loss.item()}; this "
                 "pass changed nothing. Lower the learning rate or the strength, or look for bad "
@@ -109,7 +109,7 @@ class Processes:
         """
         if self.alone:
             return
-        _, same = self._compare(0.0, _norm(list(weights)), weights[0].device)
+        _, same = self._compare(False, weights, weights[0].device)
         if not same:
             raise LearnError(
                 "the processes have different weights; wrap the model in DistributedDataParallel "
@@ -117,16 +117,22 @@ class Processes:
                 "process groups of their own: GroupLearner(..., process_group=...)"
             )
 
-    def _compare(self, flag: float, value: float, device: torch.device) -> tuple[float, bool]:
-        """The largest `flag`, and whether `value` is about the same on all processes."""
-        extremes = torch.tensor([flag, value, -value], dtype=torch.float64, device=device)
+    @torch.no_grad()
+    def _compare(
+        self, flag: bool, tensors: Sequence[Tensor], device: torch.device
+    ) -> tuple[bool, bool]:
+        """Whether any process has the `flag`, and whether all have about the same `tensors`.
+
+        Sums tell apart what norms do not: those of large random tensors are nearly equal.
+        """
+        norm = nn.utils.get_total_norm(tensors).to(device, torch.float64)
+        total = sum(
+            (t.sum(dtype=torch.float64).to(device) for t in tensors), torch.zeros_like(norm)
+        )
+        values = torch.stack([norm, total])
+        # infinite ones cannot be compared; a scaler may let them be
+        values = torch.where(values.isfinite().all(), values, 0.0)
+        extremes = torch.cat([values, -values, values.new_tensor([flag])])
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
-        largest_flag, high, low = extremes.tolist()
-        return largest_flag, high + low <= ALIKE * high
-
-
-@torch.no_grad()
-def _norm(tensors: list[Tensor]) -> float:
-    """The norm of all together; 0 where it is not finite, for such values cannot be compared."""
-    norm = float(nn.utils.get_total_norm(tensors))
-    return norm if norm < float("inf") else 0.0
+        high, low, flags = torch.split(extremes, [2, 2, 1])
+        return bool(flags), bool((high + low <= ALIKE * high[0]).all())

@@ -28,17 +28,21 @@ def torchrun(*arguments: str, **more: Any) -> str:
 
 def run(*arguments: str, cwd: Path | None = None, **variables: str) -> str:
     """What Python prints."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         cwd=cwd,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
+    try:
+        printed, errors = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its workers
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, printed[-2000:] + errors[-6000:]
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +135,7 @@ def test_the_look_ahead_leaves_no_trace(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         learned, plain = outcome["normed_plain_loop"]
         assert_same(learned, plain)
-        # in the first step both passes, in the second one
-        without_strength, _, with_strength, _ = outcome["gradients_of_another_optimizer"]
-        assert_same(without_strength, with_strength)
+        assert_same(*outcome["gradients_of_another_optimizer"])
 
 
 def test_hooks_see_the_share(outcomes: list[dict[str, Any]]) -> None:
