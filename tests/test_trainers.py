@@ -172,12 +172,26 @@ def test_fitting_is_the_plain_loop(clip: bool) -> None:
 
 def test_fitting_with_scaled_losses() -> None:
     """Powers of two change no bit, and a step that is skipped changes nothing."""
+    needs("lightning")
     plugin = importlib.import_module("lightning.pytorch.plugins").MixedPrecision
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     precision = plugin("16-mixed", "cpu", scaler)
     precision.autocast_context_manager = torch.enable_grad  # in float64 all the same
     module = module_of(normed())
     fit(module, callback(), plugins=[precision])
+    assert_same_state(state(module.network), reference()[0])
+
+
+def test_fitting_by_manual_optimization() -> None:
+    def start(self: Any) -> None:
+        self.learner = dspfx.GroupLearner(self, self.optimizers(), **settings())
+
+    def step(self: Any, batch: list[Tensor], _: int) -> None:
+        self.learner.step(lambda: nn.functional.cross_entropy(self.network(batch[0]), batch[1]))
+
+    own = {"automatic_optimization": False, "on_train_start": start, "training_step": step}
+    module = module_of(normed(), **own, on_train_epoch_end=lambda self: None)
+    fit(module)
     assert_same_state(state(module.network), reference()[0])
 
 
