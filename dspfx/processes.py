@@ -23,10 +23,12 @@ class Processes:
 
     Attributes:
         group: None for one process by itself.
+        device: what objects are sent through; None for what the group prefers.
     """
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
         self.group = group
+        self.device = device
 
     @staticmethod
     def of(model: nn.Module, group: Any = None) -> "Processes":
@@ -36,7 +38,8 @@ class Processes:
         wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
         if group is None:
             group = next((m.process_group for m in wrappers), dist.group.WORLD)
-        return Processes(group if dist.get_world_size(group) > 1 else None)
+        devices = (p.device for p in model.parameters() if p.device.type != "cpu")
+        return Processes(group if dist.get_world_size(group) > 1 else None, next(devices, None))
 
     @property
     def alone(self) -> bool:
@@ -59,7 +62,7 @@ class Processes:
         if self.alone:
             return find()
         found: list[Any] = [find() if dist.get_rank(self.group) == 0 else None]
-        dist.broadcast_object_list(found, group=self.group, group_src=0)
+        dist.broadcast_object_list(found, group=self.group, device=self.device, group_src=0)
         value: Found = found[0]
         return value
 
