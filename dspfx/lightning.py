@@ -21,7 +21,7 @@ from dspfx.learner import GroupLearner
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 except ImportError as error:
     raise LearnError(
         "dspfx.lightning needs Lightning; run pip install 'dspfx[lightning]'"
@@ -147,7 +147,8 @@ def _check(trainer: Trainer, module: LightningModule) -> None:
             "gradients of several batches cannot be accumulated while groups are learned, for each "
             "batch is needed twice; use larger batches, or the accumulation inside training_step"
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # that is a DDPStrategy, too
         raise LearnError(
             f"groups cannot be learned with a {type(trainer.strategy).__name__}; use one device, "
             'or strategy="ddp"'

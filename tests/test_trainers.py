@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -243,6 +244,12 @@ def test_what_cannot_be_learned_with() -> None:
     for overrides, options, words in cases:
         with pytest.raises(dspfx.LearnError, match=words):
             fit(module_of(normed(), **overrides), callback(), **options)
+    strategies = importlib.import_module("lightning.pytorch.strategies")
+    for kind in (strategies.FSDPStrategy, strategies.DeepSpeedStrategy):
+        facts = {"optimizers": [None], "accumulate_grad_batches": 1}
+        trainer = mock.Mock(strategy=mock.Mock(spec=kind), **facts)
+        with pytest.raises(dspfx.LearnError, match="groups cannot be learned with a "):
+            callback().on_train_start(trainer, module_of(normed()))
     plain = nn.Sequential(nn.Conv2d(2, 4, 2), nn.Flatten(), nn.Linear(64, 3)).double()
     with pytest.raises(dspfx.LearnError, match="no gated layer"):
         fit(module_of(plain), callback())
