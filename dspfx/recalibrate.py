@@ -17,7 +17,11 @@ from dspfx.wrappers import unwrapped
 
 
 def recalibrate(
-    model: nn.Module, batches: Iterable[Any], *, call: Callable[[Any], object] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any], object] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
     """Replace the running mean and variance of every batch norm by those of `batches`.
 
@@ -36,11 +40,12 @@ def recalibrate(
             by name. Of a tuple that is longer than the model has inputs, such as `(images,
             labels)`, the first ones are taken.
         call: what to do with a batch instead, such as `lambda b: model(b["image"].cuda())`.
+        process_group: the processes that train the model together, see `GroupLearner`.
 
     Raises:
         DataError: there is no batch, or what they lead to is not finite; nothing is changed then.
     """
-    processes = Processes.of(model)
+    processes = Processes.of(model, process_group)
     model = unwrapped(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     found = {norm: _Moments() for norm in norms}

@@ -144,7 +144,12 @@ def test_hooks_see_the_share(outcomes: list[dict[str, Any]]) -> None:
 
 
 def test_processes_with_models_of_their_own(outcomes: list[dict[str, Any]]) -> None:
-    assert [outcome["each_its_own"] for outcome in outcomes] == [1, 2]
+    (steps, mean), (steps_too, mean_too) = (outcome["each_its_own"] for outcome in outcomes)
+    assert (steps, steps_too) == (1, 2)
+    for rank, found in enumerate((mean, mean_too)):
+        model = work.normed()
+        dspfx.recalibrate(model, [work.X[0].chunk(2)[rank]])
+        assert torch.equal(model.state_dict()["1.running_mean"], found)
 
 
 # -- what is refused -----------------------------------------------------------------------------
