@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from dspfx.errors import CheckpointError
+from dspfx.wrappers import unwrapped
 
 
 def save_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
@@ -19,6 +22,11 @@ def save_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
 
     Whenever the process or the machine stops, the file is there as it was before, or as it is
     afterwards: a temporary file beside it is written, flushed to the disk and then renamed.
+
+    Where several processes train one model, let the first one save, and all load: models are saved
+    without what is wrapped around them. Only the process of the same rank takes over the random
+    number generators, or all would draw the same numbers; one file for each process resumes all of
+    them bit for bit.
 
     Args:
         path: of the file; folders that are missing are made.
@@ -33,11 +41,13 @@ def save_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
     path = Path(path)
     states = {name: _state(value) for name, value in objects.items() if _has_state(value)}
     values = {name: value for name, value in objects.items() if not _has_state(value)}
-    temporary = path.with_name(f"{path.name}.tmp")
+    rank = _rank()
+    temporary = path.with_name(f"{path.name}.{rank}.tmp" if rank else f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save({"states": states, "values": values, "random": _random_state()}, file)
+            parts = {"states": states, "values": values, "random": _random_state(), "rank": rank}
+            torch.save(parts, file)
             file.flush()
             os.fsync(file.fileno())
         _check_plain(temporary)
@@ -51,6 +61,8 @@ def save_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
 
 def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> dict[str, Any]:
     """Put `objects`, and the global random number generators, into the states of a checkpoint.
+
+    The generators are left alone if the process that saved was of another rank.
 
     No code is run that the file might hold.
 
@@ -85,7 +97,8 @@ def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> dict[str
         for name, state in before.items():
             _set_state(objects[name], state)
         raise CheckpointError(f"the state of '{name}' in {path} does not fit: {error}") from error
-    _set_random_state(generators)
+    if saved.get("rank", 0) == _rank():
+        _set_random_state(generators)
     plain: dict[str, Any] = values
     return plain
 
@@ -95,14 +108,21 @@ def _has_state(value: Any) -> bool:
 
 
 def _state(value: Any) -> Any:
+    value = unwrapped(value) if isinstance(value, nn.Module) else value
     return value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
 
 
 def _set_state(value: Any, state: Any) -> None:
+    value = unwrapped(value) if isinstance(value, nn.Module) else value
     if isinstance(value, torch.Generator):
         value.set_state(state)
     else:
         value.load_state_dict(state)
+
+
+def _rank() -> int:
+    """Of this process among those that work together."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _random_state() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from dspfx.filters import filters_first, structural_groups
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.parts import parts_of
 from dspfx.penalty import energy
+from dspfx.wrappers import unwrapped
 
 STARTS = 16
 ITERATIONS = 50
@@ -49,6 +50,7 @@ def cluster_groups(prepared: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
         PrepareError: a gated weight is not finite; nothing is changed then.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    prepared = unwrapped(prepared)
     parts_of(prepared)
     layers = gated_layers(prepared)
     groups = {name: _groups(name, layer, seed) for name, layer in layers.items()}

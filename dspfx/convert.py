@@ -21,6 +21,7 @@ from dspfx.passes.plan import CompactionPlan, plan
 from dspfx.passes.summary import count_gathers, summarise
 from dspfx.passes.values import ChannelAnalysis
 from dspfx.passes.verify import verify as verify_equal
+from dspfx.wrappers import unwrapped
 
 
 def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel = CPU) -> nn.Module:
@@ -45,6 +46,7 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
         ConvertError: `prepared` does not come from `dspfx.prepare`.
         EquivalenceError: the two differ; the message names the first node that does.
     """
+    prepared = unwrapped(prepared)
     if compact_parts_of(prepared):
         return copy.deepcopy(prepared)
     compact = {

@@ -61,6 +61,12 @@ class FilterGate(nn.Module):
         self.mask.copy_(mask)
         self.open = bool(self.mask.all())
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and look at the mask anew: data parallelism copies that of one process."""
+        if not self.mask.is_meta:
+            self.open = bool(self.mask.all())
+        return super().train(mode)
+
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -109,6 +115,12 @@ class ChannelGate(nn.Module):
         """Take over `alive`, bool `[C]`."""
         self.alive.copy_(alive)
         self.open = bool(self.alive.all())
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and look at the channels anew, see `FilterGate.train`."""
+        if not self.alive.is_meta:
+            self.open = bool(self.alive.all())
+        return super().train(mode)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any

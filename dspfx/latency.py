@@ -32,6 +32,7 @@ from dspfx.passes.lowering import Group, dense
 from dspfx.passes.measure import Measured
 from dspfx.passes.relower import Site
 from dspfx.passes.values import ChannelAnalysis, Mix
+from dspfx.processes import Processes
 from dspfx.timing import medians
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -55,18 +56,13 @@ class LatencyTable:
     a_mac: float
 
     @staticmethod
-    def of(module: PreparedModule, analysis: ChannelAnalysis) -> "LatencyTable":
+    def of(
+        module: PreparedModule, analysis: ChannelAnalysis, processes: Processes
+    ) -> "LatencyTable":
         """Measure the layers of `module` for its example inputs, or remember them."""
         before = layer_costs(analysis)
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        measured = Measured(device)
-        seconds = {}
-        for node, op in analysis.ops.items():
-            if isinstance(op, Mix) and _can_be_timed(module, op):
-                shape = analysis.values[op.operands[0]].shape
-                sites = [_site(module, op, torch.Size(shape), share) for share in SHARES]
-                seconds[node] = tuple(_fastest(site, measured) for site in sites)
-        measured.save()
+        times = processes.of_first(lambda: _times(module, analysis))
+        seconds = {node: times[node.name] for node in analysis.ops if node.name in times}
         timed = sum(before[node].macs for node in seconds)
         a_mac = sum(times[-1] for times in seconds.values()) / timed if timed else 1.0
         return LatencyTable(analysis, before, seconds, a_mac)
@@ -81,6 +77,20 @@ class LatencyTable:
             return cost.macs * self.a_mac
         share = cost.macs / max(1, self.before[node].macs)
         return float(np.interp(share, (0.0, *SHARES), (0.0, *self.seconds[node])))
+
+
+def _times(module: PreparedModule, analysis: ChannelAnalysis) -> dict[str, tuple[float, ...]]:
+    """The seconds of every layer that can be timed, by its node's name, at each of `SHARES`."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    measured = Measured(device)
+    seconds = {}
+    for node, op in analysis.ops.items():
+        if isinstance(op, Mix) and _can_be_timed(module, op):
+            shape = analysis.values[op.operands[0]].shape
+            sites = [_site(module, op, torch.Size(shape), share) for share in SHARES]
+            seconds[node.name] = tuple(_fastest(site, measured) for site in sites)
+    measured.save()
+    return seconds
 
 
 def measured_fraction(modules: Sequence[PreparedModule]) -> float:

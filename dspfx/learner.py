@@ -10,11 +10,8 @@ task reaches the grouping through the second-order term of the look-ahead alone.
 3. Adam moves the logits; the weights are shrunk by the hard assignment.
 """
 
-import copy
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,11 +19,13 @@ from torch import Tensor, nn
 
 from dspfx.errors import LearnError
 from dspfx.filters import filters_first, spread
-from dspfx.gates import ChannelGate, FilterGate, GatedLayer, gated_layers
+from dspfx.gates import GatedLayer, gated_layers
+from dspfx.lookahead import Buffers, looking_ahead, trained_parameters, trial_steps
+from dspfx.losses import BatchTask, Losses
 from dspfx.penalty import LayerPenalty, energy
+from dspfx.processes import Processes
+from dspfx.wrappers import check_whole, plain_optimizer, unwrapped
 
-# one loss; several, which are added; or micro-batches, whose losses come one at a time
-Losses = Tensor | list[Tensor] | tuple[Tensor, ...] | Mapping[str, Tensor] | Iterator[Tensor]
 BLOCK = 2**18  # elements of the matrices [O, C] that are worked on at a time
 SETTINGS = ("strength", "total_steps", "temperature", "logits_lr", "logits_every")
 
@@ -44,7 +43,7 @@ class GroupLearner:
         prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
         optimizer: the user's, over the model's parameters. At every step, its present learning
             rates count, and the layers that it trains at present: any scheduler works, and layers
-            may be frozen and thawed.
+            may be frozen and thawed. It may be wrapped by Accelerate or Lightning.
         strength: lambda, the weight of the regulariser; it grows linearly over `total_steps`.
         total_steps: T, how often `step` will be called.
         temperature: tau of the soft assignment `softmax(logits / tau + Gumbel noise)`.
@@ -52,10 +51,13 @@ class GroupLearner:
         logits_every: look ahead and update the logits at every n-th step only; the steps
             between cost one forward and backward instead of two.
         generator: of the Gumbel noise, on the model's device; torch's own by default.
+        process_group: the processes that train the model together, in `DistributedDataParallel`;
+            by default those of that wrapper, if `prepared` is or holds one, else all. They
+            construct and step their learners together; the noise is the first one's.
 
     Raises:
         LearnError: no gated layer, or none that the optimizer trains; weights that are not
-            finite; a setting out of range.
+            finite, are sharded, or differ between the processes; a setting out of range.
     """
 
     def __init__(
@@ -69,10 +71,11 @@ class GroupLearner:
         logits_lr: float = 1e-3,
         logits_every: int = 1,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         _check_settings(strength, total_steps, temperature, logits_lr, logits_every)
         self.prepared = prepared
-        self.optimizer = optimizer
+        self.optimizer = plain_optimizer(optimizer)
         self.strength = strength
         self.total_steps = total_steps
         self.temperature = temperature
@@ -80,7 +83,8 @@ class GroupLearner:
         self.logits_every = logits_every
         self.generator = generator
         self.steps_done = 0
-        self.layers = gated_layers(prepared)
+        self.layers = gated_layers(unwrapped(prepared))
+        self.processes = Processes.of(prepared, process_group)
         self._check_layers()
         self.penalties = {name: LayerPenalty.of(layer) for name, layer in self.layers.items()}
         logits = [layer.gate.logits for layer in self.layers.values()]
@@ -92,6 +96,7 @@ class GroupLearner:
         *,
         before_step: Callable[[], object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        backward: bool = True,
     ) -> Tensor:
         """One step of training and group learning on one batch.
 
@@ -103,20 +108,25 @@ class GroupLearner:
                 list, tuple or dict of losses, which are added, or an iterator (a generator) of
                 the losses of micro-batches, each of which is propagated back before the next is
                 computed. It is called once or twice, must compute on the same batch both times,
-                and must not call `backward`.
+                and must not call `backward`. Where several processes train the model, the loss is
+                that of the process's own share of the batch.
             before_step: called when the gradients are complete (and unscaled), before each of
                 the one or two steps of the optimizer: clip them here.
             scaler: for losses in half precision. It is used and updated here; a step that it
                 skips changes nothing and counts as done.
+            backward: False for closures as `torch.optim.Optimizer.step` takes them, which set the
+                gradients to zero, compute one loss and propagate it back, scaled where there is
+                a `scaler`.
 
         Returns:
             The loss before the step, the sum if there were several, detached.
 
         Raises:
-            LearnError: a loss is no finite scalar with a gradient, all steps are done, or the
-                model was moved or cast since construction. Model, optimizer and groups are then
-                what they were; if it is the loss of the look-ahead that is not finite, what they
-                were after the task's own step. With an enabled `scaler` losses may be infinite.
+            LearnError: a loss is no finite scalar with a gradient, all steps are done, the model
+                was moved or cast since construction, or the processes that train it have
+                different gradients, all of them then. Model, optimizer and groups are
+                then what they were; if it is the look-ahead that fails, what they were after the
+                task's own step. With an enabled `scaler` losses may be infinite.
         """
         if self.steps_done >= self.total_steps:
             raise LearnError(
@@ -125,9 +135,12 @@ class GroupLearner:
             )
         self._check_logits()
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        buffers = _Buffers(self.prepared)
+        # one process alone must not leave before the others have its gradients
+        finite = scaler is None and self.processes.alone
+        task = BatchTask(closure, before_step, scaler, backward, finite)
+        buffers = Buffers(self.prepared)
         try:
-            loss = self._backward(closure, scaler)
+            loss = self._run(task)
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
             if before_step is not None:
@@ -138,7 +151,7 @@ class GroupLearner:
         layers = self._trained_layers()
         if self._task_step(scaler) and layers:
             if self.steps_done % self.logits_every == 0:
-                self._learn_groups(layers, closure, before_step, scaler)
+                self._learn_groups(layers, task)
             self._shrink(layers)
         self.steps_done += 1
         return loss
@@ -185,23 +198,12 @@ class GroupLearner:
 
     # -- the parts of a step -----------------------------------------------------------------
 
-    def _backward(
-        self, closure: Callable[[], Losses], scaler: torch.amp.GradScaler | None
-    ) -> Tensor:
-        """Leave the gradients of the closure's losses; the sum of these."""
-        torch.clear_autocast_cache()  # an autocast around the whole step remembers older weights
-        total: Tensor | None = None
-        with torch.enable_grad():
-            for loss in _one_by_one(closure()):
-                _check_loss(loss, finite=scaler is None)
-                if total is None:
-                    self.optimizer.zero_grad(set_to_none=True)
-                scaled = loss if scaler is None else scaler.scale(loss)
-                scaled.backward()  # type: ignore[no-untyped-call]
-                total = loss.detach() if total is None else total + loss.detach()
-        if total is None:
-            raise LearnError("the closure gave no loss at all; it must give at least one")
-        return total
+    def _run(self, task: BatchTask) -> Tensor:
+        """Leave the gradients of one pass, the same on all processes; the loss on this one."""
+        loss = task.run(self.optimizer)
+        weights = [layer.weight for layer in self.layers.values()]
+        self.processes.check_gradients(loss, weights, finite=task.scaler is None)
+        return loss
 
     def _task_step(self, scaler: torch.amp.GradScaler | None) -> bool:
         """Let the optimizer step; whether it did."""
@@ -213,28 +215,26 @@ class GroupLearner:
         scaler.update()
         return scaler.get_scale() >= scale  # it is lowered whenever a step is skipped
 
-    def _learn_groups(
-        self,
-        layers: dict[str, GatedLayer],
-        closure: Callable[[], Losses],
-        before_step: Callable[[], object] | None,
-        scaler: torch.amp.GradScaler | None,
-    ) -> None:
+    def _learn_groups(self, layers: dict[str, GatedLayer], task: BatchTask) -> None:
         """Look ahead from W1, move the logits, and be back at W1."""
         soft = {name: self._soft_assignment(layer) for name, layer in layers.items()}
+        self.processes.broadcast(list(soft.values()))
         rates = self._rates()
-        with self._looking_ahead(layers) as before:
+        weights = [layer.weight for layer in layers.values()]
+        with looking_ahead(self.prepared, self.optimizer, weights) as before:
             self._descend(layers, soft)  # W2
-            self._backward(closure, scaler)
-            finite = scaler is None or self._unscale(scaler.get_scale())
-            if before_step is not None:
-                before_step()
+            self._run(task)
+            finite = task.scaler is None or self._unscale(task.scaler.get_scale())
+            if task.before_step is not None:
+                task.before_step()
             if finite:
-                self._trial_steps(layers)  # W3
+                trial_steps(self.optimizer, weights)  # W3
                 with _no_autocast(layers):
                     for name, layer in layers.items():
                         w = layer.weight
                         self._set_logits_gradient(name, rates[w], soft[name], before[w])
+        gradients = [layer.gate.logits.grad for layer in layers.values()]
+        self.processes.broadcast([g for g in gradients if g is not None])  # to the last bit
         self.logits_optimizer.step()
         self.logits_optimizer.zero_grad(set_to_none=True)
 
@@ -287,51 +287,10 @@ class GroupLearner:
         soft = (logits / self.temperature + gumbel).softmax(0)
         return soft.clamp(min=tiny)
 
-    # -- leaving no trace --------------------------------------------------------------------
-
-    @contextmanager
-    def _looking_ahead(self, layers: dict[str, GatedLayer]) -> Iterator[dict[Tensor, Tensor]]:
-        """Weights and buffers are afterwards what they were; gives the old values of the weights.
-
-        Gradients are replaced, except those of parameters that the optimizer does not train.
-        """
-        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
-        moved = {layer.weight for layer in layers.values()} if self._one_at_a_time else trained
-        before = {p: p.detach().clone() for p in moved}
-        buffers = _Buffers(self.prepared)
-        foreign = {p: p.grad for p in self.prepared.parameters() if p not in trained}
-        for parameter in trained | foreign.keys():
-            parameter.grad = None  # or the backward would add to it
-        try:
-            yield before
-        finally:
-            with torch.no_grad():
-                for parameter, saved in before.items():
-                    parameter.copy_(saved)
-            buffers.restore()
-            for parameter, gradient in foreign.items():
-                parameter.grad = gradient
-
-    def _trial_steps(self, layers: dict[str, GatedLayer]) -> None:
-        """Step from W2 to W3, with what the optimizer remembers left as it is.
-
-        Only W3 of the gated weights is needed. Torch's own optimizers treat every parameter by
-        itself, so that no more than the state of one has to be copied at a time.
-        """
-        if not self._one_at_a_time:
-            _trial_step(self.optimizer, None)
-            return
-        for layer in layers.values():
-            _trial_step(self.optimizer, layer.weight)
-
-    @property
-    def _one_at_a_time(self) -> bool:
-        return type(self.optimizer).__module__.startswith("torch.optim.")
-
     @torch.no_grad()
     def _unscale(self, scale: float) -> bool:
         """Divide the gradients of trained parameters by `scale`; whether they are finite."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = trained_parameters(self.optimizer)
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
             gradient.mul_(1 / scale)
@@ -339,7 +298,7 @@ class GroupLearner:
 
     def _trained_layers(self) -> dict[str, GatedLayer]:
         """The gated layers that the optimizer trains at present."""
-        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        trained = trained_parameters(self.optimizer)
         return {
             name: layer
             for name, layer in self.layers.items()
@@ -349,11 +308,13 @@ class GroupLearner:
     def _check_layers(self) -> None:
         if not self.layers:
             raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")
+        check_whole(self.prepared, self.optimizer)
         if not self._trained_layers():
             raise LearnError(
                 "the optimizer trains no gated layer of this model; construct it from "
                 "prepared.parameters(), not from the original model's"
             )
+        self.processes.check_weights([layer.weight for layer in self.layers.values()])
         for name, layer in self.layers.items():
             if not torch.isfinite(layer.weight).all():
                 raise LearnError(f"{name}.weight holds NaN or infinite values; repair it first")
@@ -366,68 +327,6 @@ class GroupLearner:
                     f"the logits of {name} were replaced since this GroupLearner was constructed; "
                     "move, cast or load the model first, then construct optimizer and learner"
                 )
-
-
-class _Buffers:
-    """Copies of what a forward pass may change: the buffers of `model`, except those of gates."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.copies = [
-            (module._buffers, name, buffer, buffer.clone())
-            for module in model.modules()
-            if not isinstance(module, FilterGate | ChannelGate)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the same tensors back, with their old values."""
-        for owner, name, buffer, saved in self.copies:
-            owner[name] = buffer.copy_(saved)
-
-
-def _trial_step(optimizer: torch.optim.Optimizer, only: Tensor | None) -> None:
-    """One step of `optimizer`, of all parameters or of `only` one, on copies of its state."""
-    groups, state = optimizer.param_groups, optimizer.state
-    chosen = [
-        (group, [p for p in group["params"] if only is None or p is only]) for group in groups
-    ]
-    known = state if only is None else state.keys() & {only}
-    optimizer.param_groups = [{**group, "params": ps} for group, ps in chosen if ps]
-    optimizer.state = defaultdict(dict, {p: _copied(state[p]) for p in known})
-    try:
-        optimizer.step()
-    finally:
-        optimizer.param_groups, optimizer.state = groups, state
-
-
-def _copied(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in values.items()}
-
-
-def _one_by_one(losses: Losses) -> Iterable[Tensor]:
-    """The losses to be propagated back one after the other."""
-    if isinstance(losses, Mapping):
-        losses = list(losses.values())
-    if isinstance(losses, list | tuple):
-        for loss in losses:
-            _check_loss(loss, finite=False)
-        return [torch.stack([loss.reshape(()) for loss in losses]).sum()] if losses else []
-    return [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterator) else losses
-
-
-def _check_loss(loss: object, *, finite: bool) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise LearnError(
-            "the closure must return the loss, a scalar tensor with a gradient, or a list, a dict "
-            "or an iterator of such"
-        )
-    if finite and not torch.isfinite(loss.detach()).all():
-        raise LearnError(
-            f"the loss is {loss.item()}; this pass changed nothing. Lower the learning rate "
-            "or the strength, or look for bad values in the batch"
-        )
 
 
 def _no_autocast(layers: dict[str, GatedLayer]) -> torch.autocast:

@@ -12,6 +12,7 @@ from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import ChannelAnalysis, Gate, Mix
+from dspfx.wrappers import unwrapped
 
 
 def get_masks(prepared: nn.Module) -> dict[str, Tensor]:
@@ -20,6 +21,7 @@ def get_masks(prepared: nn.Module) -> dict[str, Tensor]:
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    prepared = unwrapped(prepared)
     parts_of(prepared)
     return {name: layer.gate.mask.clone() for name, layer in gated_layers(prepared).items()}
 
@@ -41,6 +43,7 @@ def set_masks(prepared: nn.Module, masks: Mapping[str, Tensor]) -> None:
             changed then.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    prepared = unwrapped(prepared)
     parts = parts_of(prepared)
     groups = _validated(prepared, masks)
     for part in parts:

@@ -6,6 +6,7 @@ attributes that the next verb needs. All of it survives `deepcopy` and `pickle`.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +36,10 @@ class TwoModeModule(fx.GraphModule):
     stands_for: tuple[type[nn.Module], dict[str, Any]] | None = None
 
     def __init__(self, root: nn.Module, graphs: dict[bool, fx.Graph], name: str) -> None:
+        vars(self)["graphs"] = graphs  # `recompile` asks for them
         super().__init__(root, graphs[root.training], name)
         # adopt the whole root: modules no graph names, aliases, and the original order of keys
         vars(self).update({kind: copy.copy(vars(root)[kind]) for kind in _STATE})
-        self.graphs = graphs
 
     def answer_for(self, module: nn.Module) -> None:
         """Let the methods and plain attributes of `module`, which this stands for, be found here.
@@ -66,6 +67,23 @@ class TwoModeModule(fx.GraphModule):
         if self.graph is not self.graphs[mode]:
             self.graph = self.graphs[mode]
         return self
+
+    def recompile(self) -> Any:
+        """Write the code of the present graph, which is found wherever `forward` was put.
+
+        Accelerate, for instance, wraps the `forward` that it finds, and calls it in both modes.
+        """
+        code = super().recompile()
+        if self.graphs[True] is not self.graphs[False]:
+            kind: Any = type(self)  # an own one of this instance
+            kind.forward_of_mode = kind.forward
+
+            @functools.wraps(kind.forward)
+            def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+                return module.forward_of_mode(*args, **kwargs)
+
+            kind.forward = forward
+        return code
 
     @contextmanager
     def evaluation_view(self) -> Iterator[fx.GraphModule]:

@@ -18,6 +18,7 @@ from dspfx.errors import ConvertError, PrepareError, TraceError
 from dspfx.gates import GATED
 from dspfx.inputs import Call, evaluate, fresh
 from dspfx.module import CompactModule, PreparedModule
+from dspfx.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def compact_parts_of(model: nn.Module) -> list[tuple[str, CompactModule]]:
 
 def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
     seen: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, kind) and not any(name.startswith(f"{s}.") for s in seen):
             seen.append(name)
             yield name, module

@@ -20,6 +20,7 @@ from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
 from dspfx.penalty import energy as layer_energy
+from dspfx.processes import Processes
 
 BISECTIONS = 40
 CLOSE_ENOUGH = 0.005
@@ -120,7 +121,9 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     Structure Pruning for Compressing CNNs", AAAI 2023, arXiv 2303.09736), found by bisection; the
     cost of a candidate follows from its masks by liveness.
 
-    What is pruned already stays pruned. The masks take effect at once; fine-tune afterwards.
+    What is pruned already stays pruned. The masks take effect at once; fine-tune afterwards. Where
+    several processes train the model, each of them prunes it: equal weights give equal masks, and
+    of a budget of latency it is the first process's measurements that count.
 
     Raises:
         BudgetError: the budget cannot be reached; the message says what can. Nothing is changed.
@@ -130,7 +133,8 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     parts = [_PrunablePart.of(part.module) for part in parts_of(prepared)]
     before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
 
-    tables = _tables(parts) if budget.latency is not None else []
+    processes = Processes.of(prepared)
+    tables = [] if budget.latency is None else _tables(parts, processes)
 
     def candidate(beta: float) -> Candidate:
         lives = tuple(part.liveness(beta) for part in parts)
@@ -149,12 +153,15 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     note = ""
     if achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
-    measured = measured_fraction([part.module for part in parts]) if tables else None
+    measured = None
+    if budget.latency is not None:
+        modules = [part.module for part in parts]
+        measured = processes.of_first(lambda: measured_fraction(modules))
     return PruneReport(budget.fraction, achieved, beta, before, found.cost, note, measured)
 
 
-def _tables(parts: list["_PrunablePart"]) -> list[LatencyTable]:
-    return [LatencyTable.of(part.module, part.analysis) for part in parts]
+def _tables(parts: list["_PrunablePart"], processes: Processes) -> list[LatencyTable]:
+    return [LatencyTable.of(part.module, part.analysis, processes) for part in parts]
 
 
 def _bisect(

@@ -12,17 +12,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dspfx.errors import DataError
 from dspfx.module import CompactModule, PreparedModule, TwoModeModule
+from dspfx.processes import Processes
+from dspfx.wrappers import unwrapped
 
 
 def recalibrate(
-    model: nn.Module, batches: Iterable[Any], *, call: Callable[[Any], object] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any], object] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
     """Replace the running mean and variance of every batch norm by those of `batches`.
 
     Masks change what batch norms see. Their statistics are estimated again here, without training:
     the model is in evaluation mode, apart from the batch norms, which normalise by the batch. They
     become the mean and the unbiased variance of all values in all batches together; how large the
-    batches are, and the momentum of a batch norm, do not matter.
+    batches are, and the momentum of a batch norm, do not matter. Where several processes train the
+    model, each of them calls this, with its own share of the batches: the statistics are those of
+    all shares, the same everywhere.
 
     Args:
         model: prepared, compact or any other. Only `running_mean`, `running_var` and
@@ -32,10 +40,13 @@ def recalibrate(
             by name. Of a tuple that is longer than the model has inputs, such as `(images,
             labels)`, the first ones are taken.
         call: what to do with a batch instead, such as `lambda b: model(b["image"].cuda())`.
+        process_group: the processes that train the model together, see `GroupLearner`.
 
     Raises:
         DataError: there is no batch, or what they lead to is not finite; nothing is changed then.
     """
+    processes = Processes.of(model, process_group)
+    model = unwrapped(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     found = {norm: _Moments() for norm in norms}
     with torch.no_grad(), _only_norms_train(model, norms), ExitStack() as hooks:
@@ -45,6 +56,7 @@ def recalibrate(
         for batch in batches:
             call(batch) if call is not None else _call(model, batch)
             count += 1
+    count = _of_all(processes, found, count)
     if count == 0:
         raise DataError("there is no batch to recalibrate with; give at least one")
     seen = {norm: moments for norm, moments in found.items() if moments.count}
@@ -74,6 +86,21 @@ class _Moments:
         self.squares = self.squares + variance * count + shift**2 * (self.count * count / whole)
         self.mean = self.mean + shift * (count / whole)
         self.count = whole
+
+
+def _of_all(processes: Processes, found: Mapping[_BatchNorm, _Moments], batches: int) -> int:
+    """Let each of `found` be that of all processes; the number of batches of them all."""
+    if processes.alone or not found:
+        return batches
+    for norm, moments in found.items():
+        assert norm.running_mean is not None
+        zero = torch.zeros_like(norm.running_mean, dtype=torch.float64)
+        counts = processes.sum(zero + moments.count)
+        mean = processes.sum(zero + moments.count * moments.mean) / counts.clamp(min=1)
+        shift = moments.count * (mean - moments.mean) ** 2
+        moments.squares = processes.sum(zero + moments.squares + shift)
+        moments.mean, moments.count = mean, int(counts[0])
+    return int(processes.sum(zero + batches)[0])
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from dspfx.listing import structure
 from dspfx.module import CompactModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.records import to_json
+from dspfx.wrappers import unwrapped
 
 ORIGINAL = "original/"  # before the names of tensors that only the module before `convert` has
 
@@ -66,6 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"a {type(model).__name__} cannot be saved; save the model that dspfx.prepare or "
             "dspfx.convert returned, and compile again after loading"
         )
+    model = unwrapped(model)
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise SaveError(f"'{name}', a {type(module).__name__}, has state that is no tensor")

@@ -80,7 +80,7 @@ NORMS: frozenset[Key] = frozenset(
     }
 )
 BATCH_NORMS: frozenset[Key] = frozenset(
-    {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d}
+    {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d}
 )
 # modules outside torch.nn that are known whole
 LEAVES: frozenset[type[nn.Module]] = frozenset({FrozenBatchNorm2d})

@@ -152,6 +152,24 @@ def test_a_norm_that_is_not_alone_is_not_folded() -> None:
     assert_equal(model(x), compact(x), 1e-5)
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_norms_that_synchronise_are_folded(early: bool) -> None:
+    layers = (nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1))
+    model = nn.Sequential(*layers, nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    x = torch.randn(2, 3, 4, 4)
+    plain = randomise(model).eval()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)) if early else plain
+    prepared: Any = dspfx.prepare(model, x)
+    if not early:
+        prepared = nn.SyncBatchNorm.convert_sync_batchnorm(prepared)
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in prepared.modules())
+    assert_equal(plain(x), prepared(x), 1e-6)
+    dspfx.set_masks(prepared, random_masks(prepared))
+    compact = dspfx.convert(prepared)
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in compact.modules())
+    assert_equal(prepared(x), compact(x), 1e-5)
+
+
 def test_modules_called_twice_are_compacted_call_by_call() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """`prepare`: what it gates, what it keeps, and what it refuses."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -196,22 +197,37 @@ def test_bad_settings() -> None:
         dspfx.prepare(dspfx.prepare(Plain()))
 
 
+class Drops(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(4, 4, 1),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.stem(x)).mean((2, 3))
+        return self.head(nn.functional.dropout(x, 0.5, self.training))
+
+
 def test_gates_do_not_depend_on_the_mode() -> None:
     """In training mode the last linear layer was gated where the model has a dropout."""
-
-    class Drops(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.conv, self.head = (
-                nn.Conv2d(3, 4, 1),
-                nn.Conv2d(4, 4, 1),
-                nn.Linear(4, 2),
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv(self.stem(x)).mean((2, 3))
-            return self.head(nn.functional.dropout(x, 0.5, self.training))
 
     for mode in (False, True):
         prepared = dspfx.prepare(Drops().train(mode), torch.randn(2, 3, 4, 4))
         assert list(gated_layers(prepared)) == ["conv"]
+
+
+def test_a_forward_that_was_taken_earlier_follows_the_mode() -> None:
+    """Accelerate, for one, wraps the `forward` that it finds, and calls it in both modes."""
+    prepared = dspfx.prepare(Drops().train(), torch.randn(2, 3, 4, 4))
+    for module in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        forward, x = module.forward, torch.ones(20, 3, 4, 4)
+        assert list(inspect.signature(forward).parameters) == ["x"]
+        assert not torch.equal(forward(x), forward(x))
+        module.eval()
+        assert torch.equal(forward(x), forward(x))
+        assert torch.equal(forward(x), module(x))
+        module.train()
+        assert not torch.equal(forward(x), forward(x))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import dspfx
 from benchmarks.step import extra_memory
 from dspfx.gates import gated_layers
+from dspfx.lookahead import one_at_a_time
 from helpers import unchanged
 
 MAKERS = pytest.mark.parametrize("make", [sgd, adamw])
@@ -302,7 +303,7 @@ class OwnAdamW(torch.optim.AdamW):
 def test_looking_ahead_one_weight_at_a_time_is_looking_ahead(make: Any, own: Any) -> None:
     one, two = tiny(), tiny()
     mine, theirs = learner_of(one, make), learner_of(two, own)
-    assert (mine._one_at_a_time, theirs._one_at_a_time) == (True, False)
+    assert [one_at_a_time(x.optimizer) for x in (mine, theirs)] == [True, False]
     for _ in range(3):
         mine.step(loss(one))
         theirs.step(loss(two))

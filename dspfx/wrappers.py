@@ -1,0 +1,59 @@
+"""What people put around models and optimizers: data parallelism, compilation, other trainers."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from dspfx.errors import LearnError
+
+# their optimizers pass everything on to the one inside, but step and forget gradients as they like
+TRAINERS = ("accelerate.", "lightning.", "pytorch_lightning.")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `DistributedDataParallel`, `DataParallel` and `torch.compile`."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # a module that was compiled
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def plain_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside those of Accelerate and Lightning."""
+    inner: Any = optimizer
+    while any(kind.__module__.startswith(TRAINERS) for kind in type(inner).__mro__):
+        inner = inner.optimizer
+    assert isinstance(inner, Optimizer)
+    return inner
+
+
+def check_whole(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse weights, and states of the optimizer, of which every process has a part only.
+
+    Raises:
+        LearnError: there are such.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415, takes a while
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    # named, for its import takes longer still
+    if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise LearnError(
+            "the weights are sharded, and the groups of a layer are learned from the whole of it; "
+            "use torch.nn.parallel.DistributedDataParallel instead, at least while groups are "
+            "learned"
+        )
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        raise LearnError(
+            "a ZeroRedundancyOptimizer has no state to look ahead with; use the optimizer that it "
+            "shards"
+        )
