@@ -172,14 +172,19 @@ class CompactModule(TwoModeModule):
         difference: the largest relative difference from the masked model that verification
             found, and the type it ran in; None if it was not asked for.
         blueprint: how it is built from the user's module, see `Blueprint`.
+        grouped_masks: of its gated layers, for the picture in its report.
         indices: buffers of the prepared module that may say where channels go.
         origin: see `PreparedModule`.
     """
 
-    carried = ("blueprint", "difference", "example_inputs", "indices", "origin", "summary")
+    carried = (
+        *("blueprint", "difference", "example_inputs", "grouped_masks", "indices", "origin"),
+        "summary",
+    )
     blueprint: Any
     difference: tuple[float, torch.dtype] | None
     example_inputs: tuple[Any, ...]
+    grouped_masks: Any
     indices: dict[str, torch.Tensor]
     origin: Origin
     summary: Any
