@@ -77,12 +77,15 @@ def _draw_filters(axes: "Axes", report: Report) -> None:
     style: dict[str, Any] = {"linestyle": "none", "markersize": 4.5}
     axes.plot(before, marker="_", color=PALE, markeredgewidth=1.6, **style)
     axes.plot(after, marker="o", color=AFTER, **style)
-    low, high = max(1, min(after, default=1)), max(before, default=1)
-    powers = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
-    axes.set_yticks([2**power for power in powers][:: math.ceil(len(powers) / 6)])
+    # more than a factor of two apart: there is a power of two in between
+    low, high = 0.7 * max(1, min(after, default=1)), 1.42 * max(1, max(before, default=1))
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    ticks = [2**power for power in powers][:: math.ceil(len(powers) / 6)]
+    vanished = 0 in after
+    axes.set_yticks([0, *ticks] if vanished else ticks)
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
-    axes.set_ylim(0 if 0 in after else 0.75 * low, 1.35 * high)
+    axes.set_ylim(0 if vanished else low, high)
 
 
 def _draw_macs(axes: "Axes", report: Report) -> None:

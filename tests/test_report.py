@@ -301,7 +301,8 @@ def test_page_is_as_wide_as_the_window(tmp_path: Path) -> None:
     widths = (360, 768, 1400)
     frames = "".join(f'<iframe width="{w}" height="900" srcdoc="{inner}"></iframe>' for w in widths)
     script = """<script>onload = () => {
-        const roots = [...frames].map(frame => frame.document.documentElement);
+        const documents = [...document.querySelectorAll("iframe")].map(f => f.contentDocument);
+        const roots = documents.map(d => d.documentElement);
         document.body.dataset.found = roots.map(r => `${r.scrollWidth} of ${r.clientWidth}`);
     }</script>"""
     (tmp_path / "frames.html").write_text(f"<!DOCTYPE html><body>{frames}{script}")
