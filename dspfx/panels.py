@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
-# the palette of Okabe and Ito, made for colour-blind readers, but black and yellow
+# of the palette of Okabe and Ito, which colour-blind readers can tell apart
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 GONE, UNREAD, INK, PALE = "#d3d7dd", "#ffffff", "#22262b", "#6b7280"
 PIXELS = 256  # across a panel

@@ -22,6 +22,7 @@ from dspfx.passes.grouped_masks import GroupedMask
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import LayerSummary, Summary, summarise
 from dspfx.passes.values import Declined
+from dspfx.report_text import text_of
 
 Part = tuple[str, Summary, tuple[GroupedMask, ...]]
 
@@ -61,8 +62,6 @@ class Report:
     parameter_bytes: int
 
     def __str__(self) -> str:
-        from dspfx.report_text import text_of  # noqa: PLC0415
-
         return text_of(self)
 
     def to_rows(self) -> list[dict[str, Any]]:

@@ -2,19 +2,22 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from dspfx.passes.summary import LayerSummary
-from dspfx.report import Report
 from dspfx.units import change, mebibytes, share, short, shortened
+
+if TYPE_CHECKING:
+    from dspfx.report import Report
 
 WIDTH = 100
 GAP = 2  # between the columns of a table
 INPUTS, COUPLED, REASON = 26, 19, 30
 
 
-def text_of(report: Report) -> str:
+def text_of(report: "Report") -> str:
     """The table of layers, what could be pruned if the model is prepared, totals and reasons."""
     totals = tabulate(
         totals_of(report),
@@ -23,19 +26,19 @@ def text_of(report: Report) -> str:
         colalign=("left", "right", "right", "right"),
     )
     lines = [f"kept at full width: {declined}" for declined in report.declined]
+    lines += report.notes
     return "\n".join(
         [
             *(_layers(report), ""),
             *((_possible(report), "") if report.prepared else ()),
             totals,
             *(() if report.prepared else (f"gathers left: {report.gathers}",)),
-            *(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines),
-            *(textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in report.notes),
+            *map(_wrapped, lines),
         ]
     )
 
 
-def totals_of(report: Report) -> list[tuple[str, str, str, str]]:
+def totals_of(report: "Report") -> list[tuple[str, str, str, str]]:
     """What is counted, before, after and kept, in the usual units."""
     before, after = report.before, report.after
     sizes = mebibytes(report.bytes_of(before)), mebibytes(report.bytes_of(after))
@@ -54,15 +57,15 @@ def totals_of(report: Report) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def reasons(layer: LayerSummary) -> str:
-    """Why a layer has no gate, and what keeps its filters in place."""
+def reasons(layer: LayerSummary, *, in_full: bool = True) -> str:
+    """Why a layer has no gate, and what keeps its filters in place, or just the node that does."""
     found = [layer.why_not] if layer.why_not else []
     if layer.pin is not None:
-        found.append(f"filters stay: {layer.pin}")
+        found.append(f"filters stay: {layer.pin if in_full else layer.pin.node}")
     return "; ".join(found)
 
 
-def _layers(report: Report) -> str:
+def _layers(report: "Report") -> str:
     header = ("layer", "filters", "groups", "inputs of each group", "MACs before", "after")
     rows = [
         (
@@ -78,7 +81,7 @@ def _layers(report: Report) -> str:
     return _table(header, rows, right=2)
 
 
-def _possible(report: Report) -> str:
+def _possible(report: "Report") -> str:
     """What of every layer could be pruned, with what it is coupled, and why not."""
     header = ("layer", "gated", "free filters", "coupled with", "why not")
     rows = [
@@ -87,11 +90,13 @@ def _possible(report: Report) -> str:
             "yes" if layer.gated else "no",
             f"{layer.free} of {layer.filters[0]}",
             _coupled(layer.coupled),
-            textwrap.fill(reasons(layer), REASON),
+            textwrap.fill(reasons(layer, in_full=False), REASON),
         )
         for layer in report.layers
     ]
-    return _table(header, rows)
+    pins = dict.fromkeys(str(layer.pin) for layer in report.layers if layer.pin is not None)
+    explained = "\n".join(_wrapped(f"filters stay: {pin}") for pin in pins)
+    return "\n\n".join([_table(header, rows), *([explained] if pins else [])])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
@@ -102,6 +107,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0)
     fitting = [(shortened(name, room), *rest) for name, *rest in rows]
     align = ("left",) * (len(header) - right) + ("right",) * right
     return tabulate(fitting, header, disable_numparse=True, colalign=align)
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="  ")
 
 
 def _width(cell: str) -> int:

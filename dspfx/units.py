@@ -5,12 +5,10 @@ PREFIXES = ("", "k", "M", "G", "T", "P")
 
 def short(count: int) -> str:
     """Four digits and an SI prefix: 1823522816 is `1.824 G`; below a thousand all of it."""
-    value, prefix = float(count), ""
-    for prefix in PREFIXES:  # noqa: B007 (the last one is used)
-        if value < 999.95:
-            break
-        value /= 1000
-    return f"{value:#.4g} {prefix}" if prefix else str(count)
+    power = 0
+    while count >= 999.95 * 1000**power and power < len(PREFIXES) - 1:
+        power += 1
+    return f"{count / 1000**power:#.4g} {PREFIXES[power]}" if power else str(count)
 
 
 def mebibytes(size: int) -> str:
