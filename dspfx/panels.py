@@ -77,7 +77,7 @@ def _panel(sheet: "Axes", mask: GroupedMask, x: float, y: float, pitch: float) -
     style: dict[str, Any] = {"color": INK, "parse_math": False}
     fits = (pitch - 0.1) / (1.1 * EM * NAME)  # characters; bold ones are wider
     name = shortened(mask.name, int(fits / SMALLEST))
-    size = NAME * min(1.0, fits / len(name))
+    size = NAME * min(1.0, fits / max(1, len(name)))
     sheet.text(x, top - 0.06, name, size=size, weight="bold", **style)
     style["size"] = NOTE
     middle = left + side / 2, top + side / 2

@@ -96,13 +96,11 @@ def _head_masks(sheet: "Axes", report: Report, y: float) -> None:
     from matplotlib.patches import Patch  # noqa: PLC0415
 
     most = max(len(mask.groups) for mask in report.masks)
-    colours = [panels.colour_of(number) for number in range(min(most, len(panels.PALETTE)))]
-    again = " and so on" if most > len(colours) else ""
-    entries = [(f"group {n}", colour) for n, colour in enumerate(colours, 1)]
-    entries[-1:] = [(f"{label}{again}", colour) for label, colour in entries[-1:]]
+    entries = [(f"group {n}", colour) for n, colour in enumerate(panels.PALETTE[:most], 1)]
     entries += [("not read", panels.UNREAD), ("removed", panels.GONE)]
-    style: dict[str, Any] = {"color": panels.INK, "parse_math": False, "va": "center"}
-    sheet.text(MARGIN, y, "Masks of the gated layers", size=TEXT, weight="bold", **style)
+    again = ", colours repeat" if most > len(panels.PALETTE) else ""
+    title = f"Masks of the gated layers{again}"
+    sheet.text(MARGIN, y, title, size=TEXT, weight="bold", color=panels.INK, va="center")
     patches = [
         Patch(facecolor=colour, edgecolor=panels.PALE, linewidth=0.6, label=label)
         for label, colour in entries
