@@ -107,7 +107,7 @@ def _name_layers(axes: "Axes", report: Report, pitch: float) -> None:
     axes.tick_params(axis="x", length=2, color=PALE, pad=2)
     for layer, label in zip(report.layers[::step], axes.get_xticklabels(), strict=True):
         label.set_color(INK if layer.gated else PALE)
-        label.set_style("normal" if layer.gated else "italic")
+        label.set_fontstyle("normal" if layer.gated else "italic")
 
 
 def _explain(axes: "Axes") -> None:

@@ -88,7 +88,8 @@ class TwoModeModule(fx.GraphModule):
         training = evaluation if same else copy.deepcopy(self.graphs[True])
         carried = {name: copy.deepcopy(value, memo) for name, value in self._carried().items()}
         graphs = {False: evaluation, True: training}
-        twin: Self = self._rebuild(state, self.training, graphs, carried)
+        name = type(self).__name__
+        twin: Self = self._rebuild(state, self.training, graphs, carried, name)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -100,7 +101,8 @@ class TwoModeModule(fx.GraphModule):
         for graph in distinct:
             graph.owning_module = self
         state = {kind: vars(self)[kind] for kind in _STATE}
-        return _unpickle, (self._kind(), plain, state, self.training, self._carried())
+        name = type(self).__name__
+        return _unpickle, (self._kind(), plain, state, self.training, self._carried(), name)
 
     def _carried(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*self.carried, "stands_for")}
@@ -117,15 +119,16 @@ class TwoModeModule(fx.GraphModule):
         training: bool,
         graphs: dict[bool, fx.Graph],
         carried: dict[str, Any],
+        name: str,
     ) -> Any:
         root = nn.Module()
         vars(root).update(state)
         root.training = training
         kind = cls._kind()
         module = kind.__new__(kind)
-        TwoModeModule.__init__(module, root, graphs, cls.__name__)
-        for name, value in carried.items():
-            setattr(module, name, value)
+        TwoModeModule.__init__(module, root, graphs, name)
+        for attribute, value in carried.items():
+            setattr(module, attribute, value)
         return module
 
 
@@ -135,9 +138,10 @@ def _unpickle(
     state: dict[str, Any],
     training: bool,
     carried: dict[str, Any],
+    name: str,
 ) -> Any:
     graphs = {False: plain[0].graph, True: plain[-1].graph}
-    return kind._rebuild(state, training, graphs, carried)
+    return kind._rebuild(state, training, graphs, carried, name)
 
 
 class PreparedModule(TwoModeModule):

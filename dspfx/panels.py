@@ -105,7 +105,8 @@ def raster(mask: GroupedMask) -> npt.NDArray[np.uint8]:
     painted = [_rgb(colour_of(number)) - _rgb(UNREAD) for number in range(len(mask.groups))]
     paint = np.stack([*painted, _rgb(UNREAD) - _rgb(GONE)])
     image = np.einsum("gp,gq,gc->pqc", _means(rows), _means(columns), paint, optimize=True)
-    return np.rint(image + _rgb(GONE)).astype(np.uint8)
+    pixels: npt.NDArray[np.uint8] = np.rint(image + _rgb(GONE)).astype(np.uint8)
+    return pixels
 
 
 def colour_of(group: int) -> str:
@@ -119,7 +120,8 @@ def _means(steps: FloatArray) -> FloatArray:
     below = np.concatenate([np.zeros((len(steps), 1)), np.cumsum(steps, 1)], 1)
     edges = np.linspace(0, count, PIXELS + 1)
     at_edges = np.stack([np.interp(edges, np.arange(count + 1), row) for row in below])
-    return np.diff(at_edges, axis=1) * (PIXELS / count)
+    means: FloatArray = np.diff(at_edges, axis=1) * (PIXELS / count)
+    return means
 
 
 def _rgb(colour: str) -> FloatArray:
