@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,deploy,test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,deploy,plot,test,lint]'
 	touch $@
 
 clean:

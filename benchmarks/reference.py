@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -65,6 +66,21 @@ class Reference:
         config = dspfx.PrepareConfig(groups=self.groups, ignore=NOT_GATED)
         prepared = dspfx.prepare(self.model(), self.check_input, config=config)
         dspfx.set_masks(prepared, self.masks)
+        return prepared
+
+    def at_full_width(self) -> dspfx.PreparedModule:
+        """The network before pruning, gated alike, with the authors' masks; weights are random.
+
+        Which filters the authors had removed is not recorded: here the last ones read nothing.
+        """
+        config = dspfx.PrepareConfig(groups=self.groups, ignore=NOT_GATED)
+        prepared = dspfx.prepare(self.dense(), self.check_input, config=config)
+        masks = {}
+        for name, whole in dspfx.get_masks(prepared).items():
+            own = self.masks[name]
+            masks[name] = torch.zeros_like(whole)
+            masks[name][: own.shape[0], : own.shape[1]] = own
+        dspfx.set_masks(prepared, masks)
         return prepared
 
 

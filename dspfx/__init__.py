@@ -21,6 +21,7 @@ from dspfx.errors import (
     LearnError,
     LoadError,
     MaskError,
+    PlotError,
     PrepareError,
     SaveError,
     TraceError,
@@ -32,6 +33,7 @@ from dspfx.load import load
 from dspfx.masks import get_masks, set_masks
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
+from dspfx.plot import plot
 from dspfx.prepare import prepare
 from dspfx.prune import Budget, PruneReport, prune
 from dspfx.recalibrate import recalibrate
@@ -54,6 +56,7 @@ __all__ = [
     "LearnError",
     "LoadError",
     "MaskError",
+    "PlotError",
     "PrepareConfig",
     "PrepareError",
     "PreparedModule",
@@ -69,6 +72,7 @@ __all__ = [
     "get_masks",
     "load",
     "load_checkpoint",
+    "plot",
     "prepare",
     "prune",
     "recalibrate",

@@ -12,7 +12,7 @@ from dspfx.compaction import compaction
 from dspfx.gates import ChannelGate, FilterGate
 from dspfx.gating import fitting_inputs
 from dspfx.listing import structure
-from dspfx.masks import present_liveness
+from dspfx.masks import arranged_masks, present_liveness
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.compact import compact
@@ -86,6 +86,7 @@ def emit_compact(
     graphs = dict.fromkeys((False, True), compacted.graph)
     module = CompactModule(compacted.root, graphs, type(prepared).__name__)
     module.example_inputs, module.origin = fitting_inputs(prepared), prepared.origin
+    module.grouped_masks = arranged_masks(prepared, analysis, planned)
     module.indices = {name: buffer.clone() for name, buffer in indices(prepared).items()}
     module.stands_for = copy.deepcopy(prepared.stands_for)
     return module

@@ -41,6 +41,10 @@ class ExportError(DspfxError):
     """The model cannot be exported, or not to this format; the message says what to do."""
 
 
+class PlotError(DspfxError):
+    """A picture cannot be drawn or not be written in this format; the message says what to do."""
+
+
 class LearnError(DspfxError):
     """Group learning was given an optimiser, a loss or settings it cannot work with."""
 

@@ -10,7 +10,9 @@ from dspfx.gates import ChannelGate, gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
+from dspfx.passes.grouped_masks import GroupedMask, grouped_masks
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
+from dspfx.passes.plan import CompactionPlan
 from dspfx.passes.values import ChannelAnalysis, Gate, Mix
 from dspfx.wrappers import unwrapped
 
@@ -82,6 +84,15 @@ def present_liveness(prepared: PreparedModule) -> tuple[ChannelAnalysis, Livenes
     }
     reads = current_reads(prepared, analysis)
     return analysis, liveness(analysis, reads, alive, prepared.config.round_to)
+
+
+def arranged_masks(
+    prepared: PreparedModule, analysis: ChannelAnalysis, planned: CompactionPlan
+) -> tuple[GroupedMask, ...]:
+    """The masks of `prepared`, sorted as `planned` stores filters and channels."""
+    layers = gated_layers(prepared)
+    masks = {name: layer.gate.mask.cpu().numpy() for name, layer in layers.items()}
+    return grouped_masks(analysis, planned, masks)
 
 
 def apply_reads(prepared: PreparedModule, analysis: ChannelAnalysis, live: Liveness) -> None:

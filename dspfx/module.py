@@ -106,7 +106,8 @@ class TwoModeModule(fx.GraphModule):
         training = evaluation if same else copy.deepcopy(self.graphs[True])
         carried = {name: copy.deepcopy(value, memo) for name, value in self._carried().items()}
         graphs = {False: evaluation, True: training}
-        twin: Self = self._rebuild(state, self.training, graphs, carried)
+        name = type(self).__name__
+        twin: Self = self._rebuild(state, self.training, graphs, carried, name)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -118,7 +119,8 @@ class TwoModeModule(fx.GraphModule):
         for graph in distinct:
             graph.owning_module = self
         state = {kind: vars(self)[kind] for kind in _STATE}
-        return _unpickle, (self._kind(), plain, state, self.training, self._carried())
+        name = type(self).__name__
+        return _unpickle, (self._kind(), plain, state, self.training, self._carried(), name)
 
     def _carried(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*self.carried, "stands_for")}
@@ -135,15 +137,16 @@ class TwoModeModule(fx.GraphModule):
         training: bool,
         graphs: dict[bool, fx.Graph],
         carried: dict[str, Any],
+        name: str,
     ) -> Any:
         root = nn.Module()
         vars(root).update(state)
         root.training = training
         kind = cls._kind()
         module = kind.__new__(kind)
-        TwoModeModule.__init__(module, root, graphs, cls.__name__)
-        for name, value in carried.items():
-            setattr(module, name, value)
+        TwoModeModule.__init__(module, root, graphs, name)
+        for attribute, value in carried.items():
+            setattr(module, attribute, value)
         return module
 
 
@@ -153,9 +156,10 @@ def _unpickle(
     state: dict[str, Any],
     training: bool,
     carried: dict[str, Any],
+    name: str,
 ) -> Any:
     graphs = {False: plain[0].graph, True: plain[-1].graph}
-    return kind._rebuild(state, training, graphs, carried)
+    return kind._rebuild(state, training, graphs, carried, name)
 
 
 class PreparedModule(TwoModeModule):
@@ -190,14 +194,19 @@ class CompactModule(TwoModeModule):
         difference: the largest relative difference from the masked model that verification
             found, and the type it ran in; None if it was not asked for.
         blueprint: how it is built from the user's module, see `Blueprint`.
+        grouped_masks: of its gated layers, for the picture in its report.
         indices: buffers of the prepared module that may say where channels go.
         origin: see `PreparedModule`.
     """
 
-    carried = ("blueprint", "difference", "example_inputs", "indices", "origin", "summary")
+    carried = (
+        *("blueprint", "difference", "example_inputs", "grouped_masks", "indices", "origin"),
+        "summary",
+    )
     blueprint: Any
     difference: tuple[float, torch.dtype] | None
     example_inputs: tuple[Any, ...]
+    grouped_masks: Any
     indices: dict[str, torch.Tensor]
     origin: Origin
     summary: Any

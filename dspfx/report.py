@@ -1,21 +1,30 @@
-"""`report`: what a prepared or compact model is made of, layer by layer."""
+"""`report`: what a prepared or compact model is made of, layer by layer, and how it is shown.
 
-from dataclasses import dataclass, replace
+Everything there is to show is in a `Report`, plain data: the text, the page and the picture are
+drawn from it, and nothing else is looked at.
+"""
 
-from tabulate import tabulate
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
 from torch import nn
 
-from dspfx.masks import present_liveness
+from dspfx.compile import CompileReport
+from dspfx.inputs import parameter_dtype_and_device
+from dspfx.masks import arranged_masks, present_liveness
 from dspfx.module import PreparedModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.cost import Cost, together
 from dspfx.passes.cost_model import CPU
+from dspfx.passes.grouped_masks import GroupedMask
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import LayerSummary, Summary, summarise
 from dspfx.passes.values import Declined
+from dspfx.report_text import text_of
 
-WIDEST_GROUPS = 32
-MOST_NAMES = 3
+Part = tuple[str, Summary, tuple[GroupedMask, ...]]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,9 @@ class Report:
     """The layers of a model, what they cost and what they would cost dense; `str` is a table.
 
     Attributes:
+        model: the name of its class.
         layers: every convolution and linear layer, in the order of execution.
+        masks: of the gated ones, in that order, see `GroupedMask`; `dspfx.plot` draws them.
         before, after: cost of the whole model for one sample, dense and pruned.
         emitted: of the forms that its layers are emitted in, zero weights included.
         gated_before, gated_after: of its gated layers alone, the figure papers report.
@@ -31,9 +42,13 @@ class Report:
         notes: what was decided without being asked.
         gathers: the index selections that a compact model makes in a call.
         prepared: whether the table says what could be pruned, as it does of a prepared model.
+        dtype: of the parameters, for instance `float32`.
+        parameter_bytes: that each of them takes.
     """
 
+    model: str
     layers: tuple[LayerSummary, ...]
+    masks: tuple[GroupedMask, ...] = field(repr=False)
     before: Cost
     after: Cost
     emitted: Cost
@@ -43,54 +58,66 @@ class Report:
     notes: tuple[str, ...]
     gathers: int
     prepared: bool
+    dtype: str
+    parameter_bytes: int
 
     def __str__(self) -> str:
-        rows = [
-            (
-                layer.name,
-                _change(*layer.filters),
-                len(layer.inputs[1]) if layer.gated else "",
-                f"{layer.inputs[0]} -> {_inputs(layer)}",
-                f"{layer.before.macs:,}",
-                f"{layer.after.macs:,}",
-            )
-            for layer in self.layers
-        ]
-        header = ("layer", "filters", "groups", "inputs of each group", "MACs before", "after")
-        table = tabulate(
-            rows, header, disable_numparse=True, colalign=("left",) * 4 + ("right",) * 2
-        )
-        emitted = "whole model, MACs as emitted", *_row(self.before.macs, self.emitted.macs)
-        totals = tabulate(
-            [
-                ("whole model, MACs", *_row(self.before.macs, self.after.macs)),
-                ("whole model, parameters", *_row(self.before.parameters, self.after.parameters)),
-                ("gated layers only, MACs", *_row(self.gated_before.macs, self.gated_after.macs)),
-                *([] if self.prepared else [emitted]),
-            ],
-            ("", "before", "after", "kept"),
-            disable_numparse=True,
-            colalign=("left", "right", "right", "right"),
-        )
-        full = [f"kept at full width: {declined}" for declined in self.declined]
-        possible = [self._possible(), ""] if self.prepared else []
-        gathers = [] if self.prepared else [f"gathers left: {self.gathers}"]
-        return "\n".join([table, "", *possible, totals, *gathers, *full, *self.notes])
+        return text_of(self)
 
-    def _possible(self) -> str:
-        """What of every layer could be pruned, with what it is coupled, and why not."""
-        rows = [
-            (
-                layer.name,
-                "yes" if layer.gated else "no",
-                f"{layer.free} of {layer.filters[0]}",
-                _shortened(layer.coupled),
-                _reasons(layer),
-            )
-            for layer in self.layers
-        ]
-        header = ("layer", "gated", "free filters", "coupled with", "why not")
-        return tabulate(rows, header, disable_numparse=True)
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A dict of plain values for each layer; a data frame takes the list as it is."""
+        return [_row(layer) for layer in self.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the masks, which `dspfx.get_masks` has, as plain values.
+
+        MACs are multiply-accumulates of one sample, `bytes` what the parameters take.
+        """
+        emitted = None if self.prepared else asdict(self.emitted)
+        return {
+            "model": self.model,
+            "prepared": self.prepared,
+            "dtype": self.dtype,
+            "before": self._sized(self.before),
+            "after": self._sized(self.after),
+            "emitted": emitted,
+            "gated_before": asdict(self.gated_before),
+            "gated_after": asdict(self.gated_after),
+            "gathers": None if self.prepared else self.gathers,
+            "layers": self.to_rows(),
+            "declined": [asdict(declined) for declined in self.declined],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def to_html(
+        self, path: str | os.PathLike[str], *, measured: CompileReport | None = None
+    ) -> None:
+        """Write one page that needs nothing else: the picture, the totals, tables and reasons.
+
+        It works in any browser, light or dark, on paper and on a phone; there is no script in it.
+
+        Args:
+            path: of the file, which is replaced in one step when all is written.
+            measured: `compiled.report` of what `dspfx.compile` returned, to show its times too.
+
+        Raises:
+            PlotError: matplotlib is missing, which draws the picture.
+            OSError: the file cannot be written.
+        """
+        from dspfx.report_page import write_page  # noqa: PLC0415
+
+        write_page(self, path, measured)
+
+    def bytes_of(self, cost: Cost) -> int:
+        """What the parameters of `cost` take."""
+        return cost.parameters * self.parameter_bytes
+
+    def _sized(self, cost: Cost) -> dict[str, int]:
+        return {**asdict(cost), "bytes": self.bytes_of(cost)}
 
 
 def report(model: nn.Module) -> Report:
@@ -105,71 +132,74 @@ def report(model: nn.Module) -> Report:
     """
     compact = compact_parts_of(model)
     if compact:
-        return _joined([(name, module.summary) for name, module in compact], (), prepared=False)
+        found = [(name, module.summary, module.grouped_masks) for name, module in compact]
+        return _joined(model, found, (), prepared=False)
     parts = parts_of(model)
     notes = tuple(note for part in parts for note in part.module.notes)
-    summaries = [(part.name, _summary(part.module)) for part in parts]
-    return _joined(summaries, notes, prepared=True)
+    return _joined(model, [_part(part.name, part.module) for part in parts], notes, prepared=True)
 
 
-def _summary(prepared: PreparedModule) -> Summary:
+def _part(name: str, prepared: PreparedModule) -> Part:
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
         planned = plan(view, analysis, live, CPU)
-        return summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
+        summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
+    return name, summary, arranged_masks(prepared, analysis, planned)
 
 
-def _joined(summaries: list[tuple[str, Summary]], notes: tuple[str, ...], prepared: bool) -> Report:
-    """The summaries of the parts of a model, under their full names."""
+def _joined(model: nn.Module, parts: list[Part], notes: tuple[str, ...], prepared: bool) -> Report:
+    """The parts of a model, under their full names."""
     layers = [
         replace(
             layer,
             name=full_name(part, layer.name),
             coupled=tuple(full_name(part, other) for other in layer.coupled),
         )
-        for part, summary in summaries
+        for part, summary, _ in parts
         for layer in summary.layers
     ]
+    summaries = [summary for _, summary, _ in parts]
     gated = [layer for layer in layers if layer.gated]
+    dtype, _ = parameter_dtype_and_device(model)
     return Report(
-        tuple(layers),
-        together(summary.before for _, summary in summaries),
-        together(summary.after for _, summary in summaries),
-        together(summary.emitted for _, summary in summaries),
-        together(layer.before for layer in gated),
-        together(layer.after for layer in gated),
-        tuple(
+        model=type(model).__name__,
+        layers=tuple(layers),
+        masks=tuple(
+            replace(mask, name=full_name(part, mask.name)) for part, _, own in parts for mask in own
+        ),
+        before=together(summary.before for summary in summaries),
+        after=together(summary.after for summary in summaries),
+        emitted=together(summary.emitted for summary in summaries),
+        gated_before=together(layer.before for layer in gated),
+        gated_after=together(layer.after for layer in gated),
+        declined=tuple(
             replace(declined, node=full_name(part, declined.node))
-            for part, summary in summaries
+            for part, summary, _ in parts
             for declined in summary.declined
         ),
-        notes,
-        sum(summary.gathers for _, summary in summaries),
-        prepared,
+        notes=notes,
+        gathers=sum(summary.gathers for summary in summaries),
+        prepared=prepared,
+        dtype=str(dtype).removeprefix("torch."),
+        parameter_bytes=dtype.itemsize,
     )
 
 
-def _shortened(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:MOST_NAMES])
-    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES} more"
-
-
-def _reasons(layer: LayerSummary) -> str:
-    """Why a layer has no gate, and what keeps its filters in place."""
-    reasons = [layer.why_not] if layer.why_not else []
-    if layer.pin is not None:
-        reasons.append(f"filters stay: {layer.pin}")
-    return "; ".join(reasons)
-
-
-def _change(before: int, after: int) -> str:
-    return str(before) if before == after else f"{before} -> {after}"
-
-
-def _inputs(layer: LayerSummary) -> str:
-    text = " ".join(str(count) for count in layer.inputs[1]) or "0"
-    return text if len(text) <= WIDEST_GROUPS else f"{text[:WIDEST_GROUPS]}..."
-
-
-def _row(before: int, after: int) -> tuple[str, str, str]:
-    return f"{before:,}", f"{after:,}", f"{after / before:.2%}" if before else "-"
+def _row(layer: LayerSummary) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "gated": layer.gated,
+        "filters_before": layer.filters[0],
+        "filters_after": layer.filters[1],
+        "inputs_before": layer.inputs[0],
+        "inputs_of_groups": list(layer.inputs[1]),
+        "macs_before": layer.before.macs,
+        "macs_after": layer.after.macs,
+        "macs_emitted": layer.emitted.macs,
+        "parameters_before": layer.before.parameters,
+        "parameters_after": layer.after.parameters,
+        "free_filters": layer.free,
+        "coupled": list(layer.coupled),
+        "why_not": layer.why_not or None,
+        "pin": None if layer.pin is None else str(layer.pin),
+    }

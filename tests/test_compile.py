@@ -60,7 +60,7 @@ def test_the_fastest_is_returned(
     assert forms == [] or name != "dense"
 
 
-def test_every_layer_with_groups_is_timed_against_dense(compact: nn.Module) -> None:
+def test_every_layer_with_groups_is_timed_against_dense(compact: nn.Module, tmp_path: Path) -> None:
     report = dspfx.compile(compact, X).report
     assert [layer.name for layer in report.layers] == ["3", "6"]
     for layer in report.layers:
@@ -68,6 +68,9 @@ def test_every_layer_with_groups_is_timed_against_dense(compact: nn.Module) -> N
         assert len(layer.seconds) > 1
         assert layer.seconds[layer.chosen] == min(layer.seconds.values())
     assert tuple(report.networks)[:4] == NAMES
+    page = tmp_path / "page.html"
+    dspfx.report(compact).to_html(page, measured=report)
+    assert f"{report.chosen} (chosen)" in page.read_text()
 
 
 def test_a_model_without_groups_is_compiled_as_it_is() -> None:

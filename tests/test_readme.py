@@ -33,6 +33,7 @@ def test_public_names() -> None:
         "get_masks",
         "load",
         "load_checkpoint",
+        "plot",
         "prepare",
         "prune",
         "recalibrate",

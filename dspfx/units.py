@@ -1,0 +1,37 @@
+"""Numbers and names as people read them."""
+
+PREFIXES = ("", "k", "M", "G", "T", "P")
+
+
+def short(count: int) -> str:
+    """Four digits and an SI prefix: 1823522816 is `1.824 G`; below a thousand all of it."""
+    power = 0
+    while count >= 999.95 * 1000**power and power < len(PREFIXES) - 1:
+        power += 1
+    return f"{count / 1000**power:#.4g} {PREFIXES[power]}" if power else str(count)
+
+
+def mebibytes(size: int) -> str:
+    """A size in bytes as MiB, or KiB where it is small."""
+    if size < 2**20 / 10:
+        return f"{size / 2**10:.1f} KiB"
+    return f"{size / 2**20:.2f} MiB"
+
+
+def share(after: int, before: int) -> str:
+    """What is kept, in percent."""
+    return f"{after / before:.1%}" if before else "-"
+
+
+def change(before: int, after: int, arrow: str = "->") -> str:
+    """`64 -> 48`, or `64` where it stays."""
+    return str(before) if before == after else f"{before} {arrow} {after}"
+
+
+def shortened(name: str, width: int) -> str:
+    """`name` in at most `width` characters, all printable; what is left out is in its middle."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    if len(name) <= width:
+        return name
+    head = (width - 3) // 2
+    return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
