@@ -10,22 +10,26 @@ from dspfx.cluster import cluster_groups
 from dspfx.compile import compile
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
+from dspfx.distill import distillation_loss
 from dspfx.errors import (
     BudgetError,
     CheckpointError,
     ConvertError,
     DataError,
     DspfxError,
+    DspfxWarning,
     EquivalenceError,
     ExportError,
     LearnError,
     LoadError,
     MaskError,
     PrepareError,
+    RecipeError,
     SaveError,
     TraceError,
 )
 from dspfx.export import export
+from dspfx.finetune import CyclicFinetune
 from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
 from dspfx.load import load
@@ -46,8 +50,10 @@ __all__ = [
     "CompactModule",
     "ConvertError",
     "CostModel",
+    "CyclicFinetune",
     "DataError",
     "DspfxError",
+    "DspfxWarning",
     "EquivalenceError",
     "ExportError",
     "GroupLearner",
@@ -58,6 +64,7 @@ __all__ = [
     "PrepareError",
     "PreparedModule",
     "PruneReport",
+    "RecipeError",
     "Report",
     "SaveError",
     "TraceError",
@@ -65,6 +72,7 @@ __all__ = [
     "cluster_groups",
     "compile",
     "convert",
+    "distillation_loss",
     "export",
     "get_masks",
     "load",

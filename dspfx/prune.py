@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dspfx.collapse import REMEDY, named, weak_layers
 from dspfx.errors import BudgetError, PrepareError
 from dspfx.filters import filters_first
 from dspfx.gates import GatedLayer, gated_layers
@@ -88,6 +89,8 @@ class PruneReport:
         note: says so where the budget could not be met closely.
         measured: of a budget of latency, the fraction of the dense network's time that the pruned
             one really takes; `achieved` is what was predicted from its layers.
+        warnings: layers of which hardly anything is left, and what to do; see
+            `dspfx.CyclicFinetune` for what may come of them.
     """
 
     budget: float
@@ -97,6 +100,7 @@ class PruneReport:
     after: Cost
     note: str = ""
     measured: float | None = None
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -107,7 +111,8 @@ class PruneReport:
         ]
         if self.measured is not None:
             lines.append(f"latency {self.achieved:.2%} predicted, {self.measured:.2%} measured")
-        return "\n".join([*lines, *([self.note] if self.note else [])])
+        warnings = [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join([*lines, *([self.note] if self.note else []), *warnings])
 
 
 def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
@@ -127,7 +132,7 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
         PrepareError: a gated weight is not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    parts = [_PrunablePart.of(part.module) for part in parts_of(prepared)]
+    parts = [_PrunablePart.of(part.module, part.name) for part in parts_of(prepared)]
     before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
 
     tables = _tables(parts) if budget.latency is not None else []
@@ -150,7 +155,22 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     if achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
     measured = measured_fraction([part.module for part in parts]) if tables else None
-    return PruneReport(budget.fraction, achieved, beta, before, found.cost, note, measured)
+    warnings = _warnings(parts, found)
+    return PruneReport(
+        budget.fraction, achieved, beta, before, found.cost, note, measured, warnings
+    )
+
+
+def _warnings(parts: list["_PrunablePart"], found: Candidate) -> tuple[str, ...]:
+    weak = [
+        layer
+        for part, live in zip(parts, found.lives, strict=True)
+        for layer in weak_layers(part.name, part.analysis, live)
+    ]
+    if not weak:
+        return ()
+    count = "one layer is" if len(weak) == 1 else f"{len(weak)} layers are"
+    return (f"{count} nearly closed: {named(weak)}; if accuracy does not come back, {REMEDY}",)
 
 
 def _tables(parts: list["_PrunablePart"]) -> list[LatencyTable]:
@@ -216,14 +236,15 @@ class _PrunableLayer:
 
 @dataclass(frozen=True)
 class _PrunablePart:
-    """A prepared module, its analysis, and its gated layers by name."""
+    """A prepared module, its analysis, its gated layers by name, and its own name."""
 
     module: PreparedModule
     analysis: ChannelAnalysis
     layers: dict[str, _PrunableLayer]
+    name: str
 
     @staticmethod
-    def of(module: PreparedModule) -> "_PrunablePart":
+    def of(module: PreparedModule, name: str) -> "_PrunablePart":
         analysis = analyse_prepared(module)
         droppable = droppable_layers(analysis)
         gated = gated_layers(module)
@@ -232,7 +253,7 @@ class _PrunablePart:
             for op in analysis.ops.values()
             if isinstance(op, Mix) and op.gated
         }
-        return _PrunablePart(module, analysis, layers)
+        return _PrunablePart(module, analysis, layers, name)
 
     def liveness(self, beta: float) -> Liveness:
         """The liveness at threshold `beta`."""
