@@ -1,6 +1,7 @@
 """`report`: what a prepared or compact model is made of, layer by layer."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tabulate import tabulate
 from torch import nn
@@ -13,6 +14,7 @@ from dspfx.passes.cost_model import CPU
 from dspfx.passes.plan import plan
 from dspfx.passes.summary import LayerSummary, Summary, summarise
 from dspfx.passes.values import Declined
+from dspfx.records import to_json
 
 WIDEST_GROUPS = 32
 MOST_NAMES = 3
@@ -76,6 +78,11 @@ class Report:
         possible = [self._possible(), ""] if self.prepared else []
         gathers = [] if self.prepared else [f"gathers left: {self.gathers}"]
         return "\n".join([table, "", *possible, totals, *gathers, *full, *self.notes])
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values: dicts, lists, numbers and strings."""
+        plain: dict[str, Any] = to_json(self)
+        return plain
 
     def _possible(self) -> str:
         """What of every layer could be pruned, with what it is coupled, and why not."""

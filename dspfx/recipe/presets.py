@@ -7,9 +7,9 @@
    networks keep of the whole model's MACs (63.57 and 65.11 % of the gated layers' are pruned).
    They choose the best weights by the test images; here it is by a part of the training images,
    and the dense rate falls along a cosine instead of by steps.
-3. `imagenet-resnet18`, `imagenet-resnet50`: two groups and the share of the gated layers' MACs that
-   the authors prune with the least loss, 60 and 70 %, starting from torchvision's weights. The paper
-   does not give all of a schedule; this one has the proportions of theirs for CIFAR-10.
+3. `imagenet-resnet18`, `imagenet-resnet50`: two groups and the share of the gated layers' MACs
+   that the authors prune with the least loss, 60 and 70 %, starting from torchvision's weights.
+   The schedule is not theirs: it has the proportions of the one for CIFAR-10.
 """
 
 from collections.abc import Mapping

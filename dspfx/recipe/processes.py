@@ -80,8 +80,11 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     Raises:
         RecipeError: there is no such device.
     """
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)) if count > 1 else None)
+    rank, count, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    chosen = _device(device, local if count > 1 else None)
     if count == 1:
         yield Processes(0, 1, chosen)
         return

@@ -6,7 +6,7 @@ are what the data set calls so, and choose nothing.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 from dspfx.data import LOADERS, Dataset, augment, load
-from dspfx.errors import DataError
+from dspfx.errors import DataError, RecipeError
 from dspfx.recipe.seeds import generator_of, seed_of
 from dspfx.recipe.settings import Recipe
 
@@ -61,6 +61,14 @@ class Source(ABC):
     def describe(self) -> str:
         """What and how many, in a line."""
 
+    def coloured(self) -> "Source":
+        """The same images for a network that reads three channels, grey ones three times.
+
+        Raises:
+            RecipeError: they are not grey.
+        """
+        raise RecipeError(f"the model does not read images of {self.channels} channels")
+
     def _counts(self) -> str:
         train, validation, test = (len(numbers) for numbers in self.numbers.values())
         return (
@@ -86,11 +94,17 @@ def open_source(recipe: Recipe, *, workers: int = 0) -> Source:
     return ImageFiles(Path(recipe.data), recipe, workers)
 
 
+def in_batches(numbers: Tensor, size: int) -> list[Tensor]:
+    """`numbers` in batches; a last one of a single image is left out, for the sake of batch norms."""
+    batches = list(torch.split(numbers, size))
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+
+
 class InMemory(Source):
     """A data set of `dspfx.data`."""
 
     def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
-        self.dataset = dataset
+        self.dataset, self.recipe = dataset, recipe
         self.classes = dataset.classes
         _, self.channels, height, _ = dataset.train_x.shape
         self.resized = recipe.image_size is not None and recipe.image_size != height
@@ -112,6 +126,15 @@ class InMemory(Source):
                 size = (self.image_size, self.image_size)
                 images = F.interpolate(images, size, mode="bilinear", antialias=True)
             yield images, y[numbers]
+
+    def coloured(self) -> "InMemory":
+        """See `Source.coloured`."""
+        if self.channels != 1:
+            super().coloured()
+        train_x, test_x = (
+            x.expand(-1, 3, -1, -1) for x in (self.dataset.train_x, self.dataset.test_x)
+        )
+        return InMemory(replace(self.dataset, train_x=train_x, test_x=test_x), self.recipe)
 
     def describe(self) -> str:
         """See `Source.describe`."""
