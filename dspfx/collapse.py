@@ -67,6 +67,23 @@ def weak_layers(part: str, analysis: ChannelAnalysis, live: Liveness) -> Iterato
             yield WeakLayer(name, read / op.channels, f"reads {read} of {op.channels} channels")
 
 
+def weak_layers_of(prepared: nn.Module) -> list[WeakLayer]:
+    """The weak layers of a prepared model under the masks that it has."""
+    return [
+        layer
+        for part in parts_of(prepared)
+        for layer in weak_layers(part.name, *present_liveness(part.module))
+    ]
+
+
+def in_words(weak: list[WeakLayer]) -> tuple[str, ...]:
+    """A warning of `weak` that says what to do; none if there are none."""
+    if not weak:
+        return ()
+    count = "one layer is" if len(weak) == 1 else f"{len(weak)} layers are"
+    return (f"{count} nearly closed: {named(weak)}; if accuracy does not come back, {REMEDY}",)
+
+
 def named(weak: list[WeakLayer]) -> str:
     """The weakest first, a few of them by name."""
     worst = [str(layer) for layer in sorted(weak, key=lambda layer: layer.kept)]
@@ -81,11 +98,7 @@ def suspects(prepared: nn.Module) -> list[str]:
         for name, layer in gated_layers(prepared).items()
         if not torch.isfinite(layer.weight).all()
     ]
-    weak = [
-        layer
-        for part in parts_of(prepared)
-        for layer in weak_layers(part.name, *present_liveness(part.module))
-    ]
+    weak = weak_layers_of(prepared)
     return [*odd, *([named(weak)] if weak else [])]
 
 

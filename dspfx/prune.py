@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dspfx.collapse import REMEDY, named, weak_layers
+from dspfx.collapse import in_words, weak_layers
 from dspfx.errors import BudgetError, PrepareError
 from dspfx.filters import filters_first
 from dspfx.gates import GatedLayer, gated_layers
@@ -155,22 +155,14 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     if achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
     measured = measured_fraction([part.module for part in parts]) if tables else None
-    warnings = _warnings(parts, found)
-    return PruneReport(
-        budget.fraction, achieved, beta, before, found.cost, note, measured, warnings
-    )
-
-
-def _warnings(parts: list["_PrunablePart"], found: Candidate) -> tuple[str, ...]:
     weak = [
         layer
         for part, live in zip(parts, found.lives, strict=True)
         for layer in weak_layers(part.name, part.analysis, live)
     ]
-    if not weak:
-        return ()
-    count = "one layer is" if len(weak) == 1 else f"{len(weak)} layers are"
-    return (f"{count} nearly closed: {named(weak)}; if accuracy does not come back, {REMEDY}",)
+    return PruneReport(
+        budget.fraction, achieved, beta, before, found.cost, note, measured, in_words(weak)
+    )
 
 
 def _tables(parts: list["_PrunablePart"]) -> list[LatencyTable]:

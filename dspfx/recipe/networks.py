@@ -1,7 +1,7 @@
 """What a run asks of a network, whatever forms its outputs have."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from dspfx.errors import RecipeError
 
 AUXILIARY = 0.3  # weight of auxiliary classifiers (Szegedy et al., CVPR 2015)
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -41,6 +40,26 @@ def classification_loss(output: Any, labels: Tensor) -> Tensor:
         if isinstance(auxiliary, Tensor) and auxiliary.dim() == 2:
             loss = loss + AUXILIARY * F.cross_entropy(auxiliary, labels)
     return loss
+
+
+def right_answers(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """How many labels `model` finds, in evaluation mode; its mode stays as it is."""
+    right = 0
+    with evaluating(model), torch.no_grad():
+        for x, y in batches:
+            right += int((logits_of(model(x)).argmax(1) == y).sum())
+    return right
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode, for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

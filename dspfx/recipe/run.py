@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dspfx.checkpoint import load_checkpoint, save_checkpoint
 from dspfx.cluster import cluster_groups
+from dspfx.collapse import in_words, weak_layers_of
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.errors import RecipeError
@@ -17,13 +18,13 @@ from dspfx.prune import PruneReport, prune
 from dspfx.recalibrate import recalibrate
 from dspfx.recipe.architectures import Architecture, input_channels, read_weights, start_from
 from dspfx.recipe.folder import RunFolder
-from dspfx.recipe.networks import check, logits_of
+from dspfx.recipe.networks import check, evaluating, logits_of
 from dspfx.recipe.outcome import Outcome
 from dspfx.recipe.phases import Dense, Learn, Tune
 from dspfx.recipe.processes import Processes, processes
 from dspfx.recipe.settings import Recipe
 from dspfx.recipe.sources import Source, in_batches, open_source
-from dspfx.recipe.training import Training, evaluating
+from dspfx.recipe.training import Training
 from dspfx.report import report
 from dspfx.save import save
 
@@ -128,7 +129,6 @@ class _Steps:
         self.architecture = architecture
         self.say = say
         self.steps = len(in_batches(source.numbers["train"], recipe.batch))
-        self.warnings: tuple[str, ...] = ()
 
     @property
     def example(self) -> Tensor:
@@ -206,7 +206,6 @@ class _Steps:
     ) -> None:
         """Say and write down what one pruning did."""
         self.say(str(found))
-        self.warnings = found.warnings
         accuracy = training.accuracy(prepared, "test")
         if cycle == 0:
             training.facts["pruned"] = accuracy
@@ -249,7 +248,7 @@ class _Steps:
             largest_difference=largest,
             report=report(compact),
             model=str(self.files.model),
-            warnings=self.warnings,
+            warnings=in_words(weak_layers_of(prepared)),
         )
         if self.own.first:
             save(compact, self.files.model)

@@ -95,7 +95,7 @@ def open_source(recipe: Recipe, *, workers: int = 0) -> Source:
 
 
 def in_batches(numbers: Tensor, size: int) -> list[Tensor]:
-    """`numbers` in batches; a last one of a single image is left out, for the sake of batch norms."""
+    """`numbers` in batches; without a last one of a single image, of which there is no variance."""
     batches = list(torch.split(numbers, size))
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 

@@ -7,7 +7,6 @@ does not hold is drawn anew from the place where the run is, see `seeds`.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from dspfx.checkpoint import load_checkpoint, save_checkpoint
 from dspfx.errors import LearnError
 from dspfx.recipe.folder import RunFolder
-from dspfx.recipe.networks import autocast, logits_of
+from dspfx.recipe.networks import autocast, right_answers
 from dspfx.recipe.phases import Phase
 from dspfx.recipe.processes import Processes
 from dspfx.recipe.seeds import generator_of, seed_of
@@ -114,10 +113,8 @@ class Training:
 
     def accuracy(self, model: nn.Module, part: Part) -> float:
         """The fraction of the images of `part` that `model` knows; its mode stays as it is."""
-        right = 0
-        with evaluating(model), torch.no_grad(), self.autocast():
-            for x, y in self.batches_of(part):
-                right += int((logits_of(model(x)).argmax(1) == y).sum())
+        with self.autocast():
+            right = right_answers(model, self.batches_of(part))
         right_in_all, count = self.processes.sums(right, len(self._numbers(part)))
         return right_in_all / count
 
@@ -225,14 +222,3 @@ class Training:
                 self.folder.checkpoint, **phase.objects(), place=asdict(place), facts=self.facts
             )
         self._saved = time.monotonic()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode, for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
