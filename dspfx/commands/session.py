@@ -22,6 +22,7 @@ import typer
 
 from dspfx.errors import DspfxError, DspfxWarning
 from dspfx.recipe.folder import RunFolder
+from dspfx.recipe.processes import rank
 
 INTERRUPTED = 130  # as of a process that SIGINT has ended
 
@@ -64,8 +65,8 @@ class Session:
         return f"; to go on: dspfx train --resume --run {shlex.quote(str(self.folder))}"
 
     def end(self) -> None:
-        """Print the result."""
-        if self._result is not None:
+        """Print the result, once where several processes have it."""
+        if self._result is not None and rank() == 0:
             text, plain = self._result
             typer.echo(json.dumps(plain, indent=2) if self.as_json else text)
 

@@ -168,10 +168,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise RecipeError(f"no weights can be read from {path}: {error}") from error
-    for key in ("state_dict", "model", "model_state_dict"):
+    for key in ("states", "state_dict", "model", "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-            break
+            found = found[key]  # of `save_checkpoint`: states, then model
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise RecipeError(f"{path} holds no weights: a dict of tensors by name is needed")
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}

@@ -69,6 +69,11 @@ class Processes:
             dist.barrier()
 
 
+def rank() -> int:
+    """The number of this process, before or without a group of them."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """This process, in the group that the environment of `torchrun` names, or alone.
@@ -80,10 +85,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     Raises:
         RecipeError: there is no such device.
     """
-    rank, count, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-    )
+    count, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _device(device, local if count > 1 else None)
     if count == 1:
         yield Processes(0, 1, chosen)
@@ -92,7 +94,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Processes(rank, count, chosen)
+        yield Processes(rank(), count, chosen)
     finally:
         dist.destroy_process_group()
 
