@@ -21,6 +21,7 @@ from dspfx.models import CifarResNet
 from dspfx.recipe import PRESETS, Machine, Outcome, Recipe, Schedule, preset, run, training
 from dspfx.recipe.architectures import Architecture
 from dspfx.recipe.folder import RunFolder
+from dspfx.recipe.networks import classification_loss, logits_of
 from dspfx.records import from_json, to_json
 
 # 90 images in batches of 32: three steps an epoch
@@ -253,8 +254,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_several_outputs_and_their_losses() -> None:
-    from dspfx.recipe.networks import classification_loss, logits_of
-
     logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
     alone = classification_loss(logits, labels)
     for output in (logits, (logits,), [logits, None], {"logits": logits}, {"out": logits}):
