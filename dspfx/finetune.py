@@ -170,9 +170,9 @@ class CyclicFinetune:
         self.step_in_epoch = 0
         self._set_rates()
         if self.epoch == self._first_epoch(self.cycle + 1):
-            self._warn_of_a_loss()
             done = {"cycle": self.cycle, "score": self.best_score, "epoch": self.best_epoch}
             self.history.append(done)
+            self._warn_of_a_loss()
 
     def restore_best(self) -> None:
         """Put the best weights, and the buffers that belong to them, into the model."""

@@ -89,7 +89,7 @@ def test_options_change_single_settings() -> None:
     recipe = changed(Recipe(), {**given, "threads": 3})
     assert recipe.tune == Schedule(20, 0.2, 0.5)
     assert recipe.dense == Schedule(20, 0.1, 0.5, 0.3)
-    assert (recipe.ignore, recipe.folder) == (("a", "b"), "x")
+    assert (recipe.ignore, recipe.folder) == (("a", "b"), str(Path("x").resolve()))
     assert changed(Recipe(), {}) == Recipe()
 
 

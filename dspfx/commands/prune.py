@@ -94,6 +94,8 @@ def prune(
             pretrained=pretrained,
             weights=weights,
         )
+        if source is not None and source.channels != subject.architecture.channels:
+            source = source.coloured()
         example = subject.images(2)
         accuracies: dict[str, float] = {}
         if source is not None:

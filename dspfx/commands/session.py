@@ -109,10 +109,10 @@ def _short_warnings() -> Iterator[None]:
         usual = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-            if issubclass(category, DspfxWarning):
-                say(f"warning: {message}")
-            else:
+            if not issubclass(category, DspfxWarning):
                 usual(message, category, *place)
+            elif rank() == 0:
+                say(f"warning: {message}")
 
         warnings.showwarning = show
         warnings.simplefilter("always", DspfxWarning)

@@ -1,6 +1,6 @@
 """What a command is about: a network by its name, a file of `dspfx.save`, or a run's folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,13 @@ from dspfx.convert import convert
 from dspfx.errors import RecipeError
 from dspfx.load import load
 from dspfx.parts import compact_parts_of
-from dspfx.recipe.architectures import Architecture, read_weights, start_from, usual_size
+from dspfx.recipe.architectures import (
+    Architecture,
+    input_channels,
+    read_weights,
+    start_from,
+    usual_size,
+)
 from dspfx.recipe.folder import RunFolder
 
 CLASSES, CHANNELS = 1000, 3
@@ -106,7 +112,8 @@ def open_subject(
     dense = architecture.build(pretrained=pretrained)
     if weights is not None:
         start_from(dense, read_weights(weights), f"the weights in {weights}")
-    return Subject(architecture, dense.eval(), None)
+    reads = input_channels(dense) or architecture.channels
+    return Subject(replace(architecture, channels=reads), dense.eval(), None)
 
 
 def _architecture(

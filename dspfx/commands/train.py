@@ -147,14 +147,21 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     """`recipe` with the settings in `given`, by the names of options; others are ignored."""
     own = {field.name for field in dataclasses.fields(Recipe)} - set(PHASES)
     values = {name: value for name, value in given.items() if name in own}
-    for name, value in values.items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-        values[name] = str(value) if isinstance(value, Path) else values[name]
+    values = {name: _plain(value) for name, value in values.items()}
     for phase in PHASES:
         parts = {part: given.get(f"{part}_{phase}", given.get(part)) for part in PARTS}
         parts = {part: value for part, value in parts.items() if value is not None}
         values[phase] = dataclasses.replace(getattr(recipe, phase), **parts)
     return dataclasses.replace(recipe, **values)
+
+
+def _plain(value: Any) -> Any:
+    """An option as a setting; paths are absolute, for the run may be resumed from elsewhere."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_dir()):
+        return str(Path(value).resolve())
+    return value
 
 
 def _base(preset_name: str | None, model: str | None, data: str | None) -> Recipe:

@@ -60,5 +60,4 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
         plain: dict[str, Any] = to_json(self)
-        plain["report"] = self.report.as_json()
         return plain

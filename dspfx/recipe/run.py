@@ -1,7 +1,7 @@
 """The whole road: train, learn groups, prune, fine-tune, convert, save, report."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from dspfx.prepare import prepare
 from dspfx.prune import PruneReport, prune
 from dspfx.recalibrate import recalibrate
 from dspfx.recipe.architectures import Architecture, input_channels, read_weights, start_from
+from dspfx.recipe.comparison import compare
 from dspfx.recipe.folder import RunFolder
-from dspfx.recipe.networks import check, evaluating, logits_of
+from dspfx.recipe.networks import check
 from dspfx.recipe.outcome import Outcome
 from dspfx.recipe.phases import Dense, Learn, Tune
 from dspfx.recipe.processes import Processes, processes
@@ -103,11 +104,10 @@ def _network(recipe: Recipe, source: Source) -> tuple[nn.Module, Architecture, S
     if recipe.weights is not None:
         path = Path(recipe.weights)
         start_from(model, read_weights(path), f"the weights in {path}")
-    channels = input_channels(model)
-    if channels not in (None, source.channels):
+    channels = input_channels(model) or source.channels
+    if channels != source.channels:
         source = source.coloured()
-    architecture = Architecture(recipe.model, source.classes, asked.channels, source.image_size)
-    return model, architecture, source
+    return model, replace(asked, channels=channels), source
 
 
 class _Steps:
@@ -226,16 +226,8 @@ class _Steps:
         return [x.to(self.own.device) for x, _ in batches]
 
     def _finish(self, prepared: nn.Module, compact: nn.Module, training: Training) -> Outcome:
-        right_masked = right_compact = equal = 0
-        largest = 0.0
-        with evaluating(prepared), torch.no_grad():
-            for x, y in training.batches_of("test"):
-                masked, small = logits_of(prepared(x)), logits_of(compact(x))
-                right_masked += int((masked.argmax(1) == y).sum())
-                right_compact += int((small.argmax(1) == y).sum())
-                equal += int((masked.argmax(1) == small.argmax(1)).sum())
-                largest = max(largest, float((masked - small).abs().max()))
-        sums = self.own.sums(right_masked, right_compact, equal)
+        found = compare(prepared, compact, training.batches_of("test"))
+        sums = self.own.sums(found.right_masked, found.right_compact, found.equal)
         images = len(self.source.numbers["test"])
         outcome = Outcome(
             dense=training.facts["dense"],
@@ -245,7 +237,7 @@ class _Steps:
             validation=training.facts.get("validation"),
             equal_predictions=int(sums[2]),
             test_images=images,
-            largest_difference=largest,
+            largest_difference=found.largest_difference,
             report=report(compact),
             model=str(self.files.model),
             warnings=in_words(weak_layers_of(prepared)),
