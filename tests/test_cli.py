@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_help_and_version() -> None:
         assert code == 0
         assert "--json" in own
         assert "--debug" in own
-    assert invoke("--version")[1] == f"dspfx {dspfx.save.__globals__['version']('dspfx')}\n"
+    assert invoke("--version")[1] == f"dspfx {version('dspfx')}\n"
 
 
 def test_every_setting_of_a_recipe_is_an_option() -> None:
@@ -91,6 +92,7 @@ def test_options_change_single_settings() -> None:
     assert recipe.dense == Schedule(20, 0.1, 0.5, 0.3)
     assert (recipe.ignore, recipe.folder) == (("a", "b"), str(Path("x").resolve()))
     assert changed(Recipe(), {}) == Recipe()
+    assert changed(Recipe(), {"epochs_tune": 1}).cycles == 1  # more would not fit
 
 
 @pytest.mark.parametrize(

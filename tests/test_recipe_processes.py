@@ -49,7 +49,7 @@ def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
     """Without group learning, which has tests of its own."""
-    launch = "-m torch.distributed.run --nproc-per-node 2 --master-port 0"
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
     words = (
         "--data digits --images 64 --epochs-dense 1 --epochs-learn 0 --epochs-tune 1 --cycles 1 "
         "--keep-macs 0.5 --threads 1 --device cpu --json --run run"

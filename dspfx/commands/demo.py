@@ -43,12 +43,9 @@ def demo(
     started = time.monotonic()
     with session(debug=debug, as_json=as_json, threads=threads) as own:
         recipe = changed(preset(data), {**given, "model": f"cifar-resnet{depth}"})
-        cycles = min(recipe.cycles, recipe.tune.epochs)
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "run"
-            outcome = run_recipe(
-                dataclasses.replace(recipe, cycles=cycles), path, machine=Machine("cpu"), say=say
-            )
+            outcome = run_recipe(recipe, path, machine=Machine("cpu"), say=say)
             subject = subjects.open_subject(str(path))
         found = speed(subject.dense, subject.pruned, subject.images(TIMED_BATCH), say=say)
         outcome = dataclasses.replace(outcome, speed=found)

@@ -10,7 +10,7 @@ from dspfx.commands import subjects
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
-from dspfx.errors import BudgetError
+from dspfx.errors import BudgetError, ExportError
 from dspfx.export import SUFFIXES, export
 from dspfx.prepare import prepare
 from dspfx.prune import Budget
@@ -80,6 +80,12 @@ def prune(
         if keep_macs is None and keep_params is None:
             raise BudgetError("say how much may remain: --keep-macs or --keep-params")
         budget = Budget(macs=keep_macs, params=keep_params)
+        path = output or Path(f"{model.replace('/', '-').replace(':', '-')}-pruned.safetensors")
+        if not path.name.endswith((".safetensors", *SUFFIXES)):
+            raise ExportError(
+                f"the suffix of {path.name} does not say in which format to write; .safetensors, "
+                f"{', '.join(SUFFIXES)} do"
+            )
         config = PrepareConfig(groups=groups, ignore=tuple(ignore or ()), round_to=round_to)
         source = None
         if data is not None:
@@ -111,7 +117,6 @@ def prune(
             recalibrate(prepared, source.batches("train", in_batches(numbers, BATCH)))
             accuracies["recalibrated"] = _accuracy(prepared, source)
         compact = convert(prepared)
-        path = output or Path(f"{model.replace('/', '-').replace(':', '-')}-pruned.safetensors")
         if path.suffix == ".safetensors":
             save(compact, path)
             subject.architecture.write(path)

@@ -152,6 +152,8 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
         parts = {part: given.get(f"{part}_{phase}", given.get(part)) for part in PARTS}
         parts = {part: value for part, value in parts.items() if value is not None}
         values[phase] = dataclasses.replace(getattr(recipe, phase), **parts)
+    if "cycles" not in values:  # as many as fit
+        values["cycles"] = min(recipe.cycles, max(1, values["tune"].epochs))
     return dataclasses.replace(recipe, **values)
 
 

@@ -73,10 +73,13 @@ class Architecture:
 
     def _torchvision(self, name: str, pretrained: bool) -> nn.Module:
         models = torchvision.models
+        options: dict[str, Any] = {"num_classes": self.classes}
+        if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+            options["weights_backbone"] = None  # or they would be downloaded
         try:
-            model: nn.Module = models.get_model(name, num_classes=self.classes)
+            model: nn.Module = models.get_model(name, **options)
         except TypeError as error:
-            raise RecipeError(f"torchvision's {name} is no classifier: {error}") from error
+            raise RecipeError(f"torchvision cannot make {name}: {error}") from error
         if pretrained:
             offered = list(models.get_model_weights(name))
             _no_weights(self.name, not offered)
