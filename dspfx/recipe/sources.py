@@ -159,8 +159,8 @@ class ImageFiles(Source):
         self.classes = len(self.files["train"].classes)
         if self.files["test"].classes != self.files["train"].classes:
             raise DataError(f"the classes in {root / 'train'} and {root / test} differ")
-        counts = (len(self.files[name].samples) for name in ("train", "test"))
-        self.numbers = _parts(*counts, recipe)
+        train_files, test_files = (len(self.files[name].samples) for name in ("train", "test"))
+        self.numbers = _parts(train_files, test_files, recipe)
 
     def batches(
         self, part: Part, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
