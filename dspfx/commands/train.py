@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from dspfx.commands.session import AsJson, Debug, Session, Threads, say, session
+from dspfx.data import LOADERS
 from dspfx.errors import RecipeError
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.presets import PRESETS, preset
+from dspfx.recipe.processes import rank
 from dspfx.recipe.run import Machine
 from dspfx.recipe.run import run as run_recipe
 from dspfx.recipe.settings import PRECISIONS, Recipe
@@ -135,7 +137,7 @@ def train(
 def _go(own: Session, recipe: Recipe, path: Path, resume: bool, machine: Machine) -> None:
     started = time.monotonic()
     own.folder = path
-    if resume:
+    if resume and rank() == 0:
         say(f"going on with the run in {path}")
     outcome = run_recipe(recipe, path, resume=resume, machine=machine, say=say)
     seconds = time.monotonic() - started
@@ -147,21 +149,21 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     """`recipe` with the settings in `given`, by the names of options; others are ignored."""
     own = {field.name for field in dataclasses.fields(Recipe)} - set(PHASES)
     values = {name: value for name, value in given.items() if name in own}
-    values = {name: _plain(value) for name, value in values.items()}
+    values = {name: _plain(name, value) for name, value in values.items()}
     for phase in PHASES:
         parts = {part: given.get(f"{part}_{phase}", given.get(part)) for part in PARTS}
         parts = {part: value for part, value in parts.items() if value is not None}
         values[phase] = dataclasses.replace(getattr(recipe, phase), **parts)
-    if "cycles" not in values:  # as many as fit
+    if "cycles" not in values and "epochs_tune" in given:  # as many as fit
         values["cycles"] = min(recipe.cycles, max(1, values["tune"].epochs))
     return dataclasses.replace(recipe, **values)
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     """An option as a setting; paths are absolute, for the run may be resumed from elsewhere."""
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_dir()):
+    if isinstance(value, Path) or (name == "data" and value not in LOADERS):
         return str(Path(value).resolve())
     return value
 
