@@ -129,6 +129,8 @@ def test_weights_of_others_are_refused() -> None:
         with pytest.raises(dspfx.RecipeError, match="are not of this CifarResNet"):
             start_from(model, state, "the weights")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(dspfx.RecipeError, match=r"see conv_1_3x3\.weight"):
+        start_from(model, CifarResNet(8, classes=5, in_channels=1).state_dict(), "the weights")
     start_from(model, CifarResNet(8, classes=9).state_dict(), "the weights")
     assert torch.equal(model.classifier.weight, before["classifier.weight"])
 

@@ -142,20 +142,19 @@ def usual_size(name: str) -> int:
 
 
 def start_from(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state`; the last layer may be one for other classes, and stays random then.
+    """Load `state`; classifiers may be for another number of classes, and stay random then.
 
     Raises:
         RecipeError: `state` is of another network.
     """
     own = model.state_dict()
     other = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
-    owners = {name.rpartition(".")[0] for name in other}
-    # keys of classifiers that only training uses may be missing, such as GoogLeNet's
-    unknown = [name for name in state if name not in own]
-    missing = [name for name in own if name not in state]
-    if unknown or missing or len(owners) > 1:
-        odd = (unknown or missing or other)[:3]
-        raise RecipeError(f"{source} are not of this {type(model).__name__}: {', '.join(odd)} ...")
+    classes = {(own[n].shape[:1], state[n].shape[:1]) for n in other}
+    widths = [n for n in other if own[n].shape[1:] != state[n].shape[1:]]
+    odd = [*(state.keys() ^ own.keys()), *widths, *(other if len(classes) > 1 else [])]
+    if odd:
+        names = ", ".join(sorted(odd)[:3])
+        raise RecipeError(f"{source} are not of this {type(model).__name__}: see {names}")
     model.load_state_dict({n: t for n, t in state.items() if n not in other}, strict=False)
 
 
