@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from dspfx.config import PrepareConfig
 from dspfx.errors import RecipeError
@@ -140,12 +140,3 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(f"{path} holds no recipe of this version: {error}") from error
         return recipe
-
-
-def fields_of(kind: Any) -> dict[str, Any]:
-    """The names of the fields of a dataclass, with their types, `None` left out."""
-    hints = get_type_hints(kind)
-    return {
-        name: next((a for a in get_args(h) if a is not type(None)), h) if get_args(h) else h
-        for name, h in hints.items()
-    }

@@ -174,7 +174,7 @@ class ImageFiles(Source):
         ]
         loader: Any = torch.utils.data.DataLoader(
             images,
-            batch_sampler=wanted,  # type: ignore[arg-type]  # any iterable of lists of keys
+            batch_sampler=wanted,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or it would draw from the global one
