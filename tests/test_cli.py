@@ -105,8 +105,8 @@ def test_options_change_single_settings() -> None:
         "train",
         "train --preset nothing",
         "train --data /nowhere --model resnet18",
-        "train --data digits --cycles 99 --run /nowhere",
-        "train --resume --run /nowhere",
+        "train --data digits --cycles 99 --run-dir /nowhere",
+        "train --resume --run-dir /nowhere",
         "inspect nosuchmodel",
         "inspect nosuchfile.safetensors",
         "prune cifar-resnet8",
@@ -224,7 +224,7 @@ def test_bench(saved: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
     """In a process of its own, as users run it; Ctrl-C comes whenever it comes."""
-    process = dspfx_process(f"train {TINY} --checkpoint-minutes 0 --run run", tmp_path)
+    process = dspfx_process(f"train {TINY} --checkpoint-minutes 0 --run-dir run", tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not metrics.exists():
         time.sleep(0.01)
@@ -232,9 +232,9 @@ def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted; to go on: dspfx train --resume --run run"
+    assert err.splitlines()[-1] == "interrupted; to go on: dspfx train --resume --run-dir run"
     assert "Traceback" not in err
-    words = "train --resume --run run"
+    words = "train --resume --run-dir run"
     other = dspfx_process(f"{words} --keep-macs 0.9", tmp_path)
     last = dspfx_process(f"{words} --json --threads 1", tmp_path)
     assert "has other settings" in other.communicate(timeout=120)[1]

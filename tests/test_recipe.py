@@ -147,7 +147,7 @@ def test_a_killed_process_goes_on_bit_for_bit(whole: tuple[Path, Outcome], tmp_p
     folder = tmp_path / "run"
     config = RunFolder(folder)
     config.begin(TINY)
-    words = f"train --resume --run {folder} --threads 1 --device cpu --checkpoint-minutes 0"
+    words = f"train --resume --run-dir {folder} --threads 1 --device cpu --checkpoint-minutes 0"
     command = [sys.executable, "-m", "dspfx", *words.split()]
     for _ in range(2):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -52,7 +52,7 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
     words = (
         "--data digits --images 64 --epochs-dense 1 --epochs-learn 0 --epochs-tune 1 --cycles 1 "
-        "--keep-macs 0.5 --threads 1 --device cpu --json --run run"
+        "--keep-macs 0.5 --threads 1 --device cpu --json --run-dir run"
     )
     done = subprocess.run(
         [sys.executable, *launch.split(), "-m", "dspfx", "train", *words.split()],

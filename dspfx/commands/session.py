@@ -62,7 +62,7 @@ class Session:
         """The command that resumes an interrupted run, if there is anything to resume."""
         if self.folder is None or not RunFolder(self.folder).config.exists():
             return ""
-        return f"; to go on: dspfx train --resume --run {shlex.quote(str(self.folder))}"
+        return f"; to go on: dspfx train --resume --run-dir {shlex.quote(str(self.folder))}"
 
     def end(self) -> None:
         """Print the result, once where several processes have it."""

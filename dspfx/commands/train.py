@@ -96,7 +96,7 @@ def train(
         list[str] | None,
         _option(PRUNING, "Layers to leave alone, such as '*.downsample.*'; more than once."),
     ] = None,
-    run: Annotated[
+    run_dir: Annotated[
         Path | None, _option(RUNNING, "Folder of the run; runs/MODEL-DATA if left out.")
     ] = None,
     resume: Annotated[
@@ -123,7 +123,7 @@ def train(
     """
     given = {name: value for name, value in locals().items() if value is not None}
     with session(debug=debug, as_json=as_json, threads=threads) as own:
-        path = run or Path("runs") / _name(model, data, preset_name)
+        path = run_dir or Path("runs") / _name(model, data, preset_name)
         base = RunFolder(path).recipe() if resume else _base(preset_name, model, data)
         recipe = changed(base, given)
         if resume and recipe != base:
