@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from dspfx.cluster import cluster_groups
@@ -131,4 +132,4 @@ def prune(
 
 def _accuracy(model: Any, source: Source) -> float:
     numbers = source.numbers["test"]
-    return right_answers(model, source.batches("test", numbers.split(256))) / len(numbers)
+    return right_answers(model, source.batches("test", torch.split(numbers, 256))) / len(numbers)
