@@ -279,7 +279,7 @@ def test_models_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_whole_demo_in_small(tmp_path: Path) -> None:
     words = "demo --images 256 --epochs-dense 2 --epochs-learn 2 --epochs-tune 1 --keep-macs 0.5"
     process = dspfx_process(words, tmp_path)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert "360 of 360 predictions equal" in out
     tuned = re.search(r"masked, fine-tuned +(\S+%)", out)[1]
