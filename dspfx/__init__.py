@@ -10,12 +10,14 @@ from dspfx.cluster import cluster_groups
 from dspfx.compile import compile
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
+from dspfx.distill import distillation_loss
 from dspfx.errors import (
     BudgetError,
     CheckpointError,
     ConvertError,
     DataError,
     DspfxError,
+    DspfxWarning,
     EquivalenceError,
     ExportError,
     LearnError,
@@ -23,10 +25,12 @@ from dspfx.errors import (
     MaskError,
     PlotError,
     PrepareError,
+    RecipeError,
     SaveError,
     TraceError,
 )
 from dspfx.export import export
+from dspfx.finetune import CyclicFinetune
 from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
 from dspfx.load import load
@@ -48,8 +52,10 @@ __all__ = [
     "CompactModule",
     "ConvertError",
     "CostModel",
+    "CyclicFinetune",
     "DataError",
     "DspfxError",
+    "DspfxWarning",
     "EquivalenceError",
     "ExportError",
     "GroupLearner",
@@ -61,6 +67,7 @@ __all__ = [
     "PrepareError",
     "PreparedModule",
     "PruneReport",
+    "RecipeError",
     "Report",
     "SaveError",
     "TraceError",
@@ -68,6 +75,7 @@ __all__ = [
     "cluster_groups",
     "compile",
     "convert",
+    "distillation_loss",
     "export",
     "get_masks",
     "load",

@@ -1,8 +1,12 @@
-"""Everything dspfx raises on purpose; the messages say what to do."""
+"""Everything dspfx raises or warns of on purpose; the messages say what to do."""
 
 
 class DspfxError(Exception):
     """Base of every error that dspfx raises on purpose."""
+
+
+class DspfxWarning(UserWarning):
+    """Something works, but hardly as it is meant; the message says what, and what to do."""
 
 
 class TraceError(DspfxError):
@@ -46,7 +50,7 @@ class PlotError(DspfxError):
 
 
 class LearnError(DspfxError):
-    """Group learning was given an optimiser, a loss or settings it cannot work with."""
+    """Learning or fine-tuning was given an optimiser, a loss or settings it cannot work with."""
 
 
 class CheckpointError(DspfxError):
@@ -55,3 +59,7 @@ class CheckpointError(DspfxError):
 
 class DataError(DspfxError):
     """Data is missing, empty or damaged; the message says where it was looked for."""
+
+
+class RecipeError(DspfxError):
+    """A recipe names a model, a preset or a folder that is not there, or contradicts itself."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dspfx.collapse import in_words, weak_layers
 from dspfx.errors import BudgetError, PrepareError
 from dspfx.filters import filters_first
 from dspfx.gates import GatedLayer, gated_layers
@@ -89,6 +90,8 @@ class PruneReport:
         note: says so where the budget could not be met closely.
         measured: of a budget of latency, the fraction of the dense network's time that the pruned
             one really takes; `achieved` is what was predicted from its layers.
+        warnings: layers of which hardly anything is left, and what to do; see
+            `dspfx.CyclicFinetune` for what may come of them.
     """
 
     budget: float
@@ -98,6 +101,7 @@ class PruneReport:
     after: Cost
     note: str = ""
     measured: float | None = None
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -108,7 +112,8 @@ class PruneReport:
         ]
         if self.measured is not None:
             lines.append(f"latency {self.achieved:.2%} predicted, {self.measured:.2%} measured")
-        return "\n".join([*lines, *([self.note] if self.note else [])])
+        warnings = [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join([*lines, *([self.note] if self.note else []), *warnings])
 
 
 def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
@@ -130,7 +135,7 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
         PrepareError: a gated weight is not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    parts = [_PrunablePart.of(part.module) for part in parts_of(prepared)]
+    parts = [_PrunablePart.of(part.module, part.name) for part in parts_of(prepared)]
     before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
 
     processes = Processes.of(prepared)
@@ -157,7 +162,14 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     if budget.latency is not None:
         modules = [part.module for part in parts]
         measured = processes.of_first(lambda: measured_fraction(modules))
-    return PruneReport(budget.fraction, achieved, beta, before, found.cost, note, measured)
+    weak = [
+        layer
+        for part, live in zip(parts, found.lives, strict=True)
+        for layer in weak_layers(part.name, part.analysis, live)
+    ]
+    return PruneReport(
+        budget.fraction, achieved, beta, before, found.cost, note, measured, in_words(weak)
+    )
 
 
 def _tables(parts: list["_PrunablePart"], processes: Processes) -> list[LatencyTable]:
@@ -223,14 +235,15 @@ class _PrunableLayer:
 
 @dataclass(frozen=True)
 class _PrunablePart:
-    """A prepared module, its analysis, and its gated layers by name."""
+    """A prepared module, its analysis, its gated layers by name, and its own name."""
 
     module: PreparedModule
     analysis: ChannelAnalysis
     layers: dict[str, _PrunableLayer]
+    name: str
 
     @staticmethod
-    def of(module: PreparedModule) -> "_PrunablePart":
+    def of(module: PreparedModule, name: str) -> "_PrunablePart":
         analysis = analyse_prepared(module)
         droppable = droppable_layers(analysis)
         gated = gated_layers(module)
@@ -239,7 +252,7 @@ class _PrunablePart:
             for op in analysis.ops.values()
             if isinstance(op, Mix) and op.gated
         }
-        return _PrunablePart(module, analysis, layers)
+        return _PrunablePart(module, analysis, layers, name)
 
     def liveness(self, beta: float) -> Liveness:
         """The liveness at threshold `beta`."""

@@ -1,60 +1,293 @@
 """The command line, as a user meets it."""
 
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import warnings
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from typer.testing import CliRunner
 
-from dspfx.cli import app
+import dspfx
+from dspfx import cli
+from dspfx.commands import bench as bench_command
+from dspfx.commands.train import PHASES, changed
+from dspfx.models import CifarResNet
+from dspfx.recipe import Recipe, Schedule, Speed
+from dspfx.recipe.architectures import Architecture
+
+SMALL = "--classes 10 --channels 1 --image-size 16"
+TINY = (
+    "--data digits --images 100 --batch 32 --epochs-dense 1 --epochs-learn 1 --epochs-tune 1 "
+    "--cycles 1 --keep-macs 0.5 --threads 1 --device cpu"
+)
 
 
-def invoke(*words: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, words, env={"COLUMNS": "100", "NO_COLOR": "1"})
-    return result.exit_code, result.output
+def invoke(*words: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    result = CliRunner().invoke(cli.app, words, env={"COLUMNS": "100", "NO_COLOR": "1"})
+    return result.exit_code, result.stdout, result.stderr
 
 
-def test_help() -> None:
-    code, text = invoke("--help")
-    assert code == 0
-    assert "demo" in text
-    code, text = invoke("demo", "--help")
-    assert code == 0
-    assert "--keep-macs" in text
-
-
-def test_errors_are_one_line(tmp_path: Path) -> None:
-    for words in (
-        ("--data", "imagenet"),
-        ("--data", "fashion-mnist", "--folder", str(tmp_path)),
-        ("--depth", "9"),
-        ("--keep-macs", "0"),
-    ):
-        code, text = invoke("demo", "--images", "64", "--epochs-dense", "1", *words)
-        assert code == 1
-        errors = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
-        assert text.rstrip().endswith(errors[0])
-
-
-def test_the_whole_demo_in_small() -> None:
-    """In a process of its own, as users run it."""
-    words = "demo --images 256 --epochs-dense 2 --epochs-learn 2 --epochs-tune 1 --keep-macs 0.5"
-    run = subprocess.run(
+def dspfx_process(words: str, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
         [sys.executable, "-m", "dspfx", *words.split()],
-        capture_output=True,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=300,
     )
-    assert run.returncode == 0, run.stderr
-    assert "360 of 360 predictions equal" in run.stdout
-    tuned = re.search(r"masked, fine-tuned +(\S+%)", run.stdout)[1]
-    assert re.search(r"compact +(\S+%)", run.stdout)[1] == tuned
-    kept = float(re.search(r"whole model, MACs.* (\S+)%", run.stdout)[1])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a compact and a prepared model, files that say what they are, and weights."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    model = CifarResNet(8, in_channels=1)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    prepared = dspfx.prepare(model, torch.zeros(2, 1, 16, 16))
+    dspfx.prune(prepared, dspfx.Budget(macs=0.5))
+    dspfx.save(prepared.eval(), folder / "prepared.safetensors")
+    dspfx.save(dspfx.convert(prepared), folder / "compact.safetensors")
+    for name in ("prepared", "compact"):
+        Architecture("cifar-resnet8", 10, 1, 16).write(folder / f"{name}.safetensors")
+    return folder
+
+
+def test_help_and_version() -> None:
+    code, text, _ = invoke("--help")
+    assert code == 0
+    for command in ("train", "prune", "inspect", "bench", "demo"):
+        assert command in text
+        code, own, _ = invoke(command, "--help")
+        assert code == 0
+        assert "--json" in own
+        assert "--debug" in own
+    assert invoke("--version")[1] == f"dspfx {version('dspfx')}\n"
+
+
+def test_every_setting_of_a_recipe_is_an_option() -> None:
+    text = re.sub(r"\s+", " ", invoke("train", "--help")[1])
+    names = set(vars(Recipe())) - set(PHASES)
+    names |= {
+        f"{part}_{phase}" for part in ("epochs", "lr") for phase in ("dense", "learn", "tune")
+    }
+    for name in names:
+        assert f"--{name.replace('_', '-')} " in text
+
+
+def test_options_change_single_settings() -> None:
+    given = {"lr_tune": 0.2, "weight_decay": 0.5, "ignore": ["a", "b"], "folder": Path("x")}
+    recipe = changed(Recipe(), {**given, "threads": 3})
+    assert recipe.tune == Schedule(20, 0.2, 0.5)
+    assert recipe.dense == Schedule(20, 0.1, 0.5, 0.3)
+    assert (recipe.ignore, recipe.folder) == (("a", "b"), str(Path("x").resolve()))
+    assert changed(Recipe(), {}) == Recipe()
+    assert changed(Recipe(), {"epochs_tune": 1}).cycles == 1  # more would not fit
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "demo --data imagenet",
+        "demo --data fashion-mnist --folder /nowhere",
+        "demo --depth 9",
+        "demo --keep-macs 0",
+        "train",
+        "train --preset nothing",
+        "train --data /nowhere --model resnet18",
+        "train --data digits --cycles 99 --run-dir /nowhere",
+        "train --resume --run-dir /nowhere",
+        "inspect nosuchmodel",
+        "inspect nosuchfile.safetensors",
+        "prune cifar-resnet8",
+        "prune cifar-resnet8 --keep-macs 2",
+        "bench no.such.module:model",
+    ],
+)
+def test_errors_are_one_line(words: str) -> None:
+    code, out, err = invoke(*words.split())
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in err
+    code, out, _ = invoke(*words.split(), "--json")
+    assert code == 1
+    assert list(json.loads(out)) == ["error"]
+
+
+def test_debug_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CliRunner().invoke(cli.app, ["inspect", "nosuchmodel", "--debug"])
+    assert isinstance(result.exception, dspfx.RecipeError)
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("dspfx.commands.subjects.open_subject", broken)
+    code, _, err = invoke("inspect", "resnet18")
+    assert code == 1
+    assert err == "error: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"
+
+
+def test_wrong_options_are_exit_code_2() -> None:
+    assert invoke("train", "--nothing")[0] == 2
+    assert invoke("bench", "resnet18", "--batch", "0")[0] == 2
+
+
+def test_inspect_models_and_files(saved: Path) -> None:
+    code, text, _ = invoke("inspect", "cifar-resnet8", *SMALL.split())
+    assert code == 0
+    assert "free filters" in text
+    code, text, _ = invoke("inspect", str(saved / "compact.safetensors"))
+    assert code == 0
+    assert "MACs as emitted" in text
+    code, text, _ = invoke("inspect", str(saved / "prepared.safetensors"), "--json")
+    found = json.loads(text)
+    assert found["after"]["macs"] <= 0.5 * found["before"]["macs"]
+    assert found["layers"][0]["name"] == "conv_1_3x3"
+
+
+def test_files_without_a_name_beside_them(saved: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((saved / "compact.safetensors").read_bytes())
+    code, _, err = invoke("inspect", str(alone))
+    assert code == 1
+    assert "--model NAME --classes N" in err
+    code, text, _ = invoke("inspect", str(alone), "--model", "cifar-resnet8", *SMALL.split())
+    assert code == 0
+    assert "whole model, MACs" in text
+    code, _, err = invoke("inspect", str(alone), "--model", "cifar-resnet14", *SMALL.split())
+    assert code == 1
+    assert "cannot be loaded" in err
+
+
+def test_prune_writes_what_it_says(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    words = f"prune cifar-resnet8 --keep-macs 0.6 --weights {saved / 'weights.pt'} --data digits"
+    code, text, err = invoke(*words.split(), "-o", str(path), "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["file"] == str(path)
+    assert found["pruned"]["achieved"] <= 0.6
+    assert found["accuracy"].keys() == {"dense", "pruned", "recalibrated"}
+    compact = dspfx.load(path, Architecture.beside(path).build())
+    data = dspfx.data.load("digits")
+    with torch.no_grad():
+        right = (compact(data.test_x).argmax(1) == data.test_y).float().mean()
+    assert float(right) == pytest.approx(found["accuracy"]["recalibrated"])
+
+
+def test_prune_exports(tmp_path: Path) -> None:
+    path = tmp_path / "small.pt2"
+    words = f"prune cifar-resnet8 --keep-params 0.6 {SMALL} -o {path}"
+    code, text, err = invoke(*words.split())
+    assert code == 0, err
+    assert text.splitlines()[-1] == f"written: {path}"
+    program = torch.export.load(path).module()
+    assert program(torch.zeros(3, 1, 16, 16)).shape == (3, 10)
+    code, _, err = invoke(*words.split()[:-1], str(tmp_path / "small.exe"))
+    assert code == 1
+    assert "does not say in which format" in err
+
+
+@pytest.mark.parametrize("words", ["compact.safetensors", "cifar-resnet8 --keep-macs 0.5"])
+def test_bench(saved: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed, and how it is shown; that compiling works has tests of its own."""
+    timed: list[Any] = []
+
+    def speed(dense: Any, compact: Any, x: torch.Tensor, **_: Any) -> Speed:
+        with torch.no_grad():
+            timed.append((dense(x).shape, compact(x).shape))
+        times = {"dense, eager": 3.0, "dense, compiled": 2.0, "compact, compiled": 0.5}
+        return Speed(len(x), 1, times)
+
+    monkeypatch.setattr(bench_command, "speed", speed)
+    monkeypatch.chdir(saved)
+    small = SMALL.split() if "keep" in words else []
+    code, text, err = invoke("bench", *words.split(), *small, "--batch", "4")
+    assert code == 0, err
+    assert timed == [((4, 10), (4, 10))]
+    assert "batch of 4" in text
+    assert text.splitlines()[-1] == "compact is 4.00 times as fast"
+    code, text, _ = invoke("bench", *words.split(), *small, "--json")
+    assert json.loads(text)["milliseconds"]["compact, compiled"] == 0.5
+
+
+def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
+    """In a process of its own, as users run it; Ctrl-C comes whenever it comes."""
+    process = dspfx_process(f"train {TINY} --checkpoint-minutes 0 --run-dir run", tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not metrics.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert err.splitlines()[-1] == "interrupted; to go on: dspfx train --resume --run-dir run"
+    assert "Traceback" not in err
+    words = "train --resume --run-dir run"
+    other = dspfx_process(f"{words} --keep-macs 0.9", tmp_path)
+    last = dspfx_process(f"{words} --json --threads 1", tmp_path)
+    assert "has other settings" in other.communicate(timeout=120)[1]
+    out, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    result = json.loads(out)
+    assert result["run"] == "run"
+    assert result["masked"] == result["compact"]
+    code, text, _ = invoke("inspect", str(tmp_path / "run"))
+    assert code == 0
+    assert "whole model, MACs" in text
+
+
+def test_warnings_are_lines_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warns(*_: object, **__: object) -> None:
+        warnings.warn("mind the gap", dspfx.DspfxWarning, stacklevel=2)
+        raise dspfx.RecipeError("and the step")
+
+    monkeypatch.setattr("dspfx.commands.subjects.open_subject", warns)
+    code, out, err = invoke("inspect", "resnet18")
+    assert (code, out) == (1, "")
+    assert err == "warning: mind the gap\nerror: and the step\n"
+
+
+def test_models_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_model_of_mine.py").write_text(
+        "from dspfx.models import CifarResNet\n"
+        "def net(num_classes):\n"
+        "    print('constructed')\n"
+        "    return CifarResNet(8, classes=num_classes)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    words = "inspect a_model_of_mine:net --classes 7 --image-size 16 --json"
+    code, out, err = invoke(*words.split())
+    assert code == 0, err
+    assert json.loads(out)["layers"][-1]["filters"] == [7, 7]
+    assert "constructed" in err  # whatever others print is no part of the document
+    assert sys.path == path
+
+
+def test_the_whole_demo_in_small(tmp_path: Path) -> None:
+    words = "demo --images 256 --epochs-dense 2 --epochs-learn 2 --epochs-tune 1 --keep-macs 0.5"
+    process = dspfx_process(words, tmp_path)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    assert "360 of 360 predictions equal" in out
+    tuned = re.search(r"masked, fine-tuned +(\S+%)", out)[1]
+    assert re.search(r"compact +(\S+%)", out)[1] == tuned
+    kept = float(re.search(r"whole model, MACs.* (\S+)%", out)[1])
     assert 49 < kept <= 50
-    assert "stage_3.0.conv_b" in run.stdout
-    assert re.search(r"compact is \d+\.\d+ times as fast", run.stdout)
-    difference = float(re.search(r"outputs differ by at most (\S+)", run.stdout)[1])
+    assert "stage_3.0.conv_b" in out
+    assert re.search(r"compact is \d+\.\d+ times as fast", out)
+    difference = float(re.search(r"outputs differ by at most (\S+)", out)[1])
     assert difference < 1e-3
+    assert os.listdir(tmp_path) == []

@@ -29,6 +29,7 @@ def test_public_names() -> None:
         "cluster_groups",
         "compile",
         "convert",
+        "distillation_loss",
         "export",
         "get_masks",
         "load",
@@ -43,7 +44,7 @@ def test_public_names() -> None:
         "set_masks",
     ]
     values = ["Budget", "CompactModule", "GroupLearner", "PrepareConfig", "PreparedModule"]
-    values += ["CostModel", "FEWEST_WEIGHTS"]
+    values += ["CostModel", "CyclicFinetune", "DspfxWarning", "FEWEST_WEIGHTS"]
     reports = ["PruneReport", "Report"]
     errors = [name for name in dir(dspfx.errors) if name.endswith("Error")]
     assert sorted(dspfx.__all__) == sorted(verbs + values + reports + errors)

@@ -1,0 +1,39 @@
+"""`dspfx inspect`: the report of a network."""
+
+from typing import Annotated
+
+import torch
+import typer
+
+from dspfx.commands import subjects
+from dspfx.commands.session import AsJson, Debug, session
+from dspfx.config import PrepareConfig
+from dspfx.prepare import prepare
+from dspfx.report import report
+
+
+def inspect(
+    named: subjects.Named,
+    model: subjects.ModelName = None,
+    classes: subjects.Classes = None,
+    channels: subjects.Channels = None,
+    image_size: subjects.ImageSize = None,
+    groups: Annotated[int, typer.Option(min=1, help="Per layer, of a MODEL.")] = 4,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers of a MODEL to leave alone; more than once.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what could be pruned of a model, or what a file holds, layer by layer."""
+    with session(debug=debug, as_json=as_json) as own:
+        subject = subjects.open_subject(
+            named, model=model, classes=classes, channels=channels, image_size=image_size
+        )
+        shown = subject.pruned
+        if shown is None:
+            config = PrepareConfig(groups=groups, ignore=tuple(ignore or ()))
+            example = torch.zeros_like(subject.images(2))
+            shown = prepare(subject.dense, example, config=config)
+        found = report(shown)
+        own.give(str(found), found.to_dict())

@@ -1,0 +1,27 @@
+"""The whole road from a dense network to a compact one, in a folder, resumable.
+
+from dspfx.recipe import preset, run
+outcome = run(preset("digits"), Path("runs/digits"), say=print)
+
+`dspfx train` is the same from the command line.
+"""
+
+from dspfx.recipe.architectures import Architecture
+from dspfx.recipe.outcome import Outcome
+from dspfx.recipe.presets import PRESETS, preset
+from dspfx.recipe.run import Machine, run
+from dspfx.recipe.settings import Recipe, Schedule
+from dspfx.recipe.speed import Speed, speed
+
+__all__ = [
+    "PRESETS",
+    "Architecture",
+    "Machine",
+    "Outcome",
+    "Recipe",
+    "Schedule",
+    "Speed",
+    "preset",
+    "run",
+    "speed",
+]

@@ -1,0 +1,63 @@
+"""What came out of a run."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tabulate import tabulate
+
+from dspfx.recipe.speed import Speed
+from dspfx.records import to_json
+from dspfx.report import Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a run; `str` is a text of tables.
+
+    Attributes:
+        dense, pruned, masked, compact: accuracies, fractions of the test images: of the dense
+            network; when it was first pruned; fine-tuned; and converted.
+        validation: accuracy of the fine-tuned network on the validation images; None without any.
+        equal_predictions: how many test images the masked and the compact network say the same of.
+        test_images: how many there are.
+        largest_difference: between the outputs of the two.
+        report: of the compact network.
+        model: the file that it is in.
+        warnings: of pruning.
+        speed: how long the dense and the compact network take; None where it was not measured.
+    """
+
+    dense: float
+    pruned: float
+    masked: float
+    compact: float
+    validation: float | None
+    equal_predictions: int
+    test_images: int
+    largest_difference: float
+    report: Report
+    model: str
+    warnings: tuple[str, ...]
+    speed: Speed | None = None
+
+    def __str__(self) -> str:
+        accuracies = [
+            ("dense", f"{self.dense:.2%}"),
+            ("masked, before fine-tuning", f"{self.pruned:.2%}"),
+            ("masked, fine-tuned", f"{self.masked:.2%}"),
+            ("compact", f"{self.compact:.2%}"),
+        ]
+        parts = [
+            str(self.report),
+            tabulate(accuracies, ("network", "test accuracy"), disable_numparse=True),
+            f"masked and compact: {self.equal_predictions} of {self.test_images} predictions "
+            f"equal, outputs differ by at most {self.largest_difference:.1e}",
+            *(f"warning: {warning}" for warning in self.warnings),
+            *([] if self.speed is None else [str(self.speed)]),
+        ]
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        plain = {field.name: to_json(getattr(self, field.name)) for field in fields(self)}
+        return {**plain, "report": self.report.to_dict()}

@@ -1,0 +1,184 @@
+"""The three phases: what each trains, how it steps, and what a checkpoint of it holds."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.distill import distillation_loss
+from dspfx.finetune import CyclicFinetune
+from dspfx.learner import GroupLearner
+from dspfx.recipe.networks import classification_loss, logits_of
+from dspfx.recipe.team import Team
+from dspfx.recipe.settings import Recipe, Schedule
+
+MOMENTUM = 0.9
+
+
+class Phase(ABC):
+    """One phase of a run.
+
+    Attributes:
+        name: `dense`, `learn` or `tune`.
+        schedule: how it trains.
+        model: what it trains, without the wrapper of several processes.
+        steps: in one epoch.
+    """
+
+    name: str
+
+    def __init__(
+        self, schedule: Schedule, model: nn.Module, steps: int, team: Team
+    ) -> None:
+        self.schedule = schedule
+        self.model = model
+        self.wrapped = team.wrap(model)
+        self.steps = steps
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), schedule.lr, MOMENTUM, weight_decay=schedule.weight_decay
+        )
+
+    def objects(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"model": self.model, "optimizer": self.optimizer}
+
+    def epochs(self, done: int) -> Iterator[int]:
+        """The numbers of the epochs still to do, `done` of which are."""
+        yield from range(done, self.schedule.epochs)
+
+    def before_step(self, epoch: int, step: int) -> None:
+        """Set the learning rate."""
+        rate = self.schedule.rate(epoch * self.steps + step, self.schedule.epochs * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @abstractmethod
+    def step(self, loss: Callable[[], Tensor]) -> Tensor:
+        """One step on the loss of a batch, which is returned."""
+
+    def after_step(self) -> None:
+        """When a step is done, and counted."""
+        return
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of the images `x` with the labels `y`."""
+        return classification_loss(self.wrapped(x), y)
+
+    def end_epoch(self, score: float | None) -> None:
+        """Take note of the accuracy on the validation images; None if there are none."""
+        return
+
+    def _plain_step(self, loss: Callable[[], Tensor]) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return value.detach()
+
+
+class Dense(Phase):
+    """Trains the dense network."""
+
+    name = "dense"
+
+    def step(self, loss: Callable[[], Tensor]) -> Tensor:
+        """See `Phase.step`."""
+        return self._plain_step(loss)
+
+
+class Learn(Phase):
+    """Goes on training while the filters find their groups."""
+
+    name = "learn"
+
+    def __init__(
+        self, recipe: Recipe, prepared: nn.Module, steps: int, team: Team
+    ) -> None:
+        super().__init__(recipe.learn, prepared, steps, team)
+        self.learner = GroupLearner(
+            self.wrapped,
+            self.optimizer,
+            recipe.strength,
+            total_steps=recipe.learn.epochs * steps,
+            logits_every=recipe.logits_every,
+        )
+
+    def objects(self) -> dict[str, Any]:
+        """See `Phase.objects`."""
+        return {**super().objects(), "learner": self.learner}
+
+    def step(self, loss: Callable[[], Tensor]) -> Tensor:
+        """See `Phase.step`."""
+        return self.learner.step(loss)
+
+
+class Tune(Phase):
+    """Prunes, and trains what is left, in cycles; with a teacher's answers if there is one."""
+
+    name = "tune"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prepared: nn.Module,
+        steps: int,
+        team: Team,
+        *,
+        teacher: nn.Module | None,
+        reference: float | None,
+    ) -> None:
+        super().__init__(recipe.tune, prepared, steps, team)
+        self.recipe = recipe
+        self.teacher = teacher
+        self.finetune = CyclicFinetune(
+            prepared,
+            self.optimizer,
+            recipe.budget,
+            cycles=recipe.cycles,
+            epochs=recipe.tune.epochs,
+            steps_per_epoch=steps,
+            prune_more=recipe.prune_more,
+            reference=reference,
+        )
+
+    def objects(self) -> dict[str, Any]:
+        """See `Phase.objects`."""
+        return {**super().objects(), "finetune": self.finetune}
+
+    def epochs(self, done: int) -> Iterator[int]:
+        """See `Phase.epochs`; what is left has the best weights when all are done."""
+        yield from self.finetune
+
+    def before_step(self, epoch: int, step: int) -> None:
+        """The rate is set already."""
+        return
+
+    def step(self, loss: Callable[[], Tensor]) -> Tensor:
+        """See `Phase.step`."""
+        return self._plain_step(loss)
+
+    def after_step(self) -> None:
+        """See `Phase.after_step`."""
+        self.finetune.step()
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """See `Phase.loss`."""
+        output = self.wrapped(x)
+        task = classification_loss(output, y)
+        if self.teacher is None:
+            return task
+        with torch.no_grad():
+            answers = logits_of(self.teacher(x))
+        return distillation_loss(
+            logits_of(output),
+            answers,
+            task.float(),
+            temperature=self.recipe.temperature,
+            weight=self.recipe.distill_weight,
+        )
+
+    def end_epoch(self, score: float | None) -> None:
+        """See `Phase.end_epoch`."""
+        self.finetune.end_epoch(score)

@@ -1,0 +1,258 @@
+"""The whole road: train, learn groups, prune, fine-tune, convert, save, report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.checkpoint import load_checkpoint, save_checkpoint
+from dspfx.cluster import cluster_groups
+from dspfx.collapse import in_words, weak_layers_of
+from dspfx.config import PrepareConfig
+from dspfx.convert import convert
+from dspfx.errors import RecipeError
+from dspfx.prepare import prepare
+from dspfx.prune import PruneReport, prune
+from dspfx.recalibrate import recalibrate
+from dspfx.recipe.architectures import Architecture, input_channels, read_weights, start_from
+from dspfx.recipe.comparison import compare
+from dspfx.recipe.folder import RunFolder
+from dspfx.recipe.networks import check
+from dspfx.recipe.outcome import Outcome
+from dspfx.recipe.phases import Dense, Learn, Tune
+from dspfx.recipe.team import Team, team
+from dspfx.recipe.settings import Recipe
+from dspfx.recipe.sources import Source, in_batches, open_source
+from dspfx.recipe.training import Training
+from dspfx.report import report
+from dspfx.save import save
+
+Say = Callable[[str], None]
+RECALIBRATED = 2_048  # images that batch norms are recalibrated with
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run uses the machine; nothing of it decides what is computed, but for rounding.
+
+    Attributes:
+        device: see `dspfx.recipe.team`.
+        workers: processes that read image files.
+        checkpoint_minutes: between checkpoints within an epoch; there is one behind every epoch.
+    """
+
+    device: str = "auto"
+    workers: int = 4
+    checkpoint_minutes: float = 10.0
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    machine: Machine | None = None,
+    say: Say = lambda text: None,
+) -> Outcome:
+    """Make a compact network by `recipe`, in `folder`, or go on with the run that is there.
+
+    Seeds torch's global generator. In a process that `torchrun` started, the others take part.
+
+    Args:
+        recipe: of the whole run; of the one in `folder` if that is resumed.
+        folder: is made if it is missing.
+        resume: go on from the last checkpoint; on a CPU, with the same number of threads, bit for
+            bit.
+        machine: how to compute it.
+        say: is told what is being done.
+
+    Raises:
+        RecipeError: `folder` holds a run and is not to be resumed, or holds none, or one of another
+            recipe; or the model does not fit the data.
+        DspfxError: whatever the verbs of dspfx raise.
+    """
+    machine = machine or Machine()
+    with team(machine.device) as own:
+        files = RunFolder(folder, writes=own.first)
+        if resume and files.recipe() != recipe:
+            raise RecipeError(f"the run in {folder} has another recipe; see its config.json")
+        if not resume:
+            files.check_free()
+        torch.manual_seed(recipe.seed)
+        source = open_source(recipe, workers=machine.workers)
+        model, architecture, source = _network(recipe, source)
+        steps = _Steps(recipe, files, source, own, architecture, say if own.first else _silent)
+        steps.rehearse(model.to(own.device))
+        own.wait()  # all have looked into the folder
+        if own.first and not resume:
+            files.begin(recipe)
+        own.wait()
+        training = Training(
+            recipe, files, source, own, checkpoint_minutes=machine.checkpoint_minutes
+        )
+        if resume:
+            training.find_place()
+        return steps.go(model, training)
+
+
+def _network(recipe: Recipe, source: Source) -> tuple[nn.Module, Architecture, Source]:
+    """The dense network with the weights it starts from, and images that it can read."""
+    asked = Architecture(recipe.model, source.classes, source.channels, source.image_size)
+    model = asked.build(pretrained=recipe.pretrained)
+    if recipe.weights is not None:
+        path = Path(recipe.weights)
+        start_from(model, read_weights(path), f"the weights in {path}")
+    channels = input_channels(model) or source.channels
+    if channels != source.channels:
+        source = source.coloured()
+    return model, replace(asked, channels=channels), source
+
+
+class _Steps:
+    """One run, step by step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        files: RunFolder,
+        source: Source,
+        own: Team,
+        architecture: Architecture,
+        say: Say,
+    ) -> None:
+        self.recipe = recipe
+        self.files = files
+        self.source = source
+        self.own = own
+        self.architecture = architecture
+        self.say = say
+        self.steps = len(in_batches(source.numbers["train"], recipe.batch))
+
+    @property
+    def example(self) -> Tensor:
+        size = self.source.image_size
+        return torch.zeros(2, self.source.channels, size, size, device=self.own.device)
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Find out what cannot work before hours are spent."""
+        check(model, self.example, self.source.classes)
+        self._prepare(model)
+
+    def go(self, model: nn.Module, training: Training) -> Outcome:
+        """All phases, or what is left of them."""
+        self.say(self.source.describe())
+        self._dense(model, training)
+        prepared = self._prepare(model)
+        self._learn(prepared, training)
+        self._tune(model, prepared, training)
+        self.say("converting, and verifying that nothing changed")
+        return self._finish(prepared, convert(prepared), training)
+
+    def _prepare(self, model: nn.Module) -> nn.Module:
+        config = PrepareConfig(groups=self.recipe.groups, ignore=self.recipe.ignore)
+        return prepare(model, self.example, config=config)
+
+    def _dense(self, model: nn.Module, training: Training) -> None:
+        if training.is_past("dense"):
+            load_checkpoint(self.files.dense, model=model)
+            return
+        self._announce("training the dense network", self.recipe.dense.epochs)
+        training.train(Dense(self.recipe.dense, model, self.steps, self.own))
+        training.facts["dense"] = training.accuracy(model, "test")
+        if self.recipe.validation:
+            training.facts["dense_validation"] = training.accuracy(model, "validation")
+        self.files.log(event="dense", **training.facts)
+        if self.own.first:
+            save_checkpoint(self.files.dense, model=model)
+        self.own.wait()
+
+    def _learn(self, prepared: nn.Module, training: Training) -> None:
+        if training.is_past("learn"):
+            return
+        if not self.recipe.learn.epochs:
+            self.say("finding groups in the weights")
+            cluster_groups(prepared, seed=self.recipe.seed)
+            return
+        self._announce("learning groups", self.recipe.learn.epochs)
+        training.train(Learn(self.recipe, prepared, self.steps, self.own))
+
+    def _tune(self, model: nn.Module, prepared: nn.Module, training: Training) -> None:
+        if not self.recipe.tune.epochs:
+            self._pruned(prune(prepared, self.recipe.budget), 0, prepared, training)
+            recalibrate(prepared, self._some_batches(training))
+            return
+        teacher = model.eval().requires_grad_(False) if self.recipe.distill else None
+        reference = training.facts.get("dense_validation")
+        self._announce("pruning and fine-tuning", self.recipe.tune.epochs)
+        tune = Tune(
+            self.recipe, prepared, self.steps, self.own, teacher=teacher, reference=reference
+        )
+        told: list[PruneReport] = []
+
+        def at_start(epoch: int) -> None:
+            found = tune.finetune.report
+            if found is not None and found not in told:
+                told.append(found)
+                self._pruned(found, tune.finetune.cycle, prepared, training)
+
+        training.train(tune, at_start)
+        if self.recipe.validation and tune.finetune.best_score is not None:
+            training.facts["validation"] = tune.finetune.best_score
+
+    def _pruned(
+        self, found: PruneReport, cycle: int, prepared: nn.Module, training: Training
+    ) -> None:
+        """Say and write down what one pruning did."""
+        self.say(str(found))
+        accuracy = training.accuracy(prepared, "test")
+        if cycle == 0:
+            training.facts["pruned"] = accuracy
+        self.files.log(
+            event="prune",
+            cycle=cycle,
+            kept=found.achieved,
+            macs=found.after.macs,
+            parameters=found.after.parameters,
+            test=accuracy,
+            warnings=list(found.warnings),
+        )
+
+    def _some_batches(self, training: Training) -> list[Tensor]:
+        """Training images as they are; the same ones in all processes, which stay alike so."""
+        numbers = self.source.numbers["train"][:RECALIBRATED]
+        batches = self.source.batches("train", in_batches(numbers, self.recipe.batch))
+        return [x.to(self.own.device) for x, _ in batches]
+
+    def _finish(self, prepared: nn.Module, compact: nn.Module, training: Training) -> Outcome:
+        found = compare(prepared, compact, training.batches_of("test"))
+        sums = self.own.sums(found.right_masked, found.right_compact, found.equal)
+        images = len(self.source.numbers["test"])
+        outcome = Outcome(
+            dense=training.facts["dense"],
+            pruned=training.facts["pruned"],
+            masked=sums[0] / images,
+            compact=sums[1] / images,
+            validation=training.facts.get("validation"),
+            equal_predictions=int(sums[2]),
+            test_images=images,
+            largest_difference=found.largest_difference,
+            report=report(compact),
+            model=str(self.files.model),
+            warnings=in_words(weak_layers_of(prepared)),
+        )
+        if self.own.first:
+            save(compact, self.files.model)
+            self.architecture.write(self.files.model)
+            self.files.write(self.files.report, outcome.to_dict())
+            self.files.write(self.files.text, str(outcome))
+        return outcome
+
+    def _announce(self, what: str, epochs: int) -> None:
+        images = len(self.source.numbers["train"])
+        self.say(f"{what}: {epochs} epochs of {images:,} images, {self.steps} steps each")
+
+
+def _silent(text: str) -> None:
+    return

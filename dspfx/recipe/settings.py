@@ -1,0 +1,142 @@
+"""`Recipe`: everything that decides what a run computes, as plain data."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dspfx.config import PrepareConfig
+from dspfx.errors import RecipeError
+from dspfx.prune import Budget
+from dspfx.records import from_json
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one phase is trained, by SGD with momentum 0.9.
+
+    Attributes:
+        epochs: passes over the training images; 0 to leave the phase out.
+        lr: learning rate at the start, or after the warm-up; it falls to nothing along a cosine.
+        weight_decay: of all parameters.
+        warm_up: the share of the steps in which the rate rises to `lr`.
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float = 1e-3
+    warm_up: float = 0.0
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step number `step` of `steps`."""
+        rising = round(self.warm_up * steps)
+        if step < rising:
+            return self.lr * (step + 1) / (rising + 1)
+        return self.lr / 2 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: a dense network, its groups, pruning, fine-tuning, conversion.
+
+    Attributes:
+        model: see `dspfx.recipe.architectures`.
+        data: `digits`, `fashion-mnist`, `cifar10`, or a folder of images, see
+            `dspfx.recipe.sources`.
+        folder: where the files of a named data set are; None for the usual places.
+        image_size: images are brought to so many pixels a side; None for the size that they have,
+            of a folder of images for 224.
+        images: how many of the training images are used; None for all.
+        validation: the share of these that is not trained on, and chooses the best weights.
+        pretrained: start from the weights that torchvision or timm offers.
+        weights: start from the weights in this file, of safetensors or `torch.save`.
+        dense, learn, tune: the three phases. With no epochs to learn groups in,
+            `dspfx.cluster_groups` finds them; with none to fine-tune in, batch norms are
+            recalibrated.
+        groups: per layer.
+        keep_macs: the fraction of the multiply-accumulates that may remain.
+        strength: of the group learning, see `dspfx.GroupLearner`.
+        logits_every: see `dspfx.GroupLearner`.
+        ignore: see `dspfx.PrepareConfig`.
+        cycles, prune_more: of the fine-tuning, see `dspfx.CyclicFinetune`.
+        distill: fine-tune with the answers of the dense network, see `dspfx.distillation_loss`.
+        temperature, distill_weight: of the distillation.
+        batch: images per step, in all processes together.
+        precision: `float32`, or `bfloat16` for autocast.
+        seed: of the initialisation, the split, the order of the images and their augmentation,
+            and the group learning.
+
+    Raises:
+        RecipeError: a value out of range.
+        BudgetError, PrepareError: likewise, of `keep_macs` and `groups`.
+    """
+
+    model: str = "cifar-resnet8"
+    data: str = "digits"
+    folder: str | None = None
+    image_size: int | None = None
+    images: int | None = None
+    validation: float = 0.1
+    pretrained: bool = False
+    weights: str | None = None
+    dense: Schedule = field(default_factory=lambda: Schedule(20, 0.1, warm_up=0.3))
+    learn: Schedule = field(default_factory=lambda: Schedule(15, 0.05))
+    tune: Schedule = field(default_factory=lambda: Schedule(20, 0.05))
+    groups: int = 4
+    keep_macs: float = 0.35
+    strength: float = 2e-3
+    logits_every: int = 1
+    ignore: tuple[str, ...] = ()
+    cycles: int = 2
+    prune_more: float = 0.001
+    distill: bool = False
+    temperature: float = 4.0
+    distill_weight: float = 0.9
+    batch: int = 64
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Budget(macs=self.keep_macs)
+        PrepareConfig(groups=self.groups)
+        for phase in ("dense", "learn", "tune"):
+            schedule = getattr(self, phase)
+            if schedule.epochs < 0 or not schedule.lr > 0 or not 0 <= schedule.warm_up < 1:
+                raise RecipeError(f"{phase}: epochs, rates and warm-up must be positive")
+        for name in ("batch", "cycles", "image_size", "images", "logits_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.validation < 1:
+            raise RecipeError(f"validation must be a fraction in [0, 1), got {self.validation}")
+        if self.tune.epochs and self.cycles > self.tune.epochs:
+            raise RecipeError(
+                f"{self.cycles} cycles do not fit into {self.tune.epochs} epochs of fine-tuning; "
+                "ask for fewer cycles"
+            )
+        if self.precision not in PRECISIONS:
+            raise RecipeError(f"precision is one of {', '.join(PRECISIONS)}: {self.precision}")
+        if not (0 <= self.distill_weight <= 1 and self.temperature > 0):
+            raise RecipeError("distill_weight is in [0, 1], the temperature is positive")
+        if self.pretrained and self.weights is not None:
+            raise RecipeError("start from pretrained weights, or from those in a file, not both")
+
+    @property
+    def budget(self) -> Budget:
+        """What may remain."""
+        return Budget(macs=self.keep_macs)
+
+    @staticmethod
+    def of_json(value: Any, path: Path) -> "Recipe":
+        """What `dspfx.records.to_json` made `value` of, read from `path`.
+
+        Raises:
+            RecipeError: it is something else.
+        """
+        try:
+            recipe: Recipe = from_json(Recipe, value)
+        except ValueError as error:
+            raise RecipeError(f"{path} holds no recipe of this version: {error}") from error
+        return recipe

@@ -1,0 +1,242 @@
+"""Where a run's images come from: tensors in memory, or a folder of image files.
+
+Validation images are taken from the training images, at random by the run's seed; the test images
+are what the data set calls so, and choose nothing.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2 as transforms
+
+from dspfx.data import LOADERS, Dataset, augment, load
+from dspfx.errors import DataError, RecipeError
+from dspfx.recipe.seeds import generator_of, seed_of
+from dspfx.recipe.settings import Recipe
+
+Part = Literal["train", "validation", "test"]
+Batch = tuple[Tensor, Tensor]
+
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SIZE = 224
+MARGIN = 256 / 224  # test images are made so much larger, and their middle is cut out
+TEST_FOLDERS = ("test", "val", "validation", "valid")
+
+
+class Source(ABC):
+    """Images and labels in three parts.
+
+    Attributes:
+        classes: labels are 0 ... classes - 1.
+        channels: of the images.
+        image_size: their height and width, where they are square.
+        numbers: of every part the numbers of its images, int64.
+    """
+
+    classes: int
+    channels: int
+    image_size: int
+    numbers: dict[Part, Tensor]
+
+    @abstractmethod
+    def batches(
+        self, part: Part, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """The images with the numbers `chosen`, batch by batch, float32 `[N, C, H, W]`.
+
+        They are augmented, each batch by its own seed, where there are `seeds`.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What and how many, in a line."""
+
+    def coloured(self) -> "Source":
+        """The same images for a network that reads three channels, grey ones three times.
+
+        Raises:
+            RecipeError: they are not grey.
+        """
+        raise RecipeError(f"the model does not read images of {self.channels} channels")
+
+    def _counts(self) -> str:
+        train, validation, test = (len(numbers) for numbers in self.numbers.values())
+        return (
+            f"{train:,} training, {validation:,} validation and {test:,} test images of "
+            f"{self.channels}x{self.image_size}x{self.image_size}, {self.classes} classes"
+        )
+
+
+def open_source(recipe: Recipe, *, workers: int = 0) -> Source:
+    """The images that `recipe` names.
+
+    Raises:
+        DataError: they are missing, damaged, or too few.
+    """
+    folder = None if recipe.folder is None else Path(recipe.folder)
+    if recipe.data in LOADERS:
+        return InMemory(load(recipe.data, folder), recipe)
+    if not Path(recipe.data).is_dir():
+        raise DataError(
+            f"there is no data set and no folder '{recipe.data}'; choose from "
+            f"{', '.join(LOADERS)}, or name a folder with the folders train and val in it"
+        )
+    return ImageFiles(Path(recipe.data), recipe, workers)
+
+
+def in_batches(numbers: Tensor, size: int) -> list[Tensor]:
+    """`numbers` in batches; without a last one of a single image, of which there is no variance."""
+    batches = list(torch.split(numbers, size))
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+
+
+class InMemory(Source):
+    """A data set of `dspfx.data`."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
+        self.dataset, self.recipe = dataset, recipe
+        self.classes = dataset.classes
+        _, self.channels, height, _ = dataset.train_x.shape
+        self.resized = recipe.image_size is not None and recipe.image_size != height
+        self.image_size = recipe.image_size or height
+        self.numbers = _parts(len(dataset.train_y), len(dataset.test_y), recipe)
+
+    def batches(
+        self, part: Part, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """See `Source.batches`."""
+        data = self.dataset
+        x, y = (data.test_x, data.test_y) if part == "test" else (data.train_x, data.train_y)
+        for count, numbers in enumerate(chosen):
+            images = x[numbers]
+            if seeds is not None:
+                generator = torch.Generator().manual_seed(seeds[count])
+                images = augment(images, generator, shift=data.shift, flip=data.flip)
+            if self.resized:
+                size = (self.image_size, self.image_size)
+                images = F.interpolate(images, size, mode="bilinear", antialias=True)
+            yield images, y[numbers]
+
+    def coloured(self) -> "InMemory":
+        """See `Source.coloured`."""
+        if self.channels != 1:
+            super().coloured()
+        train_x, test_x = (
+            x.expand(-1, 3, -1, -1) for x in (self.dataset.train_x, self.dataset.test_x)
+        )
+        return InMemory(replace(self.dataset, train_x=train_x, test_x=test_x), self.recipe)
+
+    def describe(self) -> str:
+        """See `Source.describe`."""
+        return f"{self.dataset.name}: {self._counts()}"
+
+
+class ImageFiles(Source):
+    """A folder with `train` and `val` (or `test`), in which there is a folder for every class.
+
+    Training images are cut out at random (`RandomResizedCrop`) and mirrored by chance.
+    """
+
+    def __init__(self, root: Path, recipe: Recipe, workers: int) -> None:
+        self.root, self.workers = root, workers
+        self.channels, self.image_size = 3, recipe.image_size or IMAGE_SIZE
+        test = next((name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+        if not (root / "train").is_dir() or test is None:
+            raise DataError(
+                f"{root} has no folders train and val, in which there is one for every class"
+            )
+        self.files = {"train": _files(root / "train"), "test": _files(root / test)}
+        self.classes = len(self.files["train"].classes)
+        if self.files["test"].classes != self.files["train"].classes:
+            raise DataError(f"the classes in {root / 'train'} and {root / test} differ")
+        train_files, test_files = (len(self.files[name].samples) for name in ("train", "test"))
+        self.numbers = _parts(train_files, test_files, recipe)
+
+    def batches(
+        self, part: Part, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """See `Source.batches`."""
+        files = self.files["test" if part == "test" else "train"].samples
+        images = _Images(files, _transform(self.image_size, seeds is not None))
+        wanted = [
+            [(number, None if seeds is None else seed_of(seeds[count], number)) for number in batch]
+            for count, batch in enumerate(numbers.tolist() for numbers in chosen)
+        ]
+        loader: Any = torch.utils.data.DataLoader(
+            images,
+            batch_sampler=wanted,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+        try:
+            yield from ((x, y) for x, y in loader)
+        except OSError as error:
+            raise DataError(f"an image in {self.root} cannot be read: {error}") from error
+
+    def describe(self) -> str:
+        """See `Source.describe`."""
+        return f"{self.root}: {self._counts()}"
+
+
+@dataclass(frozen=True)
+class _Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Image files, read where they are asked for by their number and a seed."""
+
+    files: list[tuple[str, int]]
+    transform: transforms.Compose
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+        number, seed = key
+        path, label = self.files[number]
+        image = torchvision.datasets.folder.default_loader(path)
+        if seed is None:
+            return self.transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), label
+
+
+def _transform(size: int, augmented: bool) -> transforms.Compose:
+    shape = (
+        [transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()]
+        if augmented
+        else [transforms.Resize(round(size * MARGIN)), transforms.CenterCrop(size)]
+    )
+    return transforms.Compose(
+        [
+            *shape,
+            transforms.ToImage(),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_DEVIATION),
+            transforms.ToPureTensor(),
+        ]
+    )
+
+
+def _files(folder: Path) -> Any:
+    try:
+        return torchvision.datasets.ImageFolder(str(folder))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{folder} holds no images in folders, one a class: {error}") from error
+
+
+def _parts(train: int, test: int, recipe: Recipe) -> dict[Part, Tensor]:
+    """The numbers of the images in each part; validation images are training images left out."""
+    order = torch.randperm(train, generator=generator_of(recipe.seed, "split"))[: recipe.images]
+    held = round(len(order) * recipe.validation)
+    if recipe.validation:
+        held = max(held, 1)
+    if held >= len(order) or not test:
+        raise DataError(f"{len(order)} training and {test} test images are too few")
+    return {"train": order[held:], "validation": order[:held], "test": torch.arange(test)}

@@ -1,0 +1,145 @@
+"""Networks by name, and the weights they start from."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+import dspfx
+from dspfx.models import CifarResNet
+from dspfx.recipe.architectures import (
+    Architecture,
+    input_channels,
+    read_weights,
+    start_from,
+    usual_size,
+)
+
+
+def build(name: str, classes: int = 5, channels: int = 3) -> nn.Module:
+    return Architecture(name, classes, channels, 32).build()
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("cifar-resnet8", 1),
+        ("squeezenet1_1", 3),
+        ("torchvision/shufflenet_v2_x0_5", 3),
+        ("timm/mobilenetv3_small_050", 1),
+        ("mobilenetv3_small_050", 1),
+        ("dspfx.models:CifarResNet", 3),
+    ],
+)
+def test_names(name: str, channels: int) -> None:
+    model = build(name, 5 if "models:" not in name else 10, channels).eval()
+    assert input_channels(model) == channels
+    assert model(torch.zeros(2, channels, 64, 64)).shape[0] == 2
+
+
+def test_sizes() -> None:
+    names = ("cifar-resnet20", "resnet18", "inception_v3", "timm/mobilenetv3_small_050")
+    assert [usual_size(name) for name in names] == [32, 224, 299, 224]
+
+
+def test_a_factory_is_given_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_models.py").write_text(
+        "from torch import nn\n"
+        "def small(num_classes, in_chans=3, width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(in_chans, width, 3), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), nn.Linear(width, num_classes))\n"
+        "def wrong():\n"
+        "    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build("own_models:small", 7, 2)(torch.zeros(1, 2, 8, 8)).shape == (1, 7)
+    with pytest.raises(dspfx.RecipeError, match="gives a int"):
+        build("own_models:wrong")
+    for name in ("own_models:missing", "no_such_package:x"):
+        with pytest.raises(dspfx.RecipeError, match="cannot be imported"):
+            build(name)
+
+
+def test_names_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("resnet9000", "timm/resnet9000", "cifar-resnet", "", "a/b/c"):
+        with pytest.raises(dspfx.RecipeError, match="there is no model"):
+            build(name)
+    with pytest.raises(dspfx.DspfxError, match="6n"):
+        build("cifar-resnet9")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(dspfx.RecipeError, match=r"pip install 'dspfx\[models\]'"):
+        build("timm/resnet18")
+    with pytest.raises(dspfx.RecipeError, match="there is no model"):
+        build("mobilenetv3_small_050")
+
+
+def test_offered_weights_keep_all_but_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = torchvision.models.squeezenet1_1()  # of 1000 classes
+    monkeypatch.setattr(
+        torchvision.models.SqueezeNet1_1_Weights,
+        "get_state_dict",
+        lambda *_, **__: offered.state_dict(),
+    )
+    model = Architecture("squeezenet1_1", 5, 3, 224).build(pretrained=True)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+    own, theirs = model.state_dict(), offered.state_dict()
+    equal = {name for name in own if own[name].shape == theirs[name].shape}
+    assert own.keys() - equal == {"classifier.1.weight", "classifier.1.bias"}
+    assert all(torch.equal(own[name], theirs[name]) for name in equal)
+
+
+def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.SqueezeNet1_1_Weights, "get_state_dict", fails)
+    with pytest.raises(dspfx.RecipeError, match="cannot be had: no route"):
+        Architecture("squeezenet1_1", 5, 3, 224).build(pretrained=True)
+    with pytest.raises(dspfx.RecipeError, match="nobody offers weights"):
+        Architecture("cifar-resnet8", 5, 3, 32).build(pretrained=True)
+
+
+def test_weights_in_files(tmp_path: Path) -> None:
+    state = CifarResNet(8).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "b.pt")
+    torch.save({"state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "c.pt")
+    dspfx.save_checkpoint(tmp_path / "d.pt", model=CifarResNet(8), epoch=3)
+    for name in ("a.safetensors", "b.pt", "c.pt"):
+        found = read_weights(tmp_path / name)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[n], t) for n, t in state.items())
+    assert read_weights(tmp_path / "d.pt").keys() == state.keys()
+    (tmp_path / "text.pt").write_text("text")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("missing.pt", "text.pt", "list.pt", "text.safetensors"):
+        with pytest.raises(dspfx.RecipeError, match="weights"):
+            read_weights(tmp_path / name)
+
+
+def test_weights_of_others_are_refused() -> None:
+    model = CifarResNet(8, classes=5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wide = CifarResNet(8, widths=(8, 16, 32))
+    for state in (CifarResNet(14).state_dict(), {}, wide.state_dict()):
+        with pytest.raises(dspfx.RecipeError, match="are not of this CifarResNet"):
+            start_from(model, state, "the weights")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(dspfx.RecipeError, match=r"see conv_1_3x3\.weight"):
+        start_from(model, CifarResNet(8, classes=5, in_channels=1).state_dict(), "the weights")
+    start_from(model, CifarResNet(8, classes=9).state_dict(), "the weights")
+    assert torch.equal(model.classifier.weight, before["classifier.weight"])
+
+
+def test_the_file_beside_a_model(tmp_path: Path) -> None:
+    own, path = Architecture("cifar-resnet8", 10, 1, 16), tmp_path / "model.safetensors"
+    assert Architecture.beside(path) is None
+    own.write(path)
+    assert Architecture.beside(path) == own
+    (tmp_path / "model.json").write_text('{"name": 3}')
+    with pytest.raises(dspfx.RecipeError, match="is damaged"):
+        Architecture.beside(path)

@@ -1,0 +1,349 @@
+"""A run as a whole: what it leaves, and that it goes on bit for bit wherever it stopped."""
+
+import dataclasses
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dspfx
+from dspfx.models import CifarResNet
+from dspfx.recipe import PRESETS, Machine, Outcome, Recipe, Schedule, preset, run, training
+from dspfx.recipe.architectures import Architecture
+from dspfx.recipe.folder import RunFolder
+from dspfx.recipe.networks import classification_loss, logits_of
+from dspfx.records import from_json, to_json
+
+# 90 images in batches of 32: three steps an epoch
+TINY = Recipe(
+    images=100,
+    batch=32,
+    dense=Schedule(2, 0.1, warm_up=0.3),
+    learn=Schedule(1, 0.05),
+    tune=Schedule(2, 0.05),
+    strength=0.05,
+    keep_macs=0.4,
+    cycles=2,
+    prune_more=0.05,
+)
+EVERY_STEP = Machine("cpu", workers=0, checkpoint_minutes=0.0)
+
+# networks that have learned so little may well collapse
+pytestmark = pytest.mark.filterwarnings("ignore::dspfx.DspfxWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert (one / "report.txt").read_text() == (other / "report.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    outcome = run(TINY, folder, machine=Machine("cpu"))
+    torch.set_num_threads(threads)
+    return folder, outcome
+
+
+def test_what_a_run_leaves(whole: tuple[Path, Outcome]) -> None:
+    folder, outcome = whole
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("checkpoint.pt", "config.json", "dense.pt", "metrics.jsonl", "model.json"),
+        *("model.safetensors", "report.json", "report.txt"),
+    ]
+    assert RunFolder(folder).recipe() == TINY
+    phases = [(line.get("phase"), line.get("epoch"), line.get("event")) for line in metrics(folder)]
+    assert phases == [
+        *(("dense", 1, None), ("dense", 2, None), (None, None, "dense"), ("learn", 1, None)),
+        *((None, None, "prune"), ("tune", 1, None), (None, None, "prune"), ("tune", 2, None)),
+    ]
+    kept = [line["kept"] for line in metrics(folder) if line.get("event") == "prune"]
+    assert kept[0] > kept[1]
+    assert kept[1] <= 0.4
+    report = json.loads((folder / "report.json").read_text())
+    assert report["compact"] == outcome.compact
+    assert str(outcome) == (folder / "report.txt").read_text().rstrip("\n")
+    assert outcome.masked == outcome.compact
+    assert outcome.equal_predictions == outcome.test_images == 360
+    assert 0 <= outcome.largest_difference < 1e-4
+    assert outcome.report.after.macs <= 0.4 * outcome.report.before.macs
+
+
+def test_the_model_can_be_loaded(whole: tuple[Path, Outcome]) -> None:
+    path = whole[0] / "model.safetensors"
+    architecture = Architecture.beside(path)
+    assert architecture == Architecture("cifar-resnet8", 10, 1, 16)
+    compact = dspfx.load(path, architecture.build())
+    right = 0
+    data = dspfx.data.load("digits")
+    with torch.no_grad():
+        right = int((compact(data.test_x).argmax(1) == data.test_y).sum())
+    assert right == round(whole[1].compact * 360)
+
+
+class KilledError(BaseException):
+    """As if the process had been killed: nothing in the library catches it."""
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_run_goes_on_from_any_checkpoint(
+    whole: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """Killed just before, and just after, every so many checkpoints, in turns."""
+    saves, save, folder = itertools.count(1), training.save_checkpoint, tmp_path / "run"
+
+    def save_and_die(*args: Any, **kwargs: Any) -> None:
+        number = next(saves)
+        if number % every:
+            save(*args, **kwargs)
+            return
+        if (number // every) % 2:
+            save(*args, **kwargs)
+        raise KilledError
+
+    monkeypatch.setattr(training, "save_checkpoint", save_and_die)
+    lives = 0
+    while True:
+        lives += 1
+        assert lives < 40
+        try:
+            run(TINY, folder, resume=lives > 1, machine=EVERY_STEP)
+            break
+        except KilledError:
+            pass
+    assert lives > 2
+    assert metrics(folder) == metrics(whole[0])
+    ours, theirs = ((f / "model.safetensors").read_bytes() for f in (folder, whole[0]))
+    assert ours == theirs
+
+
+def test_a_killed_process_goes_on_bit_for_bit(whole: tuple[Path, Outcome], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = RunFolder(folder)
+    config.begin(TINY)
+    words = f"train --resume --run-dir {folder} --threads 1 --device cpu --checkpoint-minutes 0"
+    command = [sys.executable, "-m", "dspfx", *words.split()]
+    for _ in range(2):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        before = _state(config)
+        changes = random.randrange(1, 6)
+        while changes and process.poll() is None:
+            time.sleep(0.01)
+            now = _state(config)
+            changes, before = changes - (now != before), now
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert metrics(folder) == metrics(whole[0])
+    ours, theirs = ((f / "model.safetensors").read_bytes() for f in (folder, whole[0]))
+    assert ours == theirs
+
+
+def _state(folder: RunFolder) -> tuple[int, int]:
+    path = folder.checkpoint
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else (0, 0)
+
+
+def test_a_finished_run_can_be_resumed(whole: tuple[Path, Outcome]) -> None:
+    folder, outcome = whole
+    model, lines = (folder / "model.safetensors").read_bytes(), metrics(folder)
+    again = run(TINY, folder, resume=True, machine=Machine("cpu"))
+    assert to_json(again) == to_json(outcome)
+    assert (folder / "model.safetensors").read_bytes() == model
+    assert metrics(folder) == lines
+
+
+def test_folders_are_not_mixed_up(whole: tuple[Path, Outcome], tmp_path: Path) -> None:
+    folder, _ = whole
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir())
+    with pytest.raises(dspfx.RecipeError, match="there is a run in"):
+        run(TINY, folder)
+    with pytest.raises(dspfx.RecipeError, match="another recipe"):
+        run(dataclasses.replace(TINY, seed=1), folder, resume=True)
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
+    with pytest.raises(dspfx.RecipeError, match="there is no run in"):
+        run(TINY, tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(dspfx.RecipeError, match="is damaged"):
+        run(TINY, tmp_path, resume=True)
+
+
+def test_what_cannot_work_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for changes, error, message in (
+        ({"model": "nosuchmodel"}, dspfx.RecipeError, "there is no model"),
+        ({"data": "nosuchdata"}, dspfx.DataError, "no data set"),
+        ({"ignore": ("nothing.*",)}, dspfx.PrepareError, "matches no module"),
+        (
+            {"model": "timm/vit_tiny_patch16_224"},
+            dspfx.RecipeError,
+            "--image-size gives them another",
+        ),
+        ({"model": "lraspp_mobilenet_v3_large"}, dspfx.RecipeError, "only classifiers"),
+        ({"weights": str(tmp_path / "none.pt")}, dspfx.RecipeError, "no weights"),
+    ):
+        with pytest.raises(error, match=message):
+            run(dataclasses.replace(TINY, **changes), folder)
+        assert not folder.exists()
+
+
+def test_without_learning_and_fine_tuning(tmp_path: Path) -> None:
+    """Clusters and recalibration instead, on given weights, and a teacher nobody asks."""
+    dspfx.save_checkpoint(tmp_path / "weights.pt", model=CifarResNet(8, in_channels=1))
+    none = Schedule(0, 0.1)
+    recipe = dataclasses.replace(
+        TINY, dense=none, learn=none, tune=none, weights=str(tmp_path / "weights.pt")
+    )
+    outcome = run(recipe, tmp_path / "run", machine=Machine("cpu"))
+    assert [line["event"] for line in metrics(tmp_path / "run")] == ["dense", "prune"]
+    assert outcome.report.after.macs <= 0.4 * outcome.report.before.macs
+    again = run(recipe, tmp_path / "run", resume=True, machine=Machine("cpu"))
+    assert to_json(again) == to_json(outcome)
+
+
+def test_distillation_bfloat16_and_grey_images_in_colour(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        TINY,
+        model="dspfx.models:CifarResNet",
+        data="digits",
+        distill=True,
+        precision="bfloat16",
+        learn=Schedule(1, 0.05),
+        logits_every=2,
+        validation=0.0,
+        cycles=1,
+        tune=Schedule(1, 0.05),
+    )
+    factory = "dspfx.recipe.architectures.Architecture._imported"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, lambda self: CifarResNet(8, in_channels=3))
+        outcome = run(recipe, tmp_path, machine=Machine("cpu"))
+    assert outcome.validation is None
+    assert outcome.equal_predictions == 360
+    assert outcome.report.layers[0].inputs[0] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(TINY, dense=Schedule(1, 1e30))
+    with pytest.raises(dspfx.LearnError, match=r"phase dense is (nan|inf): lower its"):
+        run(recipe, tmp_path, machine=Machine("cpu"))
+
+
+def test_several_outputs_and_their_losses() -> None:
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    alone = classification_loss(logits, labels)
+    for output in (logits, (logits,), [logits, None], {"logits": logits}, {"out": logits}):
+        assert torch.equal(logits_of(output), logits)
+        assert torch.equal(classification_loss(output, labels), alone)
+    both = classification_loss((logits, logits), labels)
+    assert float(both) == pytest.approx(1.3 * float(alone))
+    for wrong in (None, {}, (), torch.zeros(2, 3, 4, 4)):
+        with pytest.raises(dspfx.RecipeError, match="only classifiers"):
+            logits_of(wrong)
+
+
+def test_presets_are_what_the_authors_did() -> None:
+    for name, depth, strength in (("cifar10-resnet20", 20, 2e-3), ("cifar10-resnet56", 56, 5e-4)):
+        own = preset(name)
+        assert own.model == f"cifar-resnet{depth}"
+        assert own.strength == strength
+        assert (own.dense.epochs, own.learn.epochs, own.tune.epochs, own.cycles) == (
+            164,
+            120,
+            400,
+            5,
+        )
+        assert (own.dense.lr, own.learn.lr, own.tune.lr) == (0.1, 0.05, 0.015)
+        decays = [s.weight_decay for s in (own.dense, own.learn, own.tune)]
+        assert decays == [1e-4, 1e-3, 1e-3]
+        assert (own.batch, own.prune_more, own.groups) == (128, 0.001, 4)
+    with pytest.raises(dspfx.RecipeError, match="choose from digits"):
+        preset("mnist")
+
+
+def test_recipes_are_json() -> None:
+    for recipe in PRESETS.values():
+        assert from_json(Recipe, json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+def test_settings_out_of_range() -> None:
+    for wrong in (
+        {"batch": 0},
+        {"validation": 1.0},
+        {"precision": "float16"},
+        {"cycles": 21},
+        {"distill_weight": 2.0},
+        {"temperature": 0.0},
+        {"dense": Schedule(-1, 0.1)},
+        {"tune": Schedule(1, 0.0)},
+        {"pretrained": True, "weights": "x.pt"},
+    ):
+        with pytest.raises(dspfx.RecipeError):
+            Recipe(**wrong)
+    with pytest.raises(dspfx.BudgetError):
+        Recipe(keep_macs=0.0)
+    with pytest.raises(dspfx.PrepareError):
+        Recipe(groups=0)
+
+
+class Drops(nn.Module):
+    """A network whose training draws from torch's own generator."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.3)),
+            *(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        )
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+def test_dropout_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "network_that_drops", sys.modules[__name__])
+    recipe = dataclasses.replace(TINY, model="network_that_drops:Drops", groups=2)
+    run(recipe, tmp_path / "whole", machine=Machine("cpu"))
+    save, saves = training.save_checkpoint, itertools.count(1)
+
+    def save_and_die(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        if next(saves) in (2, 5, 9, 11):
+            raise KilledError
+
+    monkeypatch.setattr(training, "save_checkpoint", save_and_die)
+    for life in range(5):
+        try:
+            run(recipe, tmp_path / "killed", resume=life > 0, machine=EVERY_STEP)
+        except KilledError:
+            assert life < 4
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")

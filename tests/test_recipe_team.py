@@ -1,0 +1,71 @@
+"""What several processes share out, and a run of two of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dspfx
+from dspfx.recipe.team import Team, team
+
+
+def each(count: int) -> list[Team]:
+    return [Team(rank, count, torch.device("cpu")) for rank in range(count)]
+
+
+@pytest.mark.parametrize(("images", "count"), [(8, 1), (8, 2), (7, 2), (7, 3), (1, 4), (2, 5)])
+def test_shares_are_equal_and_leave_nothing_out(images: int, count: int) -> None:
+    batch = torch.arange(10, 10 + images)
+    shares = [own.share(batch) for own in each(count)]
+    assert len({len(share) for share in shares}) == 1
+    assert set(torch.cat(shares).tolist()) == set(batch.tolist())
+    parts = torch.cat([own.part(batch) for own in each(count)])
+    assert sorted(parts.tolist()) == batch.tolist()  # each once: they are counted
+
+
+def test_alone() -> None:
+    with team("cpu") as own:
+        assert (own.first, own.count, own.device) == (True, 1, torch.device("cpu"))
+        model = torch.nn.Linear(2, 2)
+        assert own.wrap(model) is model
+        assert own.sums(1.0, 2.5) == [1.0, 2.5]
+        own.wait()
+    assert not torch.distributed.is_initialized()
+
+
+def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(dspfx.RecipeError, match="'toaster' is no device"), team("toaster"):
+        pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(dspfx.RecipeError, match="no CUDA device"), team("cuda"):
+        pass
+    with team("auto") as own:
+        assert own.device.type == "cpu"
+
+
+def test_two_processes_make_one_run(tmp_path: Path) -> None:
+    """Without group learning, which has tests of its own."""
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    words = (
+        "--data digits --images 64 --epochs-dense 1 --epochs-learn 0 --epochs-tune 1 --cycles 1 "
+        "--keep-macs 0.5 --threads 1 --device cpu --json --run-dir run"
+    )
+    done = subprocess.run(
+        [sys.executable, *launch.split(), "-m", "dspfx", "train", *words.split()],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["equal_predictions"] == result["test_images"] == 360
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("phase", "-") for line in lines] == ["dense", "-", "-", "tune"]
+    assert result["masked"] == result["compact"]
