@@ -121,7 +121,7 @@ def test_the_wheel_holds_the_package_alone(built: Path) -> None:
     assert notes == {
         *("LICENSE", "METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt")
     }
-    package = re.compile(r"(dspfx|passes)/.*\.py|dspfx/native/[^/]*\.(cpp|h)|dspfx/py\.typed")
+    package = re.compile(r"(dspfx|passes)/.*\.(py|html)|dspfx/native/.*\.(cpp|h)|dspfx/py\.typed")
     expected = {name for name in sources() if package.fullmatch(name)}
     assert names == {re.sub("^passes/", "dspfx/passes/", name) for name in expected}
     assert {"dspfx/native/group_conv.cpp", "dspfx/passes/channels.py", "dspfx/py.typed"} <= names

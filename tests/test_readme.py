@@ -1,6 +1,26 @@
-"""The public names are what they are said to be; tests/test_docs.py runs the README."""
+"""The README's Python runs, and the public names are what they are said to be."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
 
 import dspfx
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # they write files
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, "README.md", "exec"), {})
+        assert "whole model, MACs" in printed.getvalue()
 
 
 def test_public_names() -> None:
