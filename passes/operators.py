@@ -29,12 +29,12 @@ def key(node: Node, root: nn.Module) -> Key:
     return named(node.target)
 
 
-def named(operator: Key) -> Key:
+def named(called: Key) -> Key:
     """The full name of one of torchvision's operators above, any other operator itself."""
-    if not str(getattr(operator, "__module__", "")).startswith("torchvision."):
-        return operator
-    name = f"{operator.__module__}.{getattr(operator, '__qualname__', '')}"
-    return name if name in (FROZEN_BATCH_NORM, STOCHASTIC_DEPTH) else operator
+    if not str(getattr(called, "__module__", "")).startswith("torchvision."):
+        return called
+    name = f"{called.__module__}.{getattr(called, "__qualname__", "")}"
+    return name if name in (FROZEN_BATCH_NORM, STOCHASTIC_DEPTH) else called
 
 
 def _functions(*names: str) -> set[Key]:

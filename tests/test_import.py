@@ -29,7 +29,3 @@ def test_heavy_modules_are_seen() -> None:
     """The check above would find what is imported, were it so."""
     brought = modules_after("import torch, torchvision, networkx") - modules_after("import torch")
     assert {"torchvision", "networkx", "torch._dynamo", "sympy"} <= brought & HEAVY
-
-
-def test_the_command_line_does_not_need_torchvision() -> None:
-    assert "torchvision" not in modules_after("import dspfx.cli")
