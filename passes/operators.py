@@ -31,9 +31,7 @@ def key(node: Node, root: nn.Module) -> Key:
 
 def named(called: Key) -> Key:
     """The full name of one of torchvision's operators above, any other operator itself."""
-    if not str(getattr(called, "__module__", "")).startswith("torchvision."):
-        return called
-    name = f"{called.__module__}.{getattr(called, "__qualname__", "")}"
+    name = f"{getattr(called, '__module__', '')}.{getattr(called, '__qualname__', '')}"
     return name if name in (FROZEN_BATCH_NORM, STOCHASTIC_DEPTH) else called
 
 
