@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
+
+from dspfx.passes import operators
+
 # whole packages, and parts of torch that `import torch` itself leaves out
 HEAVY = {
     *("IPython", "PIL", "accelerate", "lightning", "matplotlib", "networkx", "onnx", "onnxruntime"),
@@ -29,3 +33,9 @@ def test_heavy_modules_are_seen() -> None:
     """The check above would find what is imported, were it so."""
     brought = modules_after("import torch, torchvision, networkx") - modules_after("import torch")
     assert {"torchvision", "networkx", "torch._dynamo", "sympy"} <= brought & HEAVY
+
+
+def test_operators_of_torchvision_are_known_by_name() -> None:
+    assert operators.named(FrozenBatchNorm2d) in operators.BATCH_NORMS & operators.LEAVES
+    assert operators.named(stochastic_depth) in operators.ELEMENTWISE
+    assert operators.named(FrozenBatchNorm2d.forward) is FrozenBatchNorm2d.forward
