@@ -57,7 +57,8 @@ ELEMENTWISE: frozenset[Key] = frozenset(
     MULTIPLICATIONS
     | ADDITIONS
     | SUBTRACTIONS
-    | {operator.truediv, operator.itruediv, operator.neg, operator.pow, STOCHASTIC_DEPTH}
+    | {operator.truediv, operator.itruediv, operator.neg, operator.pow}
+    | {STOCHASTIC_DEPTH}
     | _functions(
         *("div", "true_divide", "divide", "pow", "neg", "negative", "abs", "square", "sqrt"),
         *("rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "sin", "cos", "erf", "sign"),

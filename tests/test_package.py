@@ -58,7 +58,9 @@ def sources() -> set[str]:
         ).stdout.splitlines()
         if listed:
             return {name for name in listed if (ROOT / name).exists()}
-    made = re.compile(r"(build|dist|runs|data)/|.*(\.egg-info|__pycache__)/|\.(?!ci/|gitignore)")
+    made = re.compile(
+        r"(build|data|dist|runs|site)/|.*(\.egg-info|__pycache__)/|\.(?!ci/|gitignore)"
+    )
     names = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()}
     return {name for name in names - GENERATED if not made.match(name)}
 
