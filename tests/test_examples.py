@@ -32,9 +32,8 @@ def test_examples_that_train(name: str, tmp_path: Path) -> None:
     assert "masked and compact are equal" in printed
     kept = float(re.search(r"whole model, MACs .* (\S+)%", printed)[1])
     assert 40 < kept <= 50
-    dense, compact = re.findall(r"(?:dense|compact) ([\d.]+)%?$", printed, re.MULTILINE)
-    assert float(dense) >= 0
-    assert float(compact) >= 0
+    qualities = re.findall(r"(?:dense|compact) ([\d.]+)%?$", printed, re.MULTILINE)
+    assert len(qualities) == 2
 
 
 def test_a_model_of_timm(tmp_path: Path) -> None:
