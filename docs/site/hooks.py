@@ -59,7 +59,7 @@ def where(name: str) -> str:
 def _section(path: Path) -> str:
     """Title, docstring and, folded, the source of an example."""
     source = path.read_text()
-    docstring = ast.get_docstring(ast.parse(source)) or ""
+    docstring = ast.get_docstring(ast.parse(source), clean=False) or ""
     title, _, rest = docstring.partition("\n")
     code = "\n".join(f"    {line}".rstrip() for line in source.splitlines())
     return (
