@@ -53,12 +53,16 @@ MULTIPLICATIONS = _functions("mul", "multiply") | {operator.mul, operator.imul}
 ADDITIONS = _functions("add") | {operator.add, operator.iadd}
 SUBTRACTIONS = _functions("sub", "subtract") | {operator.sub, operator.isub}
 
+_FURTHER: set[Key] = {
+    *(operator.truediv, operator.itruediv, operator.neg, operator.pow),
+    STOCHASTIC_DEPTH,
+}
+
 ELEMENTWISE: frozenset[Key] = frozenset(
     MULTIPLICATIONS
     | ADDITIONS
     | SUBTRACTIONS
-    | {operator.truediv, operator.itruediv, operator.neg, operator.pow}
-    | {STOCHASTIC_DEPTH}
+    | _FURTHER
     | _functions(
         *("div", "true_divide", "divide", "pow", "neg", "negative", "abs", "square", "sqrt"),
         *("rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "sin", "cos", "erf", "sign"),
