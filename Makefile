@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 TYPED := build/typed
 
-.PHONY: demo test fuzz coverage lint clean
+.PHONY: demo test fuzz coverage docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/dspfx demo $(ARGS)
@@ -19,6 +19,10 @@ fuzz: $(VENV)/installed
 coverage: $(VENV)/installed
 	$(BIN)/python -m benchmarks.coverage $(ARGS)
 
+# the site, into site/; open site/index.html
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict --quiet
+
 # mypy reads the package as it is installed: only there are passes/ at dspfx.passes
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -29,8 +33,8 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,deploy,plot,test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,deploy,docs,plot,test,lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

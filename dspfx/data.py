@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -160,8 +159,10 @@ def _fashion_mnist(folder: Path | None) -> Dataset:
 
 
 def _downloaded_fashion_mnist() -> Path:
+    from torchvision.datasets import FashionMNIST  # noqa: PLC0415 (slow to import)
+
     with _torchvision_errors("fashion-mnist", _cache()):
-        return Path(torchvision.datasets.FashionMNIST(_cache(), download=True).raw_folder)
+        return Path(FashionMNIST(_cache(), download=True).raw_folder)
 
 
 def _labelled_idx(folder: Path, part: str) -> tuple[Tensor, Tensor]:
@@ -190,12 +191,11 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def _cifar10(folder: Path | None) -> Dataset:
+    from torchvision.datasets import CIFAR10  # noqa: PLC0415 (slow to import)
+
     root = _cache() if folder is None else folder
     with _torchvision_errors("cifar10", root):
-        parts = [
-            torchvision.datasets.CIFAR10(root, train=train, download=folder is None)
-            for train in (True, False)
-        ]
+        parts = [CIFAR10(root, train=train, download=folder is None) for train in (True, False)]
     train, test = (
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).float(), torch.tensor(part.targets))
         for part in parts

@@ -1,14 +1,17 @@
 """`channel_graph`: who writes and who reads which channels, as a graph to query and draw."""
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 from torch import nn
 
 from dspfx.gating import analyse_prepared
 from dspfx.parts import parts_of
 from dspfx.passes.values import ChannelAnalysis, Mix, Restored, Source
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 def channel_graph(prepared: nn.Module) -> "nx.DiGraph[str]":
@@ -24,6 +27,8 @@ def channel_graph(prepared: nn.Module) -> "nx.DiGraph[str]":
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    import networkx as nx  # noqa: PLC0415 (slow to import)
+
     whole: nx.DiGraph[str] = nx.DiGraph()
     for part in parts_of(prepared):
         graph = _graph_of(analyse_prepared(part.module))
@@ -32,6 +37,8 @@ def channel_graph(prepared: nn.Module) -> "nx.DiGraph[str]":
 
 
 def _graph_of(analysis: ChannelAnalysis) -> "nx.DiGraph[str]":
+    import networkx as nx  # noqa: PLC0415 (slow to import)
+
     graph: nx.DiGraph[str] = nx.DiGraph()
     writers = _add_writers(graph, analysis)
     members: dict[frozenset[str], set[int]] = defaultdict(set)

@@ -81,7 +81,7 @@ class _Analyser(fx.Interpreter):
         super().__init__(root)
         self.root = root
         self.frozen = frozen
-        self.rules = rules
+        self.rules = {operators.named(key): rule for key, rule in rules.items()}
         self.ops: dict[Node, Op] = {}
         self.values: dict[Node, Value] = {}
         self.coupling = Coupling()

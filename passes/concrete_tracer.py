@@ -130,7 +130,7 @@ class ConcreteTracer(fx.Tracer):
         for name in [name for name in inputs if name.startswith("**")]:
             self.inputs |= self.inputs.pop(name)
         self.opaque = opaque
-        self.leaves = leaves | operators.LEAVES
+        self.leaves = leaves
         self.executing = False
         self.failed_in: str | None = None
 
@@ -156,6 +156,7 @@ class ConcreteTracer(fx.Tracer):
         return (
             module_qualified_name in self.opaque
             or type(m) in self.leaves
+            or operators.named(type(m)) in operators.LEAVES
             or isinstance(m, GatedLayer | ChannelGate)
             or parametrize.is_parametrized(m)
             or super().is_leaf_module(m, module_qualified_name)

@@ -1,7 +1,8 @@
 """What dspfx knows of torch's operators: sets of functions, methods and module types.
 
-An operator is found by identity, a method by its name, a module by its exact type; whatever is in
-no set is opaque: correct, and left at its full width.
+An operator is found by identity, a method by its name, a module by its exact type; torchvision's by
+their full names, for importing it takes as long as importing torch. Whatever is in no set is
+opaque: correct, and left at its full width.
 """
 
 import inspect
@@ -13,18 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node
-from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.stochastic_depth import stochastic_depth
 
 Key = Callable[..., Any] | str | type[nn.Module]
 Rule = Literal["elementwise", "channelwise", "movement", "opaque"]
+
+FROZEN_BATCH_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"
+STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
 
 
 def key(node: Node, root: nn.Module) -> Key:
     """What identifies the operator of a call node: a function, a method's name, a module type."""
     if node.op == "call_module":
-        return type(root.get_submodule(str(node.target)))
-    return node.target
+        return named(type(root.get_submodule(str(node.target))))
+    return named(node.target)
+
+
+def named(called: Key) -> Key:
+    """The full name of one of torchvision's operators above, any other operator itself."""
+    name = f"{getattr(called, '__module__', '')}.{getattr(called, '__qualname__', '')}"
+    return name if name in (FROZEN_BATCH_NORM, STOCHASTIC_DEPTH) else called
 
 
 def _functions(*names: str) -> set[Key]:
@@ -45,11 +53,16 @@ MULTIPLICATIONS = _functions("mul", "multiply") | {operator.mul, operator.imul}
 ADDITIONS = _functions("add") | {operator.add, operator.iadd}
 SUBTRACTIONS = _functions("sub", "subtract") | {operator.sub, operator.isub}
 
+_FURTHER: set[Key] = {
+    *(operator.truediv, operator.itruediv, operator.neg, operator.pow),
+    STOCHASTIC_DEPTH,
+}
+
 ELEMENTWISE: frozenset[Key] = frozenset(
     MULTIPLICATIONS
     | ADDITIONS
     | SUBTRACTIONS
-    | {operator.truediv, operator.itruediv, operator.neg, operator.pow, stochastic_depth}
+    | _FURTHER
     | _functions(
         *("div", "true_divide", "divide", "pow", "neg", "negative", "abs", "square", "sqrt"),
         *("rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "sin", "cos", "erf", "sign"),
@@ -76,14 +89,14 @@ RELAYOUTS: frozenset[Key] = frozenset(_functions("clone", "detach", "contiguous"
 NORMS: frozenset[Key] = frozenset(
     {
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, FrozenBatchNorm2d),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, FROZEN_BATCH_NORM),
     }
 )
 BATCH_NORMS: frozenset[Key] = frozenset(
-    {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d}
+    {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FROZEN_BATCH_NORM}
 )
 # modules outside torch.nn that are known whole
-LEAVES: frozenset[type[nn.Module]] = frozenset({FrozenBatchNorm2d})
+LEAVES: frozenset[Key] = frozenset({FROZEN_BATCH_NORM})
 
 # work on dimension 1, one channel at a time, mixing positions
 CHANNELWISE: frozenset[Key] = frozenset(

@@ -1,0 +1,41 @@
+"""What `import dspfx` brings along; `python -m benchmarks.import_time` says how long it takes."""
+
+import json
+import subprocess
+import sys
+
+from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
+
+from dspfx.passes import operators
+
+# whole packages, and parts of torch that `import torch` itself leaves out
+HEAVY = {
+    *("IPython", "PIL", "accelerate", "lightning", "matplotlib", "networkx", "onnx", "onnxruntime"),
+    *("onnxscript", "openvino", "pandas", "scipy", "sklearn", "sympy", "timm", "torchvision"),
+    *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx", "triton"),
+}
+
+
+def modules_after(statement: str) -> set[str]:
+    """The modules of a fresh process that ran `statement`."""
+    code = f"import json, sys; {statement}; print(json.dumps(list(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout))
+
+
+def test_nothing_heavy_is_imported() -> None:
+    brought = modules_after("import torch, dspfx") - modules_after("import torch")
+    assert "dspfx.prepare" in brought
+    assert not brought & HEAVY
+
+
+def test_heavy_modules_are_seen() -> None:
+    """The check above would find what is imported, were it so."""
+    brought = modules_after("import torch, torchvision, networkx") - modules_after("import torch")
+    assert {"torchvision", "networkx", "torch._dynamo", "sympy"} <= brought & HEAVY
+
+
+def test_operators_of_torchvision_are_known_by_name() -> None:
+    assert operators.named(FrozenBatchNorm2d) in operators.BATCH_NORMS & operators.LEAVES
+    assert operators.named(stochastic_depth) in operators.ELEMENTWISE
+    assert operators.named(FrozenBatchNorm2d.forward) is FrozenBatchNorm2d.forward
