@@ -22,7 +22,7 @@ import typer
 
 from dspfx.errors import DspfxError, DspfxWarning
 from dspfx.recipe.folder import RunFolder
-from dspfx.recipe.processes import rank
+from dspfx.recipe.team import rank
 
 INTERRUPTED = 130  # as of a process that SIGINT has ended
 

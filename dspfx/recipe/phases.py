@@ -11,8 +11,8 @@ from dspfx.distill import distillation_loss
 from dspfx.finetune import CyclicFinetune
 from dspfx.learner import GroupLearner
 from dspfx.recipe.networks import classification_loss, logits_of
-from dspfx.recipe.team import Team
 from dspfx.recipe.settings import Recipe, Schedule
+from dspfx.recipe.team import Team
 
 MOMENTUM = 0.9
 
@@ -29,9 +29,7 @@ class Phase(ABC):
 
     name: str
 
-    def __init__(
-        self, schedule: Schedule, model: nn.Module, steps: int, team: Team
-    ) -> None:
+    def __init__(self, schedule: Schedule, model: nn.Module, steps: int, team: Team) -> None:
         self.schedule = schedule
         self.model = model
         self.wrapped = team.wrap(model)
@@ -93,9 +91,7 @@ class Learn(Phase):
 
     name = "learn"
 
-    def __init__(
-        self, recipe: Recipe, prepared: nn.Module, steps: int, team: Team
-    ) -> None:
+    def __init__(self, recipe: Recipe, prepared: nn.Module, steps: int, team: Team) -> None:
         super().__init__(recipe.learn, prepared, steps, team)
         self.learner = GroupLearner(
             self.wrapped,

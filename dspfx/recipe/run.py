@@ -22,9 +22,9 @@ from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.networks import check
 from dspfx.recipe.outcome import Outcome
 from dspfx.recipe.phases import Dense, Learn, Tune
-from dspfx.recipe.team import Team, team
 from dspfx.recipe.settings import Recipe
 from dspfx.recipe.sources import Source, in_batches, open_source
+from dspfx.recipe.team import Team, team
 from dspfx.recipe.training import Training
 from dspfx.report import report
 from dspfx.save import save

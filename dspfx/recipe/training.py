@@ -19,10 +19,10 @@ from dspfx.errors import LearnError
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.networks import autocast, right_answers
 from dspfx.recipe.phases import Phase
-from dspfx.recipe.team import Team
 from dspfx.recipe.seeds import generator_of, seed_of
 from dspfx.recipe.settings import Recipe
 from dspfx.recipe.sources import Batch, Part, Source, in_batches
+from dspfx.recipe.team import Team
 
 NAMES = ("dense", "learn", "tune")
 TEST_BATCH = 256
