@@ -12,10 +12,10 @@ from dspfx.data import LOADERS
 from dspfx.errors import RecipeError
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.presets import PRESETS, preset
-from dspfx.recipe.team import rank
 from dspfx.recipe.run import Machine
 from dspfx.recipe.run import run as run_recipe
 from dspfx.recipe.settings import PRECISIONS, Recipe
+from dspfx.recipe.team import rank
 
 PHASES = ("dense", "learn", "tune")
 PARTS = ("epochs", "lr", "weight_decay")
