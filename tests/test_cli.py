@@ -153,7 +153,7 @@ def test_inspect_models_and_files(saved: Path) -> None:
     code, text, _ = invoke("inspect", str(saved / "prepared.safetensors"), "--json")
     found = json.loads(text)
     assert found["after"]["macs"] <= 0.5 * found["before"]["macs"]
-    assert found["layers"][0]["name"] == "conv_1_3x3"
+    assert found["layers"][0]["layer"] == "conv_1_3x3"
 
 
 def test_files_without_a_name_beside_them(saved: Path, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_models_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     words = "inspect a_model_of_mine:net --classes 7 --image-size 16 --json"
     code, out, err = invoke(*words.split())
     assert code == 0, err
-    assert json.loads(out)["layers"][-1]["filters"] == [7, 7]
+    assert json.loads(out)["layers"][-1]["filters_after"] == 7
     assert "constructed" in err  # whatever others print is no part of the document
     assert sys.path == path
 
