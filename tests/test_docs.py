@@ -14,6 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import dspfx
@@ -61,6 +63,8 @@ def test_commands_exist(page: Path) -> None:
         assert target in targets(), target
     for line in re.findall(r"`(dspfx [a-z]+(?: --[^`]*)?)`", text):
         check_command(shlex.split(line))
+    for option in re.findall(r"`(--[a-z-]+)`", text):
+        assert option in options(), option
     for extra in re.findall(r"dspfx\[(\w+)\]", text):
         assert extra in extras(), extra
 
@@ -110,6 +114,14 @@ def test_wrong_commands_are_found() -> None:
         with pytest.raises(AssertionError):
             check_command(shlex.split(line))
     check_command(shlex.split("DSPFX_EXAMPLES=3 dspfx demo --depth 8"))
+
+
+def options() -> set[str]:
+    """Of all commands together."""
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)
+    own = [commands, *commands.commands.values()]
+    return {"--help"} | {name for c in own for p in c.params for name in p.opts}
 
 
 def targets() -> list[str]:
