@@ -6,7 +6,8 @@ channels. Training images are mirrored each by chance, and shifted by up to two 
 a time. SGD with momentum 0.9, batches of 128, a cosine for every cycle; the network of the last
 epoch counts, none is chosen by its test accuracy.
 
-Forward passes of training are in bfloat16 by autocast, evaluation is in float32.
+Training computes in `precision()`: bfloat16 by autocast on processors that have instructions for
+it, else float32. Evaluation is always in float32.
 """
 
 import functools
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dspfx
 from dspfx.data import DEBIAN_FASHION_MNIST, batches, read_idx
 
 BATCH = 128
@@ -120,24 +122,27 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def distilled(teacher: nn.Module, temperature: float = 4.0, weight: float = 0.9) -> Loss:
-    """The loss of Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015."""
+def distilled(teacher: nn.Module) -> Loss:
+    """The labels' loss and that of the teacher's answers, with the defaults of dspfx."""
     teacher.eval()
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            target = F.log_softmax(teacher(x) / temperature, 1)
-        logits = model(x)
-        soft = F.kl_div(
-            F.log_softmax(logits / temperature, 1), target, reduction="batchmean", log_target=True
-        )
-        return weight * temperature**2 * soft + (1 - weight) * F.cross_entropy(logits, y)
+            target = teacher(x)
+        return dspfx.distillation_loss(model(x), target, y)
 
     return loss
 
 
+def precision() -> torch.dtype:
+    """What convolutions are trained in on this processor."""
+    able = torch.cpu.get_capabilities()
+    fast = able.get("amx_bf16") or able.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
 def _autocast(loss: Loss, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision() == torch.bfloat16):
         return loss(model, x, y)
 
 

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.protocol import precision
+
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "accuracy.jsonl"
 PACKAGES = ("dspfx", "torch", "torchvision", "torch-pruning")
 
@@ -26,7 +28,7 @@ class Result:
         macs, dense_macs: of the whole network for one image, afterwards and before.
         parameters: of the whole network, afterwards.
         shape: what is needed to build the same network for timing, see `shapes.py`.
-        made: command, versions, processor and date.
+        made: command, versions, processor, precision of the training, and date.
     """
 
     scenario: str
@@ -53,6 +55,7 @@ def made_by(command: str) -> dict[str, str]:
         "command": command,
         **{package: version(package) for package in PACKAGES},
         "processor": platform.processor() or platform.machine(),
+        "precision": str(precision()).removeprefix("torch."),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

@@ -64,7 +64,7 @@ def _dense_line(cells: Cells) -> str:
     texts = [
         f"{method}: {_text(cells[method, 0])}" for method in (DENSE, LONGER) if (method, 0) in cells
     ]
-    return "Top-1, percent. " + "; ".join(texts) + "."
+    return "Top-1, percent. " + "; ".join(texts) + "." * bool(texts)
 
 
 def _table(cells: Cells, methods: list[str]) -> str:
@@ -102,9 +102,11 @@ def _picture(name: str, cells: Cells, methods: list[str]) -> None:
     figure = Figure(figsize=(11 if latency else 6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if latency else 1, squeeze=False)[0]
-    dense = statistics.mean(r.accuracy for r in cells[DENSE, 0])
+    dense = [r.accuracy for r in cells.get((DENSE, 0), [])]
     for panel in panels:
-        panel.axhline(dense, color="0.6", linewidth=1, linestyle=":", label="dense")
+        if dense:
+            level = statistics.mean(dense)
+            panel.axhline(level, color="0.6", linewidth=1, linestyle=":", label="dense")
         panel.set_ylabel("top-1 on the test images, %")
         panel.grid(color="0.92")
     for index, method in enumerate(methods):
