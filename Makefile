@@ -8,8 +8,9 @@ TYPED := build/typed
 demo: $(VENV)/installed
 	$(BIN)/dspfx demo $(ARGS)
 
+# one process for each core; make test ARGS='-n 0 -x' for one that can be watched
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # the property tests on 10,000 random networks, other ones each time
 fuzz: $(VENV)/installed

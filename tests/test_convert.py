@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import dspfx
 from dspfx.passes import compact as compact_pass
@@ -19,7 +20,7 @@ from helpers import assert_equal, macs, random_masks, randomise, unchanged
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[dspfx.PreparedModule, dspfx.CompactModule]:
-    model = randomise(torchvision.models.resnet18(weights=None, num_classes=7))
+    model = randomise(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7))
     prepared = dspfx.prepare(model, torch.randn(2, 3, 64, 64)).eval()
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.2))
     return prepared, dspfx.convert(prepared)
