@@ -20,11 +20,11 @@ constexpr int64_t LINE = 16;  // floats of a line of the caches
 // as many accumulators as leave registers for the operands: of 32 registers, or of 16
 constexpr bool MANY_REGISTERS = LANES >= 16;
 constexpr int64_t MOST_ROWS = MANY_REGISTERS ? 8 : 6;
-constexpr int64_t MOST_VECTORS = MANY_REGISTERS ? 6 : 4;
+constexpr int64_t MOST_VECTORS = 6;
 
 // Vectors of pixels for a number of filters.
 constexpr int64_t vectors_for(int64_t rows) {
-  constexpr int64_t many[] = {0, 6, 6, 6, 6, 5, 4, 3, 3}, few[] = {0, 4, 4, 3, 2, 2, 2};
+  constexpr int64_t many[] = {0, 6, 6, 6, 6, 5, 4, 3, 3}, few[] = {0, 6, 6, 4, 3, 2, 2};
   return MANY_REGISTERS ? many[rows] : few[rows];
 }
 
@@ -109,7 +109,30 @@ C10_NOINLINE void finish_by_segments(const float* sums, const Tile& tile, const 
     std::copy_n(result + s.from, s.count, plane + s.row * target.y.row + s.column);
 }
 
-// The loops over rows must be unrolled, or the sums would not stay in registers.
+// Adds one product of the sum. Of weights and pixels the fewer are held in registers, so that with the
+// sums there are at most 16. The loops over rows must be unrolled, or the sums would be in memory.
+template <int64_t R, int64_t V>
+C10_ALWAYS_INLINE void accumulate(const float* weight, const float* pixels, Vec (&sum)[R][V]) {
+  if constexpr (R < V) {
+    Vec w[R];
+    for (int64_t r = 0; r < R; ++r) w[r] = Vec(weight[r]);
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < V; ++v) {
+      const Vec x = Vec::loadu(pixels + v * LANES);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < R; ++r) sum[r][v] = at::vec::fmadd(w[r], x, sum[r][v]);
+    }
+  } else {
+    Vec x[V];
+    for (int64_t v = 0; v < V; ++v) x[v] = Vec::loadu(pixels + v * LANES);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; ++r) {
+      const Vec w(weight[r]);
+      for (int64_t v = 0; v < V; ++v) sum[r][v] = at::vec::fmadd(w, x[v], sum[r][v]);
+    }
+  }
+}
+
 template <int64_t R, int64_t V>
 void compute_tile(const float* weight, const int64_t* offset, int64_t count, const float* pixels,
                   const Tile& tile, const Target& target) {
@@ -119,16 +142,8 @@ void compute_tile(const float* weight, const int64_t* offset, int64_t count, con
     const Vec start(target.bias[target.filter[r]]);
     for (int64_t v = 0; v < V; ++v) sum[r][v] = start;
   }
-  for (int64_t k = 0; k < count; ++k, weight += R) {
-    const float* from = pixels + offset[k];
-    Vec x[V];
-    for (int64_t v = 0; v < V; ++v) x[v] = Vec::loadu(from + v * LANES);
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < R; ++r) {
-      const Vec w(weight[r]);
-      for (int64_t v = 0; v < V; ++v) sum[r][v] = at::vec::fmadd(w, x[v], sum[r][v]);
-    }
-  }
+  for (int64_t k = 0; k < count; ++k, weight += R)
+    accumulate<R, V>(weight, pixels + offset[k], sum);
   const float* mask = tile.mask < 0 ? nullptr : target.masks + tile.mask;
 #pragma GCC unroll 8
   for (int64_t r = 0; r < R; ++r) {
