@@ -48,10 +48,9 @@ def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
-    """Without group learning, which has tests of its own."""
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
     words = (
-        "--data digits --images 64 --epochs-dense 1 --epochs-learn 0 --epochs-tune 1 --cycles 1 "
+        "--data digits --images 64 --epochs-dense 1 --epochs-learn 1 --epochs-tune 1 --cycles 1 "
         "--keep-macs 0.5 --threads 1 --device cpu --json --run-dir run"
     )
     done = subprocess.run(
@@ -67,5 +66,6 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result["equal_predictions"] == result["test_images"] == 360
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line).get("phase", "-") for line in lines] == ["dense", "-", "-", "tune"]
+    phases = [json.loads(line).get("phase", "-") for line in lines]
+    assert phases == ["dense", "-", "learn", "-", "tune"]
     assert result["masked"] == result["compact"]

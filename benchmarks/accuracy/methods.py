@@ -32,6 +32,8 @@ from dspfx.penalty import energy
 
 SPARSE_LEARNING = 5e-4  # what Torch-Pruning's authors reproduce their CIFAR results with
 BISECTIONS = 14
+# strength times steps of our own setting: the longer the penalty acts, the weaker it may be
+SHRINKAGE = 19.0
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,11 @@ def _learned(
     return prepared
 
 
+def _learned_strongly(run: Run) -> nn.Module:
+    """Group learning with our own strength, about 8 times the paper's here."""
+    return _learned(run, strength=SHRINKAGE / run.data.steps(run.scenario.learn.epochs))
+
+
 class FirstOrderLearner(dspfx.GroupLearner):
     """Moves the logits by dR/dp at the present weights alone: the task has no say in the groups."""
 
@@ -235,6 +242,7 @@ STARTS = {
     "first-order": Start(functools.partial(_learned, learner=FirstOrderLearner), trains=True),
     "learned-2": Start(functools.partial(_learned, groups=2), trains=True),
     "learned-4": Start(_learned, trains=True),
+    "strong-4": Start(_learned_strongly, trains=True),
 }
 
 METHODS = {
@@ -246,6 +254,7 @@ METHODS = {
     "learned, first order": Method("first-order", _masked),
     "learned, 2 groups": Method("learned-2", _masked),
     "learned, 4 groups": Method("learned-4", _masked),
+    "learned strongly, 4 groups": Method("strong-4", _masked),
     "learned, 4 groups, distilled": Method("learned-4", _masked, distil=True),
     "random groups, untrained": Method("random", _masked, tuned=False),
     "clustered groups, untrained": Method("clustered", _masked, tuned=False),

@@ -161,7 +161,9 @@ def _batch(name: str) -> int:
 
 def _heading() -> str:
     made = [dict(r.made) for r in results.read().values()]
-    versions = sorted({f"torch {m['torch']}, Torch-Pruning {m['torch-pruning']}" for m in made})
+    versions = sorted(
+        {f"torch {m['torch']}, Torch-Pruning {m['torch-pruning']}, {m['precision']}" for m in made}
+    )
     dates = sorted(m["date"] for m in made)
     return (
         "# Accuracy\n\n"
