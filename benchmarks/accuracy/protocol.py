@@ -79,9 +79,9 @@ def train(
     step: Step | None = None,
     loss: Loss | None = None,
 ) -> None:
-    """Train `model` in place; it is in channels-last layout afterwards."""
+    """Train `model` in place."""
     step, loss = step or plain_step, loss or cross_entropy
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    model.to(memory_format=_layout(model)).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         schedule.lr,
@@ -94,7 +94,8 @@ def train(
             group["lr"] = group["initial_lr"] = schedule.lr
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(epochs):
-            for x, y in _augmented(data, generator):
+            for images, y in _augmented(data, generator):
+                x = images.contiguous(memory_format=_layout(model))
                 step(optimizer, functools.partial(_autocast, loss, model, x, y))
                 cosine.step()
 
@@ -154,7 +155,14 @@ def _augmented(data: Data, generator: torch.Generator) -> Iterator[tuple[Tensor,
         x = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         down, right = torch.randint(2 * SHIFT + 1, (2,), generator=generator).tolist()
         padded = F.pad(x, [SHIFT] * 4, value=background)
-        yield _last(padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]), y
+        yield padded[:, :, down : down + x.shape[2], right : right + x.shape[3]], y
+
+
+def _layout(model: nn.Module) -> torch.memory_format:
+    """Channels last, which is faster; with odd numbers of them, its gradients in float32 crash."""
+    filters = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    crashes = precision() == torch.float32 and any(count % 8 for count in filters)
+    return torch.contiguous_format if crashes else torch.channels_last
 
 
 def _last(x: Tensor) -> Tensor:
