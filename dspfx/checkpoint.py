@@ -93,12 +93,13 @@ def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> dict[str
         for name, value in objects.items():
             before[name] = copy.deepcopy(_state(value))
             _set_state(value, states[name])
+        name = "the random number generators"
+        if saved.get("rank", 0) == _rank():
+            _set_random_state(generators)
     except Exception as error:  # whatever the objects raise on states of others
-        for name, state in before.items():
-            _set_state(objects[name], state)
+        for key, state in before.items():
+            _set_state(objects[key], state)
         raise CheckpointError(f"the state of '{name}' in {path} does not fit: {error}") from error
-    if saved.get("rank", 0) == _rank():
-        _set_random_state(generators)
     plain: dict[str, Any] = values
     return plain
 

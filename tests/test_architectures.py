@@ -84,7 +84,8 @@ def test_offered_weights_keep_all_but_the_last_layer(monkeypatch: pytest.MonkeyP
         "get_state_dict",
         lambda *_, **__: offered.state_dict(),
     )
-    model = Architecture("squeezenet1_1", 5, 3, 224).build(pretrained=True)
+    with pytest.warns(dspfx.DspfxWarning, match="stay random"):
+        model = Architecture("squeezenet1_1", 5, 3, 224).build(pretrained=True)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
     own, theirs = model.state_dict(), offered.state_dict()
     equal = {name for name in own if own[name].shape == theirs[name].shape}
@@ -131,8 +132,16 @@ def test_weights_of_others_are_refused() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(dspfx.RecipeError, match=r"see conv_1_3x3\.weight"):
         start_from(model, CifarResNet(8, classes=5, in_channels=1).state_dict(), "the weights")
-    start_from(model, CifarResNet(8, classes=9).state_dict(), "the weights")
+    with pytest.warns(dspfx.DspfxWarning, match=r"classifier\.bias stay random"):
+        start_from(model, CifarResNet(8, classes=9).state_dict(), "the weights")
     assert torch.equal(model.classifier.weight, before["classifier.weight"])
+
+
+def test_old_files_do_not_count_batches() -> None:
+    other, model = CifarResNet(8), CifarResNet(8)
+    state = {n: t for n, t in other.state_dict().items() if not n.endswith("num_batches_tracked")}
+    start_from(model, state, "the weights")
+    assert torch.equal(model.classifier.weight, other.classifier.weight)
 
 
 def test_the_file_beside_a_model(tmp_path: Path) -> None:
@@ -140,6 +149,7 @@ def test_the_file_beside_a_model(tmp_path: Path) -> None:
     assert Architecture.beside(path) is None
     own.write(path)
     assert Architecture.beside(path) == own
-    (tmp_path / "model.json").write_text('{"name": 3}')
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors.json"]
+    (tmp_path / "model.safetensors.json").write_text('{"name": 3}')
     with pytest.raises(dspfx.RecipeError, match="is damaged"):
         Architecture.beside(path)

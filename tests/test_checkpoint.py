@@ -139,11 +139,15 @@ def test_a_refused_checkpoint_changes_nothing(tmp_path: Path) -> None:
     dspfx.save_checkpoint(path, first=first, second=second)
     mine, other = nn.Linear(2, 2), nn.Linear(2, 3)
     state = torch.get_rng_state()
+    saved = torch.load(path)
+    torch.save({**saved, "random": {}}, tmp_path / "no_numbers.pt")
     with unchanged(mine), unchanged(other):
         with pytest.raises(dspfx.CheckpointError, match=r"state of 'second' .* does not fit"):
             dspfx.load_checkpoint(path, first=mine, second=other)
         with pytest.raises(dspfx.CheckpointError, match="no state of 'third', only of first, sec"):
             dspfx.load_checkpoint(path, first=mine, third=other)
+        with pytest.raises(dspfx.CheckpointError, match="random number generators"):
+            dspfx.load_checkpoint(tmp_path / "no_numbers.pt", first=mine)
         with pytest.raises(dspfx.CheckpointError, match="there is no checkpoint"):
             dspfx.load_checkpoint(tmp_path / "other.pt", first=mine)
         whole = path.read_bytes()

@@ -109,7 +109,10 @@ def test_options_change_single_settings() -> None:
         "train --resume --run-dir /nowhere",
         "inspect nosuchmodel",
         "inspect nosuchfile.safetensors",
+        "train --resume",
+        "train --resume --preset digits --run-dir /nowhere",
         "prune cifar-resnet8",
+        "prune cifar-resnet8 --keep-macs 0.5 -o /nowhere/small.onnx",
         "prune cifar-resnet8 --keep-macs 2",
         "bench no.such.module:model",
     ],
@@ -186,6 +189,54 @@ def test_prune_writes_what_it_says(saved: Path, tmp_path: Path) -> None:
     assert float(right) == pytest.approx(found["accuracy"]["recalibrated"])
 
 
+def test_prune_takes_dense_networks_only(saved: Path, tmp_path: Path) -> None:
+    """Beside a file the dense network has random weights; these were pruned."""
+    file, weights = saved / "compact.safetensors", saved / "weights.pt"
+    code, _, err = invoke(*f"prune {file} --keep-macs 0.5 --weights {weights}".split())
+    assert code == 1
+    assert "no dense network" in err
+
+
+def test_prune_says_what_is_random(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    words = f"prune cifar-resnet8 --keep-macs 0.6 --channels 1 --image-size 16 -o {path}"
+    assert "warning: the weights are random" in invoke(*words.split(), "--classes", "10")[2]
+    words += f" --weights {saved / 'weights.pt'}"
+    assert "warning" not in invoke(*words.split(), "--classes", "10")[2]
+    code, _, err = invoke(*words.split(), "--classes", "5")
+    assert code == 0
+    assert "classifier.weight, classifier.bias stay random" in err.replace("\n", " ")
+
+
+def test_files_of_others_run_no_code(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((saved / "compact.safetensors").read_bytes())
+    (tmp_path / "a_hostile_module.py").write_text("raise SystemExit('code was run')")
+    Architecture("a_hostile_module:net", 10, 1, 16).write(path)
+    monkeypatch.chdir(tmp_path)
+    for command in ("inspect", "bench"):
+        code, _, err = invoke(command, str(path))
+        assert code == 1
+        assert "--model a_hostile_module:net" in err
+    code, _, err = invoke("inspect", str(path), "--model", "cifar-resnet8", *SMALL.split())
+    assert code == 0, err
+
+
+def test_folders_named_like_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar-resnet8").mkdir()
+    assert invoke("inspect", "cifar-resnet8", *SMALL.split())[0] == 0
+
+
+def test_one_of_several_processes_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = invoke("inspect", "nosuchmodel", "--json")
+    assert (code, out) == (1, "")
+    assert "there is no model" in err
+
+
 def test_prune_exports(tmp_path: Path) -> None:
     path = tmp_path / "small.pt2"
     words = f"prune cifar-resnet8 --keep-params 0.6 {SMALL} -o {path}"
@@ -232,7 +283,8 @@ def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted; to go on: dspfx train --resume --run-dir run"
+    again = "dspfx train --resume --run-dir run --threads 1 --device cpu"
+    assert err.splitlines()[-1] == f"interrupted; to go on: {again}"
     assert "Traceback" not in err
     words = "train --resume --run-dir run"
     other = dspfx_process(f"{words} --keep-macs 0.9", tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import random
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import dspfx
 from dspfx.models import CifarResNet
 from dspfx.recipe import PRESETS, Machine, Outcome, Recipe, Schedule, preset, run, training
 from dspfx.recipe.architectures import Architecture
+from dspfx.recipe.comparison import compare
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.networks import classification_loss, logits_of
 from dspfx.records import from_json, to_json
@@ -74,8 +76,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
 def test_what_a_run_leaves(whole: tuple[Path, Outcome]) -> None:
     folder, outcome = whole
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("checkpoint.pt", "config.json", "dense.pt", "metrics.jsonl", "model.json"),
-        *("model.safetensors", "report.json", "report.txt"),
+        *("checkpoint.pt", "config.json", "dense.pt", "metrics.jsonl", "model.safetensors"),
+        *("model.safetensors.json", "report.json", "report.txt"),
     ]
     assert RunFolder(folder).recipe() == TINY
     phases = [(line.get("phase"), line.get("epoch"), line.get("event")) for line in metrics(folder)]
@@ -209,6 +211,8 @@ def test_what_cannot_work_is_found_before_anything_is_written(tmp_path: Path) ->
         ),
         ({"model": "lraspp_mobilenet_v3_large"}, dspfx.RecipeError, "only classifiers"),
         ({"weights": str(tmp_path / "none.pt")}, dspfx.RecipeError, "no weights"),
+        ({"keep_macs": 0.001, "cycles": 1}, dspfx.BudgetError, "0.1"),
+        ({"data": str(tmp_path), "folder": "elsewhere"}, dspfx.DataError, "leave out --folder"),
     ):
         with pytest.raises(error, match=message):
             run(dataclasses.replace(TINY, **changes), folder)
@@ -304,6 +308,12 @@ def test_settings_out_of_range() -> None:
         {"temperature": 0.0},
         {"dense": Schedule(-1, 0.1)},
         {"tune": Schedule(1, 0.0)},
+        {"tune": Schedule(1, float("inf"))},
+        {"learn": Schedule(1, 0.1, weight_decay=-1.0)},
+        {"strength": -1.0},
+        {"strength": float("nan")},
+        {"prune_more": 1.5},
+        {"temperature": float("inf")},
         {"pretrained": True, "weights": "x.pt"},
     ):
         with pytest.raises(dspfx.RecipeError):
@@ -312,6 +322,14 @@ def test_settings_out_of_range() -> None:
         Recipe(keep_macs=0.0)
     with pytest.raises(dspfx.PrepareError):
         Recipe(groups=0)
+
+
+def test_differences_that_are_no_numbers() -> None:
+    one, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    nn.init.constant_(other.weight, float("nan"))
+    batches = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long))] * 2
+    assert math.isnan(compare(one, other, batches).largest_difference)
+    assert compare(one, one, batches).largest_difference == 0
 
 
 class Drops(nn.Module):

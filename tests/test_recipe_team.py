@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dspfx
+from dspfx.recipe.architectures import Architecture
 from dspfx.recipe.team import Team, team
 
 
@@ -33,6 +34,8 @@ def test_alone() -> None:
         model = torch.nn.Linear(2, 2)
         assert own.wrap(model) is model
         assert own.sums(1.0, 2.5) == [1.0, 2.5]
+        assert own.largest(2.5) == 2.5
+        assert own.one_first(lambda: 3) == 3
         own.wait()
     assert not torch.distributed.is_initialized()
 
@@ -64,8 +67,14 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    assert result["largest_difference"] < 1e-4
     assert result["equal_predictions"] == result["test_images"] == 360
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     phases = [json.loads(line).get("phase", "-") for line in lines]
     assert phases == ["dense", "-", "learn", "-", "tune"]
     assert result["masked"] == result["compact"]
+    path, data = tmp_path / "run" / "model.safetensors", dspfx.data.load("digits")
+    compact = dspfx.load(path, Architecture.beside(path).build())
+    with torch.no_grad():  # all were asked about the network that is in the file
+        right = (compact(data.test_x).argmax(1) == data.test_y).sum()
+    assert int(right) == round(360 * result["compact"])

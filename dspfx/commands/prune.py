@@ -87,13 +87,17 @@ def prune(
                 f"the suffix of {path.name} does not say in which format to write; .safetensors, "
                 f"{', '.join(SUFFIXES)} do"
             )
+        if not path.parent.is_dir():
+            raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
         config = PrepareConfig(groups=groups, ignore=tuple(ignore or ()), round_to=round_to)
         source = None
         if data is not None:
             source = open_source(Recipe(data=data, image_size=image_size, validation=0.0))
             classes, channels = classes or source.classes, channels or source.channels
             image_size = source.image_size
-        subject = subjects.open_subject(
+        if not (pretrained or weights or ":" in model):
+            say("warning: the weights are random; --pretrained or --weights FILE brings others")
+        subject = subjects.open_model(
             model,
             classes=classes,
             channels=channels,

@@ -47,11 +47,13 @@ class Session:
     Attributes:
         as_json: whether machines read its output.
         folder: of the run that Ctrl-C interrupts, if it is one.
+        machine: the options with which it was begun that no file remembers.
     """
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.folder: Path | None = None
+        self.machine: list[str] = []
         self._result: tuple[str, Any] | None = None
 
     def give(self, text: str, plain: Any) -> None:
@@ -62,7 +64,8 @@ class Session:
         """The command that resumes an interrupted run, if there is anything to resume."""
         if self.folder is None or not RunFolder(self.folder).config.exists():
             return ""
-        return f"; to go on: dspfx train --resume --run-dir {shlex.quote(str(self.folder))}"
+        words = ["dspfx", "train", "--resume", "--run-dir", str(self.folder), *self.machine]
+        return f"; to go on: {shlex.join(words)}"
 
     def end(self) -> None:
         """Print the result, once where several processes have it."""
@@ -94,7 +97,7 @@ def session(*, debug: bool, as_json: bool, threads: int | None = None) -> Iterat
         text = " ".join(str(error).split())
         if not isinstance(error, DspfxError):
             text = f"unexpected {type(error).__name__}: {text} (--debug shows where)"
-        if as_json:
+        if as_json and rank() == 0:
             typer.echo(json.dumps({"error": text}))
         say(f"error: {text}")
         raise typer.Exit(1) from error

@@ -90,30 +90,75 @@ def open_subject(
         RecipeError: there is no such model, file or run, or it is not known how it is constructed.
         LoadError: the file is damaged, or of another model.
     """
-    path = Path(named)
-    if path.is_dir():
-        path = RunFolder(path).model
-        if not path.is_file():
-            raise RecipeError(f"the run in {named} has no model yet; go on with it (--resume)")
-    if path.is_file():
-        found = Architecture.beside(path) if model is None else None
-        if found is None:
-            if model is None:
-                raise RecipeError(
-                    f"there is no .json beside {path} that says which model it is; name it: "
-                    "--model NAME --classes N"
-                )
-            found = _architecture(model, classes, channels, image_size)
-        dense = found.build().eval()
-        return Subject(found, dense, load(path, dense))
-    if path.suffix in FILES:
-        raise RecipeError(f"there is no file {named}")
+    path = _file(named)
+    if path is None:
+        return open_model(
+            named,
+            classes=classes,
+            channels=channels,
+            image_size=image_size,
+            pretrained=pretrained,
+            weights=weights,
+        )
+    found = Architecture.beside(path)
+    if model is not None and (found is None or found.name != model):
+        found = _architecture(model, classes, channels, image_size)
+    if found is None:
+        raise RecipeError(
+            f"there is no .json beside {path} that says which model it is; name it: "
+            "--model NAME --classes N"
+        )
+    if found.runs_code and model is None:
+        raise RecipeError(
+            f"the .json beside {path} names code that would be run, {found.name}; if you trust it, "
+            f"name it yourself: --model {found.name}"
+        )
+    dense = found.build().eval()
+    return Subject(found, dense, load(path, dense))
+
+
+def open_model(
+    named: str,
+    *,
+    classes: int | None = None,
+    channels: int | None = None,
+    image_size: int | None = None,
+    pretrained: bool = False,
+    weights: Path | None = None,
+) -> Subject:
+    """The dense network called `named`, with its weights.
+
+    Raises:
+        RecipeError: there is none, or `named` is a file or a run.
+    """
+    if _file(named) is not None:
+        raise RecipeError(
+            f"{named} is no dense network; name one, with weights such as those of a run: "
+            "--weights RUN/dense.pt"
+        )
     architecture = _architecture(named, classes, channels, image_size)
     dense = architecture.build(pretrained=pretrained)
     if weights is not None:
         start_from(dense, read_weights(weights), f"the weights in {weights}")
     reads = input_channels(dense) or architecture.channels
     return Subject(replace(architecture, channels=reads), dense.eval(), None)
+
+
+def _file(named: str) -> Path | None:
+    """The model file that is meant, of a run if `named` is one's folder; None for a name."""
+    path = Path(named)
+    if path.is_dir():
+        run = RunFolder(path)
+        if run.model.is_file():
+            return run.model
+        if run.config.is_file():
+            raise RecipeError(f"the run in {named} has no model yet; go on with it (--resume)")
+        return None
+    if path.is_file():
+        return path
+    if path.suffix in FILES:
+        raise RecipeError(f"there is no file {named}")
+    return None
 
 
 def _architecture(

@@ -123,6 +123,10 @@ def train(
     """
     given = {name: value for name, value in locals().items() if value is not None}
     with session(debug=debug, as_json=as_json, threads=threads) as own:
+        if resume and preset_name is not None:
+            raise RecipeError("a run that goes on has its settings; leave out --preset")
+        if resume and run_dir is None and data is None:
+            raise RecipeError("say which run is to go on: --run-dir")
         path = run_dir or Path("runs") / _name(model, data, preset_name)
         base = RunFolder(path).recipe() if resume else _base(preset_name, model, data)
         recipe = changed(base, given)
@@ -131,6 +135,7 @@ def train(
                 f"the run in {path} has other settings, see its config.json; leave these options "
                 "out, or begin another run"
             )
+        own.machine = [*(["--threads", str(threads)] if threads else []), "--device", device]
         _go(own, recipe, path, resume, Machine(device, workers, checkpoint_minutes))
 
 

@@ -10,6 +10,7 @@
 import importlib
 import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torchvision
 from torch import Tensor, nn
 
 from dspfx.archive import replacing
-from dspfx.errors import RecipeError
+from dspfx.errors import DspfxWarning, RecipeError
 from dspfx.models import CifarResNet
 from dspfx.records import from_json, to_json
 
@@ -44,6 +45,11 @@ class Architecture:
     classes: int
     channels: int
     image_size: int
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether a module that anybody may have written is imported to build it."""
+        return ":" in self.name
 
     def build(self, *, pretrained: bool = False) -> nn.Module:
         """The network, initialised at random by torch's generator, or with offered weights.
@@ -140,7 +146,7 @@ def usual_size(name: str) -> int:
 
 
 def start_from(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state`; classifiers may be for another number of classes, and stay random then.
+    """Load `state`; a classifier of another number of classes stays random, with a warning.
 
     Raises:
         RecipeError: `state` is of another network.
@@ -149,11 +155,18 @@ def start_from(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     other = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
     classes = {(own[n].shape[:1], state[n].shape[:1]) for n in other}
     widths = [n for n in other if own[n].shape[1:] != state[n].shape[1:]]
-    odd = [*(state.keys() ^ own.keys()), *widths, *(other if len(classes) > 1 else [])]
+    missing = {n for n in own.keys() - state.keys() if not n.endswith(".num_batches_tracked")}
+    odd = [*missing, *(state.keys() - own.keys()), *widths, *(other if len(classes) > 1 else [])]
     if odd:
         names = ", ".join(sorted(odd)[:3])
         raise RecipeError(f"{source} are not of this {type(model).__name__}: see {names}")
     model.load_state_dict({n: t for n, t in state.items() if n not in other}, strict=False)
+    if other:
+        warnings.warn(
+            f"{source} are for another number of classes: {', '.join(other)} stay random",
+            DspfxWarning,
+            stacklevel=2,
+        )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -221,4 +234,4 @@ def _no_weights(name: str, asked: bool) -> None:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_suffix(".json")
+    return path.with_name(f"{path.name}.json")

@@ -36,6 +36,8 @@ def compare(
             found.right_masked += int((one.argmax(1) == y).sum())
             found.right_compact += int((other.argmax(1) == y).sum())
             found.equal += int((one.argmax(1) == other.argmax(1)).sum())
-            difference = float((one - other).abs().max())
-            found.largest_difference = max(found.largest_difference, difference)
+            largest = (one - other).abs().max()  # not a number if anything is not
+            found.largest_difference = float(
+                largest.maximum(torch.tensor(found.largest_difference))
+            )
     return found

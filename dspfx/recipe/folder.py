@@ -4,7 +4,8 @@
     metrics.jsonl        a line of JSON for every epoch and every event
     dense.pt             the dense network, when it is trained
     checkpoint.pt        all that is needed to go on; replaced in one step
-    model.safetensors    the compact network (`dspfx.save`), and model.json, how to construct it
+    model.safetensors    the compact network (`dspfx.save`); how to construct it is in
+                         model.safetensors.json
     report.json, .txt    what came out
 
 A line of metrics is written before the checkpoint that knows of it, which says how long the file
@@ -46,7 +47,7 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raise RecipeError if there is a run in the folder."""
-        if self.config.exists():
+        if self.config.exists() or self.checkpoint.exists():
             raise RecipeError(
                 f"there is a run in {self.path}: go on with it (--resume), or take another folder"
             )

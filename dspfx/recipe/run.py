@@ -81,7 +81,7 @@ def run(
         if not resume:
             files.check_free()
         torch.manual_seed(recipe.seed)
-        source = open_source(recipe, workers=machine.workers)
+        source = own.one_first(lambda: open_source(recipe, workers=machine.workers))
         model, architecture, source = _network(recipe, source)
         steps = _Steps(recipe, files, source, own, architecture, say if own.first else _silent)
         steps.rehearse(model.to(own.device))
@@ -138,7 +138,7 @@ class _Steps:
     def rehearse(self, model: nn.Module) -> None:
         """Find out what cannot work before hours are spent."""
         check(model, self.example, self.source.classes)
-        self._prepare(model)
+        prune(self._prepare(model), self.recipe.budget)
 
     def go(self, model: nn.Module, training: Training) -> Outcome:
         """All phases, or what is left of them."""
@@ -189,12 +189,13 @@ class _Steps:
         tune = Tune(
             self.recipe, prepared, self.steps, self.own, teacher=teacher, reference=reference
         )
-        told: list[PruneReport] = []
+        told: PruneReport | None = None
 
         def at_start(epoch: int) -> None:
+            nonlocal told
             found = tune.finetune.report
-            if found is not None and found not in told:
-                told.append(found)
+            if found is not None and found is not told:
+                told = found
                 self._pruned(found, tune.finetune.cycle, prepared, training)
 
         training.train(tune, at_start)
@@ -237,7 +238,7 @@ class _Steps:
             validation=training.facts.get("validation"),
             equal_predictions=int(sums[2]),
             test_images=images,
-            largest_difference=found.largest_difference,
+            largest_difference=self.own.largest(found.largest_difference),
             report=report(compact),
             model=str(self.files.model),
             warnings=in_words(weak_layers_of(prepared)),

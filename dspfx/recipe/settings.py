@@ -103,14 +103,22 @@ class Recipe:
         PrepareConfig(groups=self.groups)
         for phase in ("dense", "learn", "tune"):
             schedule = getattr(self, phase)
-            if schedule.epochs < 0 or not schedule.lr > 0 or not 0 <= schedule.warm_up < 1:
-                raise RecipeError(f"{phase}: epochs, rates and warm-up must be positive")
+            if schedule.epochs < 0 or not 0 < schedule.lr < math.inf:
+                raise RecipeError(f"{phase}: epochs and learning rate must be positive")
+            if not (0 <= schedule.weight_decay < math.inf and 0 <= schedule.warm_up < 1):
+                raise RecipeError(
+                    f"{phase}: the weight decay must not be negative, the warm-up is a share"
+                )
         for name in ("batch", "cycles", "image_size", "images", "logits_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.validation < 1:
-            raise RecipeError(f"validation must be a fraction in [0, 1), got {self.validation}")
+        for name in ("validation", "prune_more"):
+            if not 0 <= getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise RecipeError(f"{name} must be a fraction in [0, 1), got {value}")
+        if not 0 <= self.strength < math.inf:
+            raise RecipeError(f"strength must not be negative, got {self.strength}")
         if self.tune.epochs and self.cycles > self.tune.epochs:
             raise RecipeError(
                 f"{self.cycles} cycles do not fit into {self.tune.epochs} epochs of fine-tuning; "
@@ -118,7 +126,7 @@ class Recipe:
             )
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision is one of {', '.join(PRECISIONS)}: {self.precision}")
-        if not (0 <= self.distill_weight <= 1 and self.temperature > 0):
+        if not (0 <= self.distill_weight <= 1 and 0 < self.temperature < math.inf):
             raise RecipeError("distill_weight is in [0, 1], the temperature is positive")
         if self.pretrained and self.weights is not None:
             raise RecipeError("start from pretrained weights, or from those in a file, not both")

@@ -86,6 +86,8 @@ def open_source(recipe: Recipe, *, workers: int = 0) -> Source:
     folder = None if recipe.folder is None else Path(recipe.folder)
     if recipe.data in LOADERS:
         return InMemory(load(recipe.data, folder), recipe)
+    if folder is not None:
+        raise DataError(f"{recipe.data} is a folder of its own: leave out --folder")
     if not Path(recipe.data).is_dir():
         raise DataError(
             f"there is no data set and no folder '{recipe.data}'; choose from "

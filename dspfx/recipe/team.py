@@ -1,14 +1,16 @@
 """The team of processes that a run has: one, or as many as `torchrun` has started.
 
-What a run computes does not depend on how many there are, up to rounding and batch norms, which see
-the share of their own process: `batch` counts the images of all of them together. The first one
-alone writes files and prints.
+`batch` counts the images of all of them together, so that a run takes the same steps however many
+there are. What differs, but for rounding, is random: augmentation and dropout are drawn by every
+process; and batch norms see the share of their own process, the running statistics that count being
+those of the first. It alone writes files and prints.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dspfx.errors import RecipeError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,13 @@ class Team:
         rank: the number of this one, from 0.
         count: how many there are.
         device: of this one.
+        local_rank: its number on this machine.
     """
 
     rank: int
     count: int
     device: torch.device
+    local_rank: int = 0
 
     @property
     def first(self) -> bool:
@@ -63,6 +69,29 @@ class Team:
         dist.all_reduce(together)
         return [float(value) for value in together]
 
+    def largest(self, value: float) -> float:
+        """The largest `value` of all processes; not a number if one is not."""
+        if self.count == 1:
+            return value
+        found = [
+            torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(self.count)
+        ]
+        dist.all_gather(found, torch.tensor(value, dtype=torch.float64, device=self.device))
+        return float(torch.stack(found).max())
+
+    def equalise(self, model: nn.Module) -> None:
+        """Give the buffers of `model`, running statistics above all, the values of the first."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, 0)
+
+    def one_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives, which is called by one process of every machine before the others."""
+        made = make() if self.local_rank == 0 else None
+        self.wait()
+        return made if made is not None else make()
+
     def wait(self) -> None:
         """Go on when all have come here."""
         if self.count > 1:
@@ -94,7 +123,7 @@ def team(device: str = "auto") -> Iterator[Team]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Team(rank(), count, chosen)
+        yield Team(rank(), count, chosen, local)
     finally:
         dist.destroy_process_group()
 

@@ -112,17 +112,20 @@ class Training:
             self._save(phase, place)
 
     def accuracy(self, model: nn.Module, part: Part) -> float:
-        """The fraction of the images of `part` that `model` knows; its mode stays as it is."""
-        with self.autocast():
-            right = right_answers(model, self.batches_of(part))
+        """The fraction of the images of `part` that `model` knows, in the precision of its weights.
+
+        Its mode stays as it is.
+        """
+        right = right_answers(model, self.batches_of(part))
         right_in_all, count = self.team.sums(right, len(self._numbers(part)))
         return right_in_all / count
 
     def batches_of(self, part: Part) -> Iterator[Batch]:
         """This process's share of the images of `part`, as they are, on its device."""
-        yield from self._on_device(
-            self.source.batches(part, torch.split(self._numbers(part), TEST_BATCH))
-        )
+        numbers = self._numbers(part)
+        if len(numbers):  # there may be more processes than images
+            batches = self.source.batches(part, torch.split(numbers, TEST_BATCH))
+            yield from self._on_device(batches)
 
     def autocast(self) -> Any:
         """In the precision of the recipe."""
@@ -138,11 +141,13 @@ class Training:
         """What is left of an epoch, of which `place.step` steps are done."""
         started, first = time.monotonic(), place.step
         losses = torch.tensor(place.loss, dtype=torch.float64, device=self.team.device)
+        rate = phase.optimizer.param_groups[0]["lr"]
         phase.wrapped.train()
         with self._bar(phase, place) as bar:
             for step, (x, y) in enumerate(self._training_batches(phase, place), first):
                 phase.before_step(place.epoch, step)
                 losses += phase.step(self._closure(phase, x, y)).double()
+                rate = phase.optimizer.param_groups[0]["lr"]
                 phase.after_step()
                 if step % SHOWN_EVERY == 0:
                     bar.set_postfix(loss=f"{float(losses) / (step + 1):.3f}", refresh=False)
@@ -159,7 +164,7 @@ class Training:
                 f"the loss of epoch {place.epoch + 1} of phase {phase.name} is {loss}: lower its "
                 "learning rate, or the strength of the group learning, and start again"
             )
-        rate = phase.optimizer.param_groups[0]["lr"]
+        self.team.equalise(phase.model)
         score = self.accuracy(phase.model, "validation") if self.recipe.validation else None
         phase.end_epoch(score)
         self.folder.log(
