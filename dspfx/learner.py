@@ -57,7 +57,8 @@ class GroupLearner:
 
     Raises:
         LearnError: no gated layer, or none that the optimizer trains; weights that are not
-            finite, are sharded, or differ between the processes; a setting out of range.
+            finite, are in half precision or sharded, or differ between the processes; a setting
+            out of range.
     """
 
     def __init__(
@@ -314,6 +315,12 @@ class GroupLearner:
                 "the optimizer trains no gated layer of this model; construct it from "
                 "prepared.parameters(), not from the original model's"
             )
+        for name, layer in self.layers.items():
+            if torch.finfo(layer.weight.dtype).bits < 32:
+                raise LearnError(
+                    f"{name}.weight is in {layer.weight.dtype}, too coarse to learn groups in; keep "
+                    "the weights in float32 and let the closure compute under torch.autocast"
+                )
         self.processes.check_weights([layer.weight for layer in self.layers.values()])
         for name, layer in self.layers.items():
             if not torch.isfinite(layer.weight).all():

@@ -31,8 +31,9 @@ except ImportError as error:
 class GroupLearning(Callback):
     """Learns the groups of the prepared networks in a module while it is fitted.
 
-    For automatic optimization with one optimizer, on one device or with `strategy="ddp"`, in any
-    precision, gradient clipping included. Modules that optimize manually use `GroupLearner`.
+    For automatic optimization with one optimizer, on one device or with `strategy="ddp"`,
+    gradient clipping included, in any precision that keeps the weights in float32 or float64, such
+    as "bf16-mixed"; not in "bf16-true". Modules that optimize manually use `GroupLearner`.
 
     `training_step` is called twice for a batch, and the hooks around it, too. What the second call
     logs with `self.log` is dropped; metrics that it updates by itself count both. The learner's

@@ -231,6 +231,13 @@ def test_the_penalty_is_never_in_half_precision() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    prepared = tiny().to(dtype)
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match=r"float32.*torch\.autocast"):
+        learner_of(prepared, sgd)
+
+
 @MAKERS
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_scaler_by_powers_of_two_changes_no_bit(make: Any, enabled: bool) -> None:
