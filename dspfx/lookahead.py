@@ -73,7 +73,7 @@ def trial_steps(optimizer: torch.optim.Optimizer, weights: Collection[Tensor]) -
     if not one_at_a_time(optimizer):
         _trial_step(optimizer, None)
         return
-    for weight in weights:
+    for weight in dict.fromkeys(weights):  # layers may share one
         _trial_step(optimizer, weight)
 
 

@@ -318,6 +318,23 @@ def test_looking_ahead_one_weight_at_a_time_is_looking_ahead(make: Any, own: Any
     assert_same_state(mine.optimizer, theirs.optimizer)
 
 
+def test_a_weight_that_two_layers_share_steps_once() -> None:
+    models = []
+    for _ in range(2):
+        prepared = without_norm()
+        model = nn.Sequential(prepared, copy.deepcopy(prepared))
+        first, second = (model[i].get_submodule("2") for i in range(2))
+        second.weight = first.weight
+        models.append(model)
+    makers = (sgd, lambda ps: OwnSGD(ps, lr=0.5, momentum=0.9, weight_decay=0.1))
+    for model, make in zip(models, makers, strict=True):
+        learner = learner_of(model, make)
+        assert len({layer.weight for layer in learner.layers.values()}) < len(learner.layers)
+        for _ in range(2):
+            learner.step(lambda m=model: sum(part(X).square().mean() for part in m))
+    assert_equal_models(*models)
+
+
 @pytest.mark.parametrize(
     "make",
     [
