@@ -59,7 +59,9 @@ class GroupLearning(Callback):
             LearnError: the module, or how it is trained, is not as the class says.
         """
         _check(trainer, pl_module)
-        settings = {"total_steps": _total_steps(trainer), **self.settings}
+        settings = dict(self.settings)
+        if "total_steps" not in settings:
+            settings["total_steps"] = _total_steps(trainer)
         self.learner = GroupLearner(pl_module, trainer.optimizers[0], **settings)
         if self._state is not None:
             self.learner.load_state_dict(self._state)

@@ -237,6 +237,15 @@ def test_the_steps_are_the_trainers() -> None:
         fit(module_of(normed()), learning, max_epochs=-1)
 
 
+def test_a_trainer_without_an_end() -> None:
+    def stop(self: Any) -> None:
+        self.trainer.should_stop = True
+
+    learning = callback(total_steps=9)
+    fit(module_of(normed(), on_train_epoch_end=stop), learning, max_epochs=-1)
+    assert (learning.learner.total_steps, learning.learner.steps_done) == (9, 3)
+
+
 def test_what_cannot_be_learned_with() -> None:
     def two(self: Any) -> Any:
         return [sgd([p]) for p in list(self.parameters())[:2]]
