@@ -36,7 +36,7 @@ class GroupLearning(Callback):
     as "bf16-mixed"; not in "bf16-true". Modules that optimize manually use `GroupLearner`.
 
     `training_step` is called twice for a batch, and the hooks around it, too. What the second call
-    logs with `self.log` is dropped; metrics that it updates by itself count both. The learner's
+    returns and logs with `self.log` is dropped; metrics that it updates by itself count both. The learner's
     state is part of Lightning's checkpoints.
 
     Args:
@@ -107,7 +107,7 @@ def _step(
 
 
 class _Closure:
-    """A closure of Lightning's; nothing is logged from the second call on."""
+    """A closure of Lightning's; it logs, and its outputs are kept, in the first call only."""
 
     def __init__(self, module: LightningModule, closure: Callable[[], Any]) -> None:
         self.module, self.closure, self.first = module, closure, True
@@ -116,11 +116,14 @@ class _Closure:
         if self.first:
             self.first = False
             return self.closure()
+        kept = getattr(self.closure, "_result", None)  # what `on_train_batch_end` is given
         self.module.log = _nothing  # type: ignore[method-assign]
         try:
             return self.closure()
         finally:
             del self.module.log
+            if kept is not None:
+                self.closure._result = kept  # type: ignore[attr-defined]
 
 
 def _nothing(*_: Any, **__: Any) -> None:

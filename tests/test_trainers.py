@@ -124,7 +124,7 @@ def module_of(network: nn.Module, **overrides: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.network, self.losses = network, []
-            self.logged: list[str] = []
+            self.logged: list[float] = []
 
         def training_step(self, batch: list[Tensor], _: int) -> Tensor:
             loss = nn.functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -174,6 +174,25 @@ def test_fitting_is_the_plain_loop(clip: bool) -> None:
     assert module.logged == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
     assert "log" not in vars(module)
     assert "optimizer_step" not in vars(trainer.precision_plugin)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_outputs_are_those_of_the_first_call(every: int) -> None:
+    outputs: list[float] = []
+
+    def look(self: Any, given: Any, batch: Any, _: int) -> None:
+        outputs.append(float(given["loss"]))
+
+    fit(module_of(normed(), on_train_batch_end=look), callback(strength=0.0, logits_every=every))
+    model, losses = normed(), []
+    optimizer = sgd(model.parameters())
+    for x, y in [*zip(X, Y, strict=True)] * 2:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert outputs == losses
 
 
 def test_fitting_with_scaled_losses() -> None:
