@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_learner import (
+    LR,
     SETTINGS,
     X,
     Y,
@@ -316,6 +317,52 @@ def test_looking_ahead_one_weight_at_a_time_is_looking_ahead(make: Any, own: Any
         theirs.step(loss(two))
     assert_equal_models(one, two)
     assert_same_state(mine.optimizer, theirs.optimizer)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, OwnSGD])
+def test_hooks_of_the_optimizer_do_not_see_the_look_ahead(kind: Any) -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, lambda ps: kind(ps, lr=LR))
+    calls = {"pre": 0, "post": 0}
+
+    def count(which: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[which] += 1
+
+        return hook
+
+    handle = learner.optimizer.register_step_pre_hook(count("pre"))
+    learner.optimizer.register_step_post_hook(count("post"))
+    learner.step(loss(prepared))
+    once = dict(calls)  # of a class of one's own, torch may call them twice
+    learner.logits_every = 99  # no look-ahead any more
+    learner.step(loss(prepared))
+    assert once["pre"] > 0
+    assert calls == {which: 2 * count for which, count in once.items()}
+    handle.remove()
+    learner.step(loss(prepared))
+    assert calls["pre"] == 2 * once["pre"]
+
+
+def test_hooks_of_the_optimizer_are_back_after_an_error() -> None:
+    class Failing(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.steps += 1
+            if self.steps == 2:
+                raise KeyError("the look-ahead")
+            return super().step(closure)
+
+    prepared = tiny()
+    learner = learner_of(prepared, lambda ps: Failing(ps, lr=LR))
+    seen: list[int] = []
+    learner.optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    with pytest.raises(KeyError):
+        learner.step(loss(prepared))
+    before = len(seen)
+    learner.step(loss(prepared))
+    assert len(seen) == 2 * before > 0
 
 
 def test_a_weight_that_two_layers_share_steps_once() -> None:
