@@ -148,6 +148,8 @@ class GroupLearner:
                 before_step()
         except BaseException:
             buffers.restore()
+            if scaler is not None:  # or it remembers that it has unscaled
+                scaler._per_optimizer_states.pop(id(self.optimizer), None)
             raise
         layers = self._trained_layers()
         if self._task_step(scaler) and layers:

@@ -276,6 +276,22 @@ def test_a_step_that_the_scaler_skips_changes_the_scale_only() -> None:
     assert not torch.equal(prepared.get_parameter("2.weight"), before["2.weight"])
 
 
+def test_an_error_before_the_step_leaves_the_scaler_usable() -> None:
+    one, two, mine, theirs = twins()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+
+    def fail() -> None:
+        raise KeyError("before the step")
+
+    with unchanged(one), pytest.raises(KeyError):
+        mine.step(loss(one), scaler=scaler, before_step=fail)
+    assert scaler.get_scale() == 2.0**8
+    for _ in range(2):
+        mine.step(loss(one), scaler=scaler)
+        theirs.step(loss(two))
+    assert_equal_models(one, two)
+
+
 def test_a_look_ahead_that_overflows_leaves_the_logits() -> None:
     prepared, plain, learner, reference = twins()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
