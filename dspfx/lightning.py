@@ -36,8 +36,8 @@ class GroupLearning(Callback):
     as "bf16-mixed"; not in "bf16-true". Modules that optimize manually use `GroupLearner`.
 
     `training_step` is called twice for a batch, and the hooks around it, too. What the second call
-    returns and logs with `self.log` is dropped; metrics that it updates by itself count both. The learner's
-    state is part of Lightning's checkpoints.
+    returns and logs with `self.log` is dropped; metrics that it updates by itself count both. The
+    learner's state is part of Lightning's checkpoints.
 
     Args:
         strength: see `GroupLearner`.

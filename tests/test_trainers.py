@@ -114,6 +114,15 @@ def test_accelerates_optimizer_is_the_one_inside() -> None:
     accelerator.end_training()
 
 
+def test_an_object_of_a_trainer_that_holds_no_optimizer() -> None:
+    """Accelerate's placeholder for DeepSpeed's, for instance."""
+    needs("accelerate")
+    placeholder = importlib.import_module("accelerate.utils.deepspeed").DummyOptim
+    model = normed()
+    with pytest.raises(dspfx.LearnError, match="got DummyOptim; pass"):
+        dspfx.GroupLearner(model, placeholder(model.parameters()), **settings())
+
+
 # -- Lightning -------------------------------------------------------------------------------------
 
 
