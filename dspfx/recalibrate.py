@@ -43,7 +43,8 @@ def recalibrate(
         process_group: the processes that train the model together, see `GroupLearner`.
 
     Raises:
-        DataError: there is no batch, or what they lead to is not finite; nothing is changed then.
+        DataError: there is no batch, none reaches any batch norm with statistics though there are
+            such, or what they lead to is not finite; nothing is changed then.
     """
     processes = Processes.of(model, process_group)
     model = unwrapped(model)
@@ -60,6 +61,11 @@ def recalibrate(
     if count == 0:
         raise DataError("there is no batch to recalibrate with; give at least one")
     seen = {norm: moments for norm, moments in found.items() if moments.count}
+    if norms and not seen:
+        raise DataError(
+            "the batches reached no batch norm of the model; let call=... call the model that "
+            "recalibrate is given, or what it holds"
+        )
     for moments in seen.values():
         if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.squares).all()):
             raise DataError("the batches lead to values that are not finite; look for bad ones")
