@@ -37,8 +37,8 @@ def recalibrate(
             `num_batches_tracked` of its batch norms are changed; in a compact model, those which
             were folded into convolutions are no longer there, so recalibrate before `convert`.
         batches: a tensor for each batch, a tuple or list of positional inputs, or a dict of inputs
-            by name. Of a tuple that is longer than the model has inputs, such as `(images,
-            labels)`, the first ones are taken.
+            by name. Of a tuple that is longer than the model has required inputs, such as
+            `(images, labels)`, the first ones are taken; at least one.
         call: what to do with a batch instead, such as `lambda b: model(b["image"].cuda())`.
         process_group: the processes that train the model together, see `GroupLearner`.
 
@@ -151,11 +151,13 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def _inputs(model: nn.Module) -> int | None:
-    """How many positional inputs the model needs; None for any number."""
+    """How many positional inputs to give: the required ones, or else one; None for any number."""
     if isinstance(model, PreparedModule | CompactModule):
         return len(model.example_inputs)
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+    positional = [p for p in parameters if p.kind in kinds]
+    required = sum(p.default is p.empty for p in positional)
+    return min(max(1, required), len(positional))
