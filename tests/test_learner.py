@@ -474,6 +474,15 @@ def test_bad_losses_change_nothing(closure: Callable[[nn.Module], Any], words: s
     assert learner.steps_done == 1
 
 
+@pytest.mark.parametrize("value", [None, 1.0, torch.zeros(2)])
+def test_a_closure_with_its_own_backward_must_return_its_loss(value: Any) -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, sgd)
+    words = "the loss that it has propagated back, a scalar tensor"
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match=words):
+        learner.step(lambda: value, backward=False)
+
+
 def test_bad_settings() -> None:
     prepared = tiny()
     optimizer = sgd(prepared.parameters())
