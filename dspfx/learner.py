@@ -12,6 +12,7 @@ task reaches the grouping through the second-order term of the look-ahead alone.
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class GroupLearner:
 
     Raises:
         LearnError: no gated layer, or none that the optimizer trains; weights that are not
-            finite, are sharded, or differ between the processes; a setting out of range.
+            finite, are in half precision or sharded, or differ between the processes; an optimizer
+            that cannot look ahead; a setting out of range.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class GroupLearner:
         self.layers = gated_layers(unwrapped(prepared))
         self.processes = Processes.of(prepared, process_group)
         self._check_layers()
+        _check_optimizer(self.optimizer)
+        self._check_generator()
         self.penalties = {name: LayerPenalty.of(layer) for name, layer in self.layers.items()}
         logits = [layer.gate.logits for layer in self.layers.values()]
         self.logits_optimizer = torch.optim.Adam(logits, lr=logits_lr, eps=1e-12)
@@ -147,6 +151,8 @@ class GroupLearner:
                 before_step()
         except BaseException:
             buffers.restore()
+            if scaler is not None:  # or it remembers that it has unscaled
+                scaler._per_optimizer_states.pop(id(self.optimizer), None)
             raise
         layers = self._trained_layers()
         if self._task_step(scaler) and layers:
@@ -314,10 +320,25 @@ class GroupLearner:
                 "the optimizer trains no gated layer of this model; construct it from "
                 "prepared.parameters(), not from the original model's"
             )
+        for name, layer in self.layers.items():
+            if torch.finfo(layer.weight.dtype).bits < 32:
+                raise LearnError(
+                    f"{name}.weight is in {layer.weight.dtype}, too coarse to learn groups in; "
+                    "keep the weights in float32 and let the closure compute under torch.autocast"
+                )
         self.processes.check_weights([layer.weight for layer in self.layers.values()])
         for name, layer in self.layers.items():
             if not torch.isfinite(layer.weight).all():
                 raise LearnError(f"{name}.weight holds NaN or infinite values; repair it first")
+
+    def _check_generator(self) -> None:
+        for name, layer in self.layers.items():
+            device = layer.gate.logits.device
+            if self.generator is not None and self.generator.device.type != device.type:
+                raise LearnError(
+                    f"the generator is on {self.generator.device}, but the layer {name} on "
+                    f"{device}; use torch.Generator({device.type!r})"
+                )
 
     def _check_logits(self) -> None:
         known = self.logits_optimizer.param_groups[0]["params"]
@@ -345,6 +366,21 @@ def _blocks(layer: GatedLayer, weight: Tensor) -> tuple[Tensor, ...]:
 def _hard_assignment(layer: GatedLayer) -> Tensor:
     logits = layer.gate.logits
     return nn.functional.one_hot(layer.gate.assignment, len(logits)).T.to(logits.dtype)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise LearnError(
+            "LBFGS computes the loss by itself, as often as it likes; use an optimizer that steps "
+            "by the gradients that are there, such as SGD or AdamW"
+        )
+    for number, group in enumerate(optimizer.param_groups):
+        rate = group.get("lr")
+        if not isinstance(rate, Real) and not (isinstance(rate, Tensor) and rate.numel() == 1):
+            raise LearnError(
+                f"the learning rate of the optimizer's parameter group {number} is {rate!r}; give "
+                "it a number, for the weights are shrunk in proportion"
+            )
 
 
 def _check_settings(

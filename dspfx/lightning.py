@@ -31,12 +31,13 @@ except ImportError as error:
 class GroupLearning(Callback):
     """Learns the groups of the prepared networks in a module while it is fitted.
 
-    For automatic optimization with one optimizer, on one device or with `strategy="ddp"`, in any
-    precision, gradient clipping included. Modules that optimize manually use `GroupLearner`.
+    For automatic optimization with one optimizer, on one device or with `strategy="ddp"`,
+    gradient clipping included, in any precision that keeps the weights in float32 or float64, such
+    as "bf16-mixed"; not in "bf16-true". Modules that optimize manually use `GroupLearner`.
 
     `training_step` is called twice for a batch, and the hooks around it, too. What the second call
-    logs with `self.log` is dropped; metrics that it updates by itself count both. The learner's
-    state is part of Lightning's checkpoints.
+    returns and logs with `self.log` is dropped; metrics that it updates by itself count both. The
+    learner's state is part of Lightning's checkpoints.
 
     Args:
         strength: see `GroupLearner`.
@@ -58,7 +59,9 @@ class GroupLearning(Callback):
             LearnError: the module, or how it is trained, is not as the class says.
         """
         _check(trainer, pl_module)
-        settings = {"total_steps": _total_steps(trainer), **self.settings}
+        settings = dict(self.settings)
+        if "total_steps" not in settings:
+            settings["total_steps"] = _total_steps(trainer)
         self.learner = GroupLearner(pl_module, trainer.optimizers[0], **settings)
         if self._state is not None:
             self.learner.load_state_dict(self._state)
@@ -104,7 +107,7 @@ def _step(
 
 
 class _Closure:
-    """A closure of Lightning's; nothing is logged from the second call on."""
+    """A closure of Lightning's; it logs, and its outputs are kept, in the first call only."""
 
     def __init__(self, module: LightningModule, closure: Callable[[], Any]) -> None:
         self.module, self.closure, self.first = module, closure, True
@@ -113,11 +116,14 @@ class _Closure:
         if self.first:
             self.first = False
             return self.closure()
+        kept = getattr(self.closure, "_result", None)  # what `on_train_batch_end` is given
         self.module.log = _nothing  # type: ignore[method-assign]
         try:
             return self.closure()
         finally:
             del self.module.log
+            if kept is not None:
+                self.closure._result = kept  # type: ignore[attr-defined]
 
 
 def _nothing(*_: Any, **__: Any) -> None:

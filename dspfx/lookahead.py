@@ -1,7 +1,7 @@
 """Looking ahead: trial steps of a model and its optimizer that leave no trace in either."""
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.gates import ChannelGate, FilterGate
+
+HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public names
 
 
 class Buffers:
@@ -73,7 +75,7 @@ def trial_steps(optimizer: torch.optim.Optimizer, weights: Collection[Tensor]) -
     if not one_at_a_time(optimizer):
         _trial_step(optimizer, None)
         return
-    for weight in weights:
+    for weight in dict.fromkeys(weights):  # layers may share one
         _trial_step(optimizer, weight)
 
 
@@ -88,18 +90,24 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:
 
 
 def _trial_step(optimizer: torch.optim.Optimizer, only: Tensor | None) -> None:
-    """One step of `optimizer`, of all parameters or of `only` one, on copies of its state."""
+    """One step of `optimizer`, of all parameters or of `only` one, on copies of its state.
+
+    Hooks that were registered with the optimizer do not see it.
+    """
     groups, state = optimizer.param_groups, optimizer.state
+    hooks = {name: value for name, value in vars(optimizer).items() if name in HOOKS}
     chosen = [
         (group, [p for p in group["params"] if only is None or p is only]) for group in groups
     ]
     known = state if only is None else state.keys() & {only}
     optimizer.param_groups = [{**group, "params": ps} for group, ps in chosen if ps]
     optimizer.state = defaultdict(dict, {p: _copied(state[p]) for p in known})
+    vars(optimizer).update({name: OrderedDict() for name in hooks})
     try:
         optimizer.step()
     finally:
         optimizer.param_groups, optimizer.state = groups, state
+        vars(optimizer).update(hooks)
 
 
 def _copied(values: dict[str, Any]) -> dict[str, Any]:

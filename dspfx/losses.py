@@ -11,6 +11,15 @@ from dspfx.errors import LearnError
 # one loss; several, which are added; or micro-batches, whose losses come one at a time
 Losses = Tensor | list[Tensor] | tuple[Tensor, ...] | Mapping[str, Tensor] | Iterator[Tensor]
 
+WITH_GRADIENT = (
+    "the closure must return the loss, a scalar tensor with a gradient, or a list, a dict or an "
+    "iterator of such"
+)
+PROPAGATED = (
+    "with backward=False the closure must return the loss that it has propagated back, a scalar "
+    "tensor; a training_step must, too, and cannot skip a batch by returning None"
+)
+
 
 @dataclass(frozen=True)
 class BatchTask:
@@ -61,10 +70,7 @@ def _one_by_one(losses: Losses, gradient: bool) -> list[Tensor] | Iterator[Tenso
 
 def _check_loss(loss: object, *, finite: bool, gradient: bool) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or (gradient and not loss.requires_grad):
-        raise LearnError(
-            "the closure must return the loss, a scalar tensor with a gradient, or a list, a dict "
-            "or an iterator of such"
-        )
+        raise LearnError(WITH_GRADIENT if gradient else PROPAGATED)
     if finite and not torch.isfinite(loss.detach()).all():
         raise LearnError(
             f"the loss is {loss.item()}; this pass changed nothing. Lower the learning rate "

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dspfx.errors import LearnError
+from dspfx.errors import DspfxError, LearnError
 
 Found = TypeVar("Found")
 ALIKE = 1e-4  # how far sums over equal tensors may be apart, relative to the norm
@@ -58,12 +58,28 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
 
     def of_first(self, find: Callable[[], Found]) -> Found:
-        """What `find` gives in the first process, which alone calls it; a plain value."""
+        """What `find` gives in the first process, which alone calls it; a plain value.
+
+        Raises:
+            DspfxError: `find` raised it, on all processes. Where it raised something else, that
+                is raised on the first one, and `DspfxError` on the others.
+        """
         if self.alone:
             return find()
-        found: list[Any] = [find() if dist.get_rank(self.group) == 0 else None]
+        error: Exception | None = None
+        found: list[Any] = [None, None]
+        if dist.get_rank(self.group) == 0:
+            try:
+                found = [find(), None]
+            except Exception as raised:  # the others wait: they must hear of any
+                error, found = raised, [None, _described(raised)]
         dist.broadcast_object_list(found, group=self.group, device=self.device, group_src=0)
         value: Found = found[0]
+        if error is not None:
+            raise error
+        if found[1] is not None:
+            kind, message = found[1]
+            raise kind(message)
         return value
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -139,3 +155,10 @@ class Processes:
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
         high, low, flags = torch.split(extremes, [2, 2, 1])
         return bool(flags), bool((high + low <= ALIKE * high[0]).all())
+
+
+def _described(error: Exception) -> tuple[type[DspfxError], str]:
+    """The class and the message of what the other processes raise."""
+    if isinstance(error, DspfxError):
+        return type(error), str(error)
+    return DspfxError, f"the first process failed with {type(error).__name__}: {error}"

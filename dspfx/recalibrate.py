@@ -37,13 +37,14 @@ def recalibrate(
             `num_batches_tracked` of its batch norms are changed; in a compact model, those which
             were folded into convolutions are no longer there, so recalibrate before `convert`.
         batches: a tensor for each batch, a tuple or list of positional inputs, or a dict of inputs
-            by name. Of a tuple that is longer than the model has inputs, such as `(images,
-            labels)`, the first ones are taken.
+            by name. Of a tuple that is longer than the model has required inputs, such as
+            `(images, labels)`, the first ones are taken; at least one.
         call: what to do with a batch instead, such as `lambda b: model(b["image"].cuda())`.
         process_group: the processes that train the model together, see `GroupLearner`.
 
     Raises:
-        DataError: there is no batch, or what they lead to is not finite; nothing is changed then.
+        DataError: there is no batch, none reaches any batch norm with statistics though there are
+            such, or what they lead to is not finite; nothing is changed then.
     """
     processes = Processes.of(model, process_group)
     model = unwrapped(model)
@@ -60,6 +61,11 @@ def recalibrate(
     if count == 0:
         raise DataError("there is no batch to recalibrate with; give at least one")
     seen = {norm: moments for norm, moments in found.items() if moments.count}
+    if norms and not seen:
+        raise DataError(
+            "the batches reached no batch norm of the model; let call=... call the model that "
+            "recalibrate is given, or what it holds"
+        )
     for moments in seen.values():
         if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.squares).all()):
             raise DataError("the batches lead to values that are not finite; look for bad ones")
@@ -145,11 +151,13 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def _inputs(model: nn.Module) -> int | None:
-    """How many positional inputs the model needs; None for any number."""
+    """How many positional inputs to give: the required ones, or else one; None for any number."""
     if isinstance(model, PreparedModule | CompactModule):
         return len(model.example_inputs)
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+    positional = [p for p in parameters if p.kind in kinds]
+    required = sum(p.default is p.empty for p in positional)
+    return min(max(1, required), len(positional))

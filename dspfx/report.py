@@ -6,6 +6,7 @@ drawn from it, and nothing else is looked at.
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from dspfx.passes.plan import plan
 from dspfx.passes.summary import LayerSummary, Summary, summarise
 from dspfx.passes.values import Declined
 from dspfx.report_text import text_of
+from dspfx.wrappers import unwrapped
 
 Part = tuple[str, Summary, tuple[GroupedMask, ...]]
 
@@ -33,7 +35,7 @@ class Report:
 
     Attributes:
         model: the name of its class.
-        layers: every convolution and linear layer, in the order of execution.
+        layers: every call of a convolution or linear layer, in the order of execution.
         masks: of the gated ones, in that order, see `GroupedMask`; `dspfx.plot` draws them.
         before, after: cost of the whole model for one sample, dense and pruned.
         emitted: of the forms that its layers are emitted in, zero weights included.
@@ -162,7 +164,7 @@ def _joined(model: nn.Module, parts: list[Part], notes: tuple[str, ...], prepare
     gated = [layer for layer in layers if layer.gated]
     dtype, _ = parameter_dtype_and_device(model)
     return Report(
-        model=type(model).__name__,
+        model=type(unwrapped(model)).__name__,
         layers=tuple(layers),
         masks=tuple(
             replace(mask, name=full_name(part, mask.name)) for part, _, own in parts for mask in own
@@ -170,8 +172,8 @@ def _joined(model: nn.Module, parts: list[Part], notes: tuple[str, ...], prepare
         before=together(summary.before for summary in summaries),
         after=together(summary.after for summary in summaries),
         emitted=together(summary.emitted for summary in summaries),
-        gated_before=together(layer.before for layer in gated),
-        gated_after=together(layer.after for layer in gated),
+        gated_before=_total((layer.name, layer.before) for layer in gated),
+        gated_after=_total((layer.name, layer.after) for layer in gated),
         declined=tuple(
             replace(declined, node=full_name(part, declined.node))
             for part, summary, _ in parts
@@ -183,6 +185,13 @@ def _joined(model: nn.Module, parts: list[Part], notes: tuple[str, ...], prepare
         dtype=str(dtype).removeprefix("torch."),
         parameter_bytes=dtype.itemsize,
     )
+
+
+def _total(costs: Iterable[tuple[str, Cost]]) -> Cost:
+    """MACs of every call, parameters once for every layer, by name, as in `passes.cost.total`."""
+    calls = list(costs)
+    parameters = {name: cost.parameters for name, cost in calls}
+    return Cost(sum(cost.macs for _, cost in calls), sum(parameters.values()))
 
 
 def _row(layer: LayerSummary) -> dict[str, Any]:

@@ -25,11 +25,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside those of Accelerate and Lightning."""
+    """The optimizer inside those of Accelerate and Lightning.
+
+    Raises:
+        LearnError: there is none.
+    """
     inner: Any = optimizer
     while any(kind.__module__.startswith(TRAINERS) for kind in type(inner).__mro__):
-        inner = inner.optimizer
-    assert isinstance(inner, Optimizer)
+        inner = getattr(inner, "optimizer", None)
+    if not isinstance(inner, Optimizer):
+        raise LearnError(
+            f"the optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass "
+            "for instance torch.optim.SGD(prepared.parameters(), lr=0.05)"
+        )
     return inner
 
 

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dspfx
 from dspfx.gates import gated_layers
+from dspfx.processes import Processes
 
 STEPS = 3
 SETTINGS = {"strength": 0.3, "total_steps": 8, "temperature": 0.5, "logits_lr": 0.1}
@@ -407,6 +408,22 @@ def case_latency() -> Any:
         report = dspfx.prune(ddp, dspfx.Budget(latency=0.5))
     assert (next(calls) > 0) == (rank == 0)
     return {"masks": dspfx.get_masks(ddp), "report": str(report), "measured": report.measured}
+
+
+def case_the_first_fails() -> Any:
+    """While the others wait for what it finds; all go on together afterwards."""
+    processes, caught = Processes.of(plain()), []
+    for error in (dspfx.BudgetError("no such budget"), KeyError("a site")):
+
+        def find(error: Exception = error) -> int:
+            assert dist.get_rank() == 0
+            raise error
+
+        try:
+            processes.of_first(find)
+        except Exception as raised:
+            caught.append((type(raised).__name__, str(raised)))
+    return caught, processes.of_first(lambda: 7)
 
 
 def case_recalibrated_by_unequal_shares() -> Any:

@@ -12,6 +12,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -473,6 +474,15 @@ def test_bad_losses_change_nothing(closure: Callable[[nn.Module], Any], words: s
     assert learner.steps_done == 1
 
 
+@pytest.mark.parametrize("value", [None, 1.0, torch.zeros(2)])
+def test_a_closure_with_its_own_backward_must_return_its_loss(value: Any) -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, sgd)
+    words = "the loss that it has propagated back, a scalar tensor"
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match=words):
+        learner.step(lambda: value, backward=False)
+
+
 def test_bad_settings() -> None:
     prepared = tiny()
     optimizer = sgd(prepared.parameters())
@@ -494,6 +504,38 @@ def test_bad_settings() -> None:
     conv(prepared).weight.data[0] = float("nan")
     with pytest.raises(dspfx.LearnError, match=r"2\.weight holds NaN"):
         dspfx.GroupLearner(prepared, optimizer, **SETTINGS)
+
+
+def test_optimizers_that_cannot_look_ahead() -> None:
+    prepared = tiny()
+    without_rate = sgd(prepared.parameters())
+    without_rate.param_groups[0]["lr"] = None
+    for optimizer, words in [
+        (prepared.parameters(), r"torch\.optim\.Optimizer, got generator; pass"),
+        (torch.optim.SGD, "got type; pass"),
+        ([sgd(prepared.parameters())], "got list; pass"),
+        (torch.optim.LBFGS(prepared.parameters()), "use an optimizer that steps"),
+        (without_rate, "parameter group 0 is None; give it a number"),
+    ]:
+        with unchanged(prepared), pytest.raises(dspfx.LearnError, match=words):
+            dspfx.GroupLearner(prepared, optimizer, **SETTINGS)
+
+
+def test_a_rate_may_be_a_tensor() -> None:
+    one, two = tiny(), tiny()
+    mine = learner_of(one, lambda ps: torch.optim.SGD(ps, lr=torch.tensor(LR)))
+    theirs = learner_of(two, lambda ps: torch.optim.SGD(ps, lr=LR))
+    mine.step(loss(one))
+    theirs.step(loss(two))
+    assert torch.equal(conv(one).weight, conv(two).weight)
+
+
+def test_a_generator_on_another_device() -> None:
+    elsewhere = mock.Mock(spec=torch.Generator, device=torch.device("cuda", 0))
+    prepared = tiny()
+    words = r"on cuda:0, but the layer 2 on cpu; use torch\.Generator\('cpu'\)"
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match=words):
+        dspfx.GroupLearner(prepared, sgd(prepared.parameters()), generator=elsewhere, **SETTINGS)
 
 
 def test_no_step_beyond_the_last() -> None:

@@ -207,6 +207,14 @@ def test_the_first_process_measures(outcomes: list[dict[str, Any]]) -> None:
     assert one["measured"] == 0.5
 
 
+def test_an_error_of_the_first_process_is_one_of_all(outcomes: list[dict[str, Any]]) -> None:
+    budget = ("BudgetError", "no such budget")
+    (mine, value), (theirs, value_too) = (outcome["the_first_fails"] for outcome in outcomes)
+    assert value == value_too == 7
+    assert mine == [budget, ("KeyError", "'a site'")]
+    assert theirs == [budget, ("DspfxError", "the first process failed with KeyError: 'a site'")]
+
+
 def test_statistics_are_those_of_all_shares(outcomes: list[dict[str, Any]]) -> None:
     model = work.normed()
     dspfx.recalibrate(model, [work.X.flatten(0, 1)])

@@ -118,19 +118,49 @@ def test_several_inputs(prepared: bool) -> None:
     assert all(torch.equal(mean, means[0]) for mean in means)
 
 
+def test_a_model_whose_inputs_are_all_optional_gets_the_first() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+            assert y is None  # it is the label
+            return self.norm(torch.zeros(1, 3, 1, 1) if x is None else x)
+
+    model = Optional()
+    dspfx.recalibrate(model, [(X, torch.zeros(10))])
+    torch.testing.assert_close(model.norm.running_mean, X.mean((0, 2, 3)))
+
+
 def test_norms_without_statistics_and_norms_that_are_not_reached_stay() -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.used = nn.BatchNorm2d(3, track_running_stats=False)
+            self.tracked = nn.BatchNorm2d(3)
             self.unused = nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.used(x)
+            return self.tracked(self.used(x))
 
     model = Unused()
-    with unchanged(model):
+    with unchanged(model.used), unchanged(model.unused):
         dspfx.recalibrate(model, [X])
+    assert int(model.tracked.num_batches_tracked) == 1
+
+
+def test_a_model_without_statistics_is_fine() -> None:
+    for norm in (nn.BatchNorm2d(3, track_running_stats=False), nn.Identity()):
+        with unchanged(norm):
+            dspfx.recalibrate(norm, [X])
+
+
+def test_batches_that_reach_no_norm_are_an_error() -> None:
+    model, other = network(), network()
+    for call in (other, lambda batch: None):
+        with unchanged(model), pytest.raises(dspfx.DataError, match="reached no batch norm"):
+            dspfx.recalibrate(model, [X], call=call)
 
 
 def test_errors_change_nothing() -> None:

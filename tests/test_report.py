@@ -22,6 +22,7 @@ import browser
 import dspfx
 from dspfx.compile import CompileReport, LayerChoice
 from dspfx.panels import PALETTE
+from dspfx.passes.cost import Cost
 from dspfx.passes.values import Declined
 from dspfx.report_text import WIDTH
 from dspfx.units import mebibytes, share, short, shortened
@@ -66,6 +67,24 @@ def test_sizes_are_those_of_the_type() -> None:
     assert f"whole model, size in float64  {mebibytes(8 * report.before.parameters)}" in str(report)
     half = dspfx.report(dspfx.convert(pruned()).to(torch.bfloat16))
     assert (half.dtype, half.parameter_bytes) == ("bfloat16", 2)
+
+
+def test_the_name_is_that_of_the_model_inside() -> None:
+    model = pruned()
+    compiled = torch.compile(model, backend="eager")
+    assert dspfx.report(compiled).model == dspfx.report(model).model == type(model).__name__
+
+
+def test_parameters_of_a_layer_that_is_called_twice_count_once() -> None:
+    torch.manual_seed(0)
+    shared = nn.Conv2d(4, 4, 1, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), shared, nn.ReLU(), shared, nn.Flatten())
+    prepared = dspfx.prepare(model, torch.randn(2, 3, 2, 2))
+    for which in (prepared, dspfx.convert(prepared)):
+        report = dspfx.report(which)
+        assert [layer.name for layer in report.layers if layer.gated] == ["2", "2"]
+        assert report.gated_before == report.gated_after == Cost(2 * 16 * 4, 16)
+        assert report.before.parameters == 16 + 16
 
 
 NETWORKS = ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5")

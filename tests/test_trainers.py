@@ -114,6 +114,15 @@ def test_accelerates_optimizer_is_the_one_inside() -> None:
     accelerator.end_training()
 
 
+def test_an_object_of_a_trainer_that_holds_no_optimizer() -> None:
+    """Accelerate's placeholder for DeepSpeed's, for instance."""
+    needs("accelerate")
+    placeholder = importlib.import_module("accelerate.utils.deepspeed").DummyOptim
+    model = normed()
+    with pytest.raises(dspfx.LearnError, match="got DummyOptim; pass"):
+        dspfx.GroupLearner(model, placeholder(model.parameters()), **settings())
+
+
 # -- Lightning -------------------------------------------------------------------------------------
 
 
@@ -124,7 +133,7 @@ def module_of(network: nn.Module, **overrides: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.network, self.losses = network, []
-            self.logged: list[str] = []
+            self.logged: list[float] = []
 
         def training_step(self, batch: list[Tensor], _: int) -> Tensor:
             loss = nn.functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -174,6 +183,25 @@ def test_fitting_is_the_plain_loop(clip: bool) -> None:
     assert module.logged == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
     assert "log" not in vars(module)
     assert "optimizer_step" not in vars(trainer.precision_plugin)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_outputs_are_those_of_the_first_call(every: int) -> None:
+    outputs: list[float] = []
+
+    def look(self: Any, given: Any, batch: Any, _: int) -> None:
+        outputs.append(float(given["loss"]))
+
+    fit(module_of(normed(), on_train_batch_end=look), callback(strength=0.0, logits_every=every))
+    model, losses = normed(), []
+    optimizer = sgd(model.parameters())
+    for x, y in [*zip(X, Y, strict=True)] * 2:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert outputs == losses
 
 
 def test_fitting_with_scaled_losses() -> None:
@@ -237,6 +265,15 @@ def test_the_steps_are_the_trainers() -> None:
         fit(module_of(normed()), learning, max_epochs=-1)
 
 
+def test_a_trainer_without_an_end() -> None:
+    def stop(self: Any) -> None:
+        self.trainer.should_stop = True
+
+    learning = callback(total_steps=9)
+    fit(module_of(normed(), on_train_epoch_end=stop), learning, max_epochs=-1)
+    assert (learning.learner.total_steps, learning.learner.steps_done) == (9, 3)
+
+
 def test_what_cannot_be_learned_with() -> None:
     def two(self: Any) -> Any:
         return [sgd([p]) for p in list(self.parameters())[:2]]
@@ -244,7 +281,7 @@ def test_what_cannot_be_learned_with() -> None:
     cases = [
         ({"automatic_optimization": False}, {}, "optimizes manually"),
         ({}, {"accumulate_grad_batches": 2}, "cannot be accumulated"),
-        ({"training_step": lambda self, batch, _: None}, {}, "must return the loss"),
+        ({"training_step": lambda self, batch, _: None}, {}, "cannot skip a batch"),
     ]
     for overrides, options, words in cases:
         with pytest.raises(dspfx.LearnError, match=words):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_learner import (
+    LR,
     SETTINGS,
     X,
     Y,
@@ -231,6 +232,13 @@ def test_the_penalty_is_never_in_half_precision() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    prepared = tiny().to(dtype)
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match=r"float32.*torch\.autocast"):
+        learner_of(prepared, sgd)
+
+
 @MAKERS
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_scaler_by_powers_of_two_changes_no_bit(make: Any, enabled: bool) -> None:
@@ -266,6 +274,22 @@ def test_a_step_that_the_scaler_skips_changes_the_scale_only() -> None:
         assert torch.equal(parameter, before[name])
     learner.step(loss(prepared), scaler=scaler)
     assert not torch.equal(prepared.get_parameter("2.weight"), before["2.weight"])
+
+
+def test_an_error_before_the_step_leaves_the_scaler_usable() -> None:
+    one, two, mine, theirs = twins()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+
+    def fail() -> None:
+        raise KeyError("before the step")
+
+    with unchanged(one), pytest.raises(KeyError):
+        mine.step(loss(one), scaler=scaler, before_step=fail)
+    assert scaler.get_scale() == 2.0**8
+    for _ in range(2):
+        mine.step(loss(one), scaler=scaler)
+        theirs.step(loss(two))
+    assert_equal_models(one, two)
 
 
 def test_a_look_ahead_that_overflows_leaves_the_logits() -> None:
@@ -309,6 +333,69 @@ def test_looking_ahead_one_weight_at_a_time_is_looking_ahead(make: Any, own: Any
         theirs.step(loss(two))
     assert_equal_models(one, two)
     assert_same_state(mine.optimizer, theirs.optimizer)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, OwnSGD])
+def test_hooks_of_the_optimizer_do_not_see_the_look_ahead(kind: Any) -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, lambda ps: kind(ps, lr=LR))
+    calls = {"pre": 0, "post": 0}
+
+    def count(which: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[which] += 1
+
+        return hook
+
+    handle = learner.optimizer.register_step_pre_hook(count("pre"))
+    learner.optimizer.register_step_post_hook(count("post"))
+    learner.step(loss(prepared))
+    once = dict(calls)  # of a class of one's own, torch may call them twice
+    learner.logits_every = 99  # no look-ahead any more
+    learner.step(loss(prepared))
+    assert once["pre"] > 0
+    assert calls == {which: 2 * count for which, count in once.items()}
+    handle.remove()
+    learner.step(loss(prepared))
+    assert calls["pre"] == 2 * once["pre"]
+
+
+def test_hooks_of_the_optimizer_are_back_after_an_error() -> None:
+    class Failing(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.steps += 1
+            if self.steps == 2:
+                raise KeyError("the look-ahead")
+            return super().step(closure)
+
+    prepared = tiny()
+    learner = learner_of(prepared, lambda ps: Failing(ps, lr=LR))
+    seen: list[int] = []
+    learner.optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    with pytest.raises(KeyError):
+        learner.step(loss(prepared))
+    before = len(seen)
+    learner.step(loss(prepared))
+    assert len(seen) == 2 * before > 0
+
+
+def test_a_weight_that_two_layers_share_steps_once() -> None:
+    models = []
+    for _ in range(2):
+        prepared = without_norm()
+        model = nn.Sequential(prepared, copy.deepcopy(prepared))
+        first, second = (model[i].get_submodule("2") for i in range(2))
+        second.weight = first.weight
+        models.append(model)
+    makers = (sgd, lambda ps: OwnSGD(ps, lr=0.5, momentum=0.9, weight_decay=0.1))
+    for model, make in zip(models, makers, strict=True):
+        learner = learner_of(model, make)
+        assert len({layer.weight for layer in learner.layers.values()}) < len(learner.layers)
+        for _ in range(2):
+            learner.step(lambda m=model: sum(part(X).square().mean() for part in m))
+    assert_equal_models(*models)
 
 
 @pytest.mark.parametrize(
