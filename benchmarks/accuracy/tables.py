@@ -34,8 +34,8 @@ epochs. The network of the last epoch counts.
 
 *Pruned* are so many percent of the MACs of the layers that have gates, of the whole model a little
 less. Channels are pruned by Torch-Pruning, over all layers at once. *Learned* groups have the
-paper's settings, *learned strongly* the penalty of about 8 times its strength. Tables have the
-mean, the standard deviation and the number of seeds.
+paper's settings, *learned strongly* a stronger penalty, the stronger the fewer steps there are.
+Tables have the mean, the standard deviation and the number of seeds.
 """
 
 Cells = dict[tuple[str, int], list[Result]]  # by method and percentage, one for each seed
@@ -66,7 +66,7 @@ def _cells(found: Iterable[Result]) -> Cells:
 def _section(name: str, cells: Cells) -> str:
     trained = [m for m in METHODS if "untrained" not in m]
     parts = [_dense_line(cells), _table(cells, trained)]
-    if any(method not in trained for method, _ in cells):
+    if any("untrained" in method for method, _ in cells):
         parts += ["Not trained after pruning; batch norms are recalibrated:"]
         parts += [_table(cells, [m for m in METHODS if m not in trained])]
     if len({pruned for _, pruned in cells}) > 2:
