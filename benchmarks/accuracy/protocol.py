@@ -81,7 +81,8 @@ def train(
 ) -> None:
     """Train `model` in place."""
     step, loss = step or plain_step, loss or cross_entropy
-    model.to(memory_format=_layout(model)).train()  # type: ignore[call-overload]
+    layout = _layout(model)
+    model.to(memory_format=layout).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         schedule.lr,
@@ -95,7 +96,7 @@ def train(
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(epochs):
             for images, y in _augmented(data, generator):
-                x = images.contiguous(memory_format=_layout(model))
+                x = images.contiguous(memory_format=layout)
                 step(optimizer, functools.partial(_autocast, loss, model, x, y))
                 cosine.step()
 

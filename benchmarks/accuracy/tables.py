@@ -79,7 +79,7 @@ def _dense_line(cells: Cells) -> str:
     texts = [
         f"{method}: {_text(cells[method, 0])}" for method in (DENSE, LONGER) if (method, 0) in cells
     ]
-    return ". ".join(["Top-1, percent", "; ".join(texts)] if texts else ["Top-1, percent"]) + "."
+    return f"Top-1, percent. {'; '.join(texts)}." if texts else "Top-1, percent."
 
 
 def _table(cells: Cells, methods: list[str]) -> str:

@@ -114,8 +114,8 @@ class Recipe:
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")
         for name in ("validation", "prune_more"):
-            if not 0 <= getattr(self, name) < 1:
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if not 0 <= value < 1:
                 raise RecipeError(f"{name} must be a fraction in [0, 1), got {value}")
         if not 0 <= self.strength < math.inf:
             raise RecipeError(f"strength must not be negative, got {self.strength}")
