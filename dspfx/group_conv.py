@@ -1,7 +1,8 @@
 """Layers of groups of filters on the project's own kernel: lists instead of gathers."""
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,6 +230,37 @@ class GroupConvRun(nn.Module):
         """Where it is unpickled the operator may not be known yet."""
         native.built()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def transformable(self) -> list[int]:
+        """The layers that Winograd's algorithm can compute: 3 rows of taps, and strides of 1."""
+        found = []
+        for number, layer in enumerate(self._unpacked()):
+            kernel, stride, _, dilation = layer.settings
+            rows = kernel[0] == 3 and dilation[0] == 1 and stride == [1, 1]
+            if layer.kind != native.MAX_POOL and rows:
+                found.append(number)
+        return found
+
+    def transformed(self, chosen: Collection[int]) -> "GroupConvRun":
+        """The same, with those of the `transformable` layers by Winograd's algorithm, and no other.
+
+        Weights are rounded when they are transformed.
+        """
+        twin = copy.deepcopy(self)
+        weights = []
+        for number, layer in enumerate(self._unpacked()):
+            if layer.kind == native.MAX_POOL:
+                continue
+            by_winograd = number in chosen
+            kind = native.WINOGRAD if by_winograd else native.CONVOLUTION
+            twin.numbers[number * native.LAYER_NUMBERS] = kind
+            own = [weight for _, _, weight in layer.groups]
+            weights += [native.transformed(w) for w in own] if by_winograd else own
+        twin.weight = native.packed(weights, int(self.plan[0]))
+        return twin
+
+    def _unpacked(self) -> list[native.Layer]:
+        return list(native.unpacked(self.weight, self.plan, self.numbers))
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The inputs, each `[N, C, H, W]`, to the values that are returned."""

@@ -7,6 +7,7 @@ a warning says why, once, and the same operators compute by torch's own convolut
 
 import functools
 import hashlib
+import math
 import os
 import sys
 import warnings
@@ -35,7 +36,16 @@ RUN = (
     "int[] outputs) -> Tensor[]"
 )
 LAYER_NUMBERS = 14
-CONVOLUTION, MAX_POOL = 0, 1
+CONVOLUTION, MAX_POOL, WINOGRAD = 0, 1, 2
+# G of Winograd's algorithm F(4, 3): see winograd.h
+POINTS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu")
 _FUNCTIONS: tuple[Any, ...] = (torch.clone, F.relu, F.relu6, F.hardswish, F.silu)
 PORTABLE_BLOCK = 8
@@ -151,11 +161,13 @@ def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[La
         for size, reads in sizes.reshape(-1, 2).tolist():
             inputs, plan = plan[:reads], plan[reads:]
             pieces = []
+            shape = (len(POINTS), reads, kernel[1]) if kind == WINOGRAD else (reads, *kernel)
             for rows in rows_of_blocks(size, block):
-                end = rows * reads * kernel[0] * kernel[1]
+                end = rows * math.prod(shape)
                 piece, weight = weight[:end], weight[end:]
-                pieces.append(piece.reshape(-1, rows).T.reshape(rows, reads, *kernel))
-            own = torch.cat(pieces) if pieces else weight.new_zeros(0, reads, *kernel)
+                pieces.append(piece.reshape(-1, rows).T.reshape(rows, *shape))
+            own = torch.cat(pieces) if pieces else weight.new_zeros(0, *shape)
+            own = untransformed(own) if kind == WINOGRAD else own
             groups.append((left[:size], inputs, own))
             left = left[size:]
         added = None
@@ -169,6 +181,20 @@ def _numbers(layers: Sequence[int]) -> Iterator[tuple[Sequence[int], Settings, i
     for first in range(0, len(layers), LAYER_NUMBERS):
         own = list(layers[first : first + LAYER_NUMBERS])
         yield own[:5], (own[5:7], own[7:9], own[9:11], own[11:13]), own[13]
+
+
+def transformed(weight: Tensor) -> Tensor:
+    """`[f, c, 3, kw]` to G times its columns, `[f, 6, c, kw]`, as Winograd's algorithm takes it."""
+    points = torch.tensor(POINTS, dtype=torch.float64, device=weight.device)
+    return torch.einsum("pk,fckw->fpcw", points, weight.double()).to(weight.dtype)
+
+
+def untransformed(weight: Tensor) -> Tensor:
+    """What `transformed` was given, but for rounding."""
+    points = torch.tensor(POINTS, dtype=torch.float64, device=weight.device)
+    return torch.einsum("kp,fpcw->fckw", torch.linalg.pinv(points), weight.double()).to(
+        weight.dtype
+    )
 
 
 def packed(weights: Sequence[Tensor], block: int) -> Tensor:

@@ -80,6 +80,32 @@ void fill(const Layer& l, const Cut& cut, const Value& size, Planes<const float>
   std::fill_n(to, l.padding[1], padding);  // what the last row pads
 }
 
+// The same for Winograd's algorithm, of bands.
+void fill_bands(const Layer& l, const Cut& cut, const Value& size, Planes<const float> from,
+                int64_t first, const float* zeros, float* to) {
+  const Frame& f = cut.frame;
+  const int64_t plane = f.height * f.width, begin = l.padding[1];
+  const int64_t end = begin + size.width;
+  for (const int64_t channel : l.used) {
+    const float* pixels = from.data + channel * from.plane;
+    for (int64_t band = 0; band < f.height; ++band) {
+      const float* rows[POINTS];
+      for (int64_t i = 0; i < POINTS; ++i) {
+        const int64_t y = first + band * BAND + i - l.padding[0];
+        rows[i] = y >= 0 && y < size.height ? pixels + y * from.row : zeros;
+      }
+      float* row = to + band * f.width;
+      for (int64_t point = 0; point < POINTS; ++point) {
+        std::fill_n(row + point * plane, std::min(begin, f.width), 0.f);
+        if (end < f.width) std::fill_n(row + point * plane + end, f.width - end, 0.f);
+      }
+      transform_rows(rows, size.width, row + begin, plane);
+    }
+    to += f.channel();
+  }
+  std::fill_n(to, begin, 0.f);
+}
+
 // Threads that take the same steps and wait for each other.
 class Team {
  public:
@@ -158,28 +184,65 @@ struct Strip {
   Target target;
 };
 
+// Weights come from far away, and once only: those of the next block are asked for early, some before
+// each tile.
+class Prefetch {
+ public:
+  Prefetch(const float* from, const float* until, int64_t tiles)
+      : next_(from), last_(until), share_((until - from + tiles - 1) / tiles) {}
+
+  void some() {
+    for (const float* end = std::min(next_ + share_, last_); next_ < end; next_ += LINE)
+      __builtin_prefetch(next_);
+  }
+
+ private:
+  const float *next_, *last_;
+  int64_t share_;
+};
+
+void compute_tiles(const Layer& l, const Cut& cut, const Block& block,
+                   const std::vector<Tile>& tiles, const float* weight, const Strip& strip,
+                   Prefetch& prefetch) {
+  const OfRows<Compute>& compute = l.kind == MAX_POOL ? POOL : COMPUTE[block.rows];
+  for (const Tile& tile : tiles) {
+    prefetch.some();
+    compute[tile.vectors](weight, cut.offsets.data() + block.list, block.count,
+                          strip.pixels + tile.at, tile, strip.target);
+  }
+}
+
+void compute_bands(const Cut& cut, const Block& block, const std::vector<Spot>& spots,
+                   int64_t height, const float* weight, const Strip& strip, Prefetch& prefetch) {
+  const int64_t count = static_cast<int64_t>(spots.size()), most = vectors_for(block.rows);
+  for (int64_t at = 0; at < count; at += most) {
+    prefetch.some();
+    COMPUTE_BANDS[block.rows][std::min(most, count - at)](
+        weight, cut.offsets.data() + block.list, block.count, strip.pixels,
+        cut.frame.height * cut.frame.width, &spots[at], height, strip.target);
+  }
+}
+
 // Some blocks of filters for all pixels of the strips with number `number`, of several images.
 void compute_blocks(const Call& call, const Layer& l, const Cut& cut, int64_t number,
                     Strip* strips, int64_t images, int64_t from, int64_t until) {
   for (int64_t b = from; b < until; ++b) {
     const Block& block = l.blocks[b];
-    const std::vector<Tile>& tiles = cut.tiles[number][vectors_for(block.rows)];
-    const OfRows& compute = l.kind == MAX_POOL ? POOL : COMPUTE[block.rows];
+    const bool bands = l.kind == WINOGRAD;
+    const int64_t most = vectors_for(block.rows);
+    const int64_t tiles = bands ? (cut.spots[number].size() + most - 1) / most
+                                : cut.tiles[number][most].size();
     const float* weight = call.weight + block.weight;
-    // weights come from far away, and once only: those of the next block are asked for early
-    const float* next = weight + block.rows * block.count;
-    const float* last = std::min(next + block.rows * block.count, call.weights_end);
-    const int64_t parts = static_cast<int64_t>(tiles.size()) * images;
-    const int64_t share = (last - next + parts - 1) / parts;
+    const float* next = weight + l.weights(block);
+    Prefetch prefetch(next, std::min(next + l.weights(block), call.weights_end),
+                      std::max<int64_t>(1, tiles * images));
     for (Strip* strip = strips; strip < strips + images; ++strip) {
       strip->target.filter = l.filters.data() + block.filter;
       strip->target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
-      for (const Tile& tile : tiles) {
-        for (const float* end = std::min(next + share, last); next < end; next += LINE)
-          __builtin_prefetch(next);
-        compute[tile.vectors](weight, cut.offsets.data() + block.list, block.count,
-                              strip->pixels + tile.at, tile, strip->target);
-      }
+      if (bands)
+        compute_bands(cut, block, cut.spots[number], call.program.values[l.result].height, weight,
+                      *strip, prefetch);
+      else compute_tiles(l, cut, block, cut.tiles[number][most], weight, *strip, prefetch);
     }
   }
 }
@@ -197,9 +260,11 @@ void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t ima
     Strip strips[TOGETHER];
     for (int64_t i = 0; i < images; ++i) {
       const Planes<const float> source = call.source(l.source, image + i, nth + i, arena);
-      strips[i].pixels = scratch + i * p.late_scratch;
-      if (cut.in_place) strips[i].pixels = source.data + first * cut.row;
-      else fill(l, cut, p.values[l.source], source, first, scratch + i * p.late_scratch);
+      float* frame = scratch + i * p.late_scratch;
+      strips[i].pixels = cut.in_place ? source.data + first * cut.row : frame;
+      const Value& size = p.values[l.source];
+      if (l.kind == WINOGRAD) fill_bands(l, cut, size, source, first, p.zeros.data(), frame);
+      else if (!cut.in_place) fill(l, cut, size, source, first, frame);
       Target& target = strips[i].target;
       target.bias = call.bias + l.bias;
       target.activation = l.activation;

@@ -18,17 +18,18 @@
 #include <numeric>
 #include <optional>
 
-#include "tile.h"
+#include "winograd.h"
 
 namespace dspfx {
 
 constexpr int64_t STRIP_FLOATS = 96 * 1024;  // of input, of the second cache
+constexpr int64_t BANDS_FLOATS = 32 * 1024;  // the same, of transformed rows
 constexpr int64_t FEW_WEIGHTS = 64 * 1024;   // cheap for every thread to read
 const float ALL_BITS = c10::bit_cast<float>(~uint32_t{0});
 constexpr int64_t TOGETHER = 4;              // images, in late layers
 constexpr int64_t LAYER_NUMBERS = 14;        // that describe a layer
 
-enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1 };
+enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1, WINOGRAD = 2 };
 
 // An image between layers.
 struct Value {
@@ -46,7 +47,7 @@ struct Value {
 // Some filters of one group.
 struct Block {
   int64_t rows, filter;   // and the place of the first among all filters of the layer
-  int64_t weight, count;  // its weights' place, and how many for each filter
+  int64_t weight, count;  // its weights' place, and how many for each filter and sum
   int64_t list;           // place of its offsets
 };
 
@@ -67,6 +68,7 @@ struct Cut {
   // by strip and vectors in a tile
   std::vector<std::array<std::vector<Tile>, MOST_VECTORS + 1>> tiles;
   std::vector<float> masks;
+  std::vector<std::vector<Spot>> spots;  // by strip, of Winograd's algorithm
 };
 
 struct Layer {
@@ -80,10 +82,13 @@ struct Layer {
   Cut alone, together;                  // for one thread, for all
   int64_t weights() const {
     int64_t sum = 0;
-    for (const Block& b : blocks) sum += kind == CONVOLUTION ? b.rows * b.count : 0;
+    for (const Block& b : blocks) sum += kind == MAX_POOL ? 0 : weights(b);
     return sum;
   }
-  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t weights(const Block& b) const { return b.rows * b.count * points(); }
+  // sums of products, and how many products of a channel each has
+  int64_t points() const { return kind == WINOGRAD ? POINTS : 1; }
+  int64_t taps() const { return kind == WINOGRAD ? kernel[1] : kernel[0] * kernel[1]; }
   int64_t reach(int axis) const { return (kernel[axis] - 1) * dilation[axis]; }
 };
 
@@ -93,7 +98,7 @@ struct Program {
   std::vector<Value> values;
   std::vector<Layer> layers;
   std::vector<int64_t> outputs;
-  std::vector<float> no_bias;
+  std::vector<float> no_bias, zeros;  // zeros: a row
   int64_t late;               // the first late layer
   int64_t early_arena = 0, late_arena = 0;  // floats for values, the late ones for one image
   int64_t early_scratch = 0, late_scratch = 0;
@@ -142,7 +147,7 @@ inline void read_groups(Layer& l, const Value& source, int64_t groups, int64_t f
     for (int64_t b = 0, at = first; b < blocks; ++b) {
       const int64_t rows = count / blocks + (b < count % blocks ? 1 : 0);
       l.blocks.push_back({rows, at, weights, reads * l.taps(), start * l.taps()});
-      at += rows, weights += rows * reads * l.taps();
+      at += rows, weights += l.weights(l.blocks.back());
     }
     first += count;
   }
@@ -170,7 +175,7 @@ inline void pool_channels(Layer& l, int64_t channels) {
 inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan, int64_t& weights,
                        int64_t& biases) {
   Layer l;
-  TORCH_CHECK(numbers[0] == CONVOLUTION || numbers[0] == MAX_POOL,
+  TORCH_CHECK(numbers[0] >= CONVOLUTION && numbers[0] <= WINOGRAD,
               "group_conv2d: unknown kind of layer ", numbers[0]);
   l.kind = static_cast<Kind>(numbers[0]);
   l.source = numbers[1], l.residual = numbers[2], l.result = p.values.size();
@@ -192,6 +197,9 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
     TORCH_CHECK(room >= 0, "group_conv2d: the kernel is larger than the padded image");
     out[axis] = room / l.stride[axis] + 1;
   }
+  TORCH_CHECK(l.kind != WINOGRAD || (l.kernel[0] == 3 && l.stride[0] == 1 && l.stride[1] == 1 &&
+                                     l.dilation[0] == 1),
+              "group_conv2d: Winograd's algorithm is for 3 rows of taps side by side, and strides of 1");
   l.activation = numbers[13];
   TORCH_CHECK(l.activation >= 0 && l.activation < ACTIVATIONS, "group_conv2d: unknown activation ",
               l.activation);
@@ -346,7 +354,42 @@ inline void choose_frame(const Layer& l, const Value& from, const Value& to, Cut
   cut.row = cut.frame.width;
 }
 
+// Strips of whole bands.
+inline Cut cut_bands(const Program& p, const Layer& l, int64_t threads) {
+  const Value &from = p.values[l.source], &to = p.values[l.result];
+  Cut cut{};
+  choose_frame(l, from, to, cut);
+  // a row of less than a vector is stored as one
+  if (from.width < LANES) cut.row = std::max(cut.row, l.padding[1] + LANES);
+  const int64_t bands = (to.height + BAND - 1) / BAND;
+  const int64_t a_band = std::max<int64_t>(1, l.used.size() * POINTS * cut.row);
+  const int64_t fitting = std::clamp<int64_t>(BANDS_FLOATS / a_band, 1, std::max<int64_t>(1, bands));
+  cut.strips = (bands + fitting - 1) / fitting, cut.splits = 1;
+  if (cut.strips % threads != 0) {
+    const int64_t more = (cut.strips + threads - 1) / threads * threads;
+    if (l.weights() <= FEW_WEIGHTS && bands >= more) cut.strips = more;
+    else cut.splits = std::min<int64_t>(threads, std::max<size_t>(1, l.blocks.size()));
+  }
+  const int64_t in_a_strip = std::max<int64_t>(1, (bands + cut.strips - 1) / std::max<int64_t>(1, cut.strips));
+  cut.strips = (bands + in_a_strip - 1) / in_a_strip;
+  cut.rows = in_a_strip * BAND;
+  cut.frame = {{POINTS, 1}, in_a_strip, cut.row};
+  return cut;
+}
+
+inline std::vector<Spot> spots_of(const Cut& cut, const Value& to, int64_t first) {
+  std::vector<Spot> spots;
+  for (int64_t y = first; y < std::min(first + cut.rows, to.height); y += BAND)
+    for (int64_t x = 0; x < to.width; x += LANES) {
+      const int64_t column = std::max<int64_t>(0, std::min(x, to.width - LANES));
+      spots.push_back({(y - first) / BAND * cut.row + column, y, column,
+                       std::min(LANES, to.width)});
+    }
+  return spots;
+}
+
 inline Cut cut_for(const Program& p, const Layer& l, int64_t threads) {
+  if (l.kind == WINOGRAD) return cut_bands(p, l, threads);
   const Value &from = p.values[l.source], &to = p.values[l.result];
   Cut cut{};
   const int64_t row = to.place == Value::INSIDE ? to.row() : from.row();
@@ -382,7 +425,7 @@ inline void find_offsets(const Layer& l, const Value& from, Cut& cut) {
   const Frame& f = cut.frame;
   cut.offsets.reserve(l.inputs.size() * l.taps());
   for (const int64_t c : l.inputs)
-    for (int64_t ky = 0; ky < l.kernel[0]; ++ky)
+    for (int64_t ky = 0; ky < l.taps() / l.kernel[1]; ++ky)
       for (int64_t kx = 0; kx < l.kernel[1]; ++kx) {
         const int64_t y = ky * l.dilation[0], x = kx * l.dilation[1];
         if (cut.in_place) {
@@ -401,12 +444,17 @@ inline void finish_cut(Program& p, const Layer& l, Cut& cut) {
   find_offsets(l, from, cut);
   const Value* residual = l.residual < 0 ? nullptr : &p.values[l.residual];
   cut.tiles.resize(cut.strips);
-  for (int64_t strip = 0; strip < cut.strips; ++strip)
+  for (int64_t strip = 0; strip < cut.strips; ++strip) {
+    if (l.kind == WINOGRAD) {
+      cut.spots.push_back(spots_of(cut, to, strip * cut.rows));
+      continue;
+    }
     for (const Block& b : l.blocks) {
       auto& tiles = cut.tiles[strip][vectors_for(b.rows)];
       if (tiles.empty())
         tiles = tiles_of(cut, to, residual, strip * cut.rows, vectors_for(b.rows));
     }
+  }
   if (!cut.in_place) {
     const int64_t floats = l.used.size() * cut.frame.channel() + l.padding[1] +
         MOST_VECTORS * LANES;
@@ -451,6 +499,8 @@ inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
     p.values[number].place = Value::RETURNED;
     p.outputs.push_back(number);
   }
+  for (const Value& v : p.values)
+    p.zeros.resize(std::max<size_t>(p.zeros.size(), v.width));
   choose_zeros(p);
   find_late_layers(p);
   choose_places(p);

@@ -70,13 +70,25 @@ inline Vec smooth(int64_t activation, Vec x) {
   return x * at::vec::minimum(at::vec::maximum(x + Vec(3.f), zero), six) / six;
 }
 
+inline Vec lowest(int64_t activation) {
+  const bool bounded = activation == RELU || activation == RELU6;
+  return Vec(bounded ? 0.f : -std::numeric_limits<float>::infinity());
+}
+
+inline Vec highest(int64_t activation) {
+  return Vec(activation == RELU6 ? 6.f : std::numeric_limits<float>::infinity());
+}
+
+inline Vec activated(int64_t activation, Vec x) {
+  if (activation >= HARDSWISH) return smooth(activation, x);
+  return at::vec::clamp(x, lowest(activation), highest(activation));
+}
+
 // Vectors of one filter: the residual is added and the activation taken on the way out.
 template <int64_t V>
 C10_ALWAYS_INLINE void finish(Vec (&sum)[V], int64_t activation, const float* added, const float* mask,
                    float* to) {
-  const float inf = std::numeric_limits<float>::infinity();
-  const Vec low(activation == RELU || activation == RELU6 ? 0.f : -inf);
-  const Vec high(activation == RELU6 ? 6.f : inf);
+  const Vec low = lowest(activation), high = highest(activation);
   if (added != nullptr)
     for (int64_t v = 0; v < V; ++v) sum[v] = sum[v] + Vec::loadu(added + v * LANES);
   for (int64_t v = 0; v < V; ++v) sum[v] = at::vec::clamp(sum[v], low, high);
@@ -109,22 +121,23 @@ C10_NOINLINE void finish_by_segments(const float* sums, const Tile& tile, const 
     std::copy_n(result + s.from, s.count, plane + s.row * target.y.row + s.column);
 }
 
-// Adds one product of the sum. Of weights and pixels the fewer are held in registers, so that with the
-// sums there are at most 16. The loops over rows must be unrolled, or the sums would be in memory.
-template <int64_t R, int64_t V>
-C10_ALWAYS_INLINE void accumulate(const float* weight, const float* pixels, Vec (&sum)[R][V]) {
+// Adds one product of the sum; `pixels(v)` is where a vector lies. Of weights and pixels the fewer are
+// held in registers, so that with the sums there are at most 16. The loops over rows must be unrolled,
+// or the sums would be in memory.
+template <int64_t R, int64_t V, typename Pixels>
+C10_ALWAYS_INLINE void accumulate(const float* weight, const Pixels& pixels, Vec (&sum)[R][V]) {
   if constexpr (R < V) {
     Vec w[R];
     for (int64_t r = 0; r < R; ++r) w[r] = Vec(weight[r]);
 #pragma GCC unroll 8
     for (int64_t v = 0; v < V; ++v) {
-      const Vec x = Vec::loadu(pixels + v * LANES);
+      const Vec x = Vec::loadu(pixels(v));
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; ++r) sum[r][v] = at::vec::fmadd(w[r], x, sum[r][v]);
     }
   } else {
     Vec x[V];
-    for (int64_t v = 0; v < V; ++v) x[v] = Vec::loadu(pixels + v * LANES);
+    for (int64_t v = 0; v < V; ++v) x[v] = Vec::loadu(pixels(v));
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r) {
       const Vec w(weight[r]);
@@ -134,30 +147,34 @@ C10_ALWAYS_INLINE void accumulate(const float* weight, const float* pixels, Vec 
 }
 
 template <int64_t R, int64_t V>
-void compute_tile(const float* weight, const int64_t* offset, int64_t count, const float* pixels,
-                  const Tile& tile, const Target& target) {
-  Vec sum[R][V];
+struct Direct {
+  static void compute(const float* weight, const int64_t* offset, int64_t count,
+                      const float* pixels, const Tile& tile, const Target& target) {
+    Vec sum[R][V];
 #pragma GCC unroll 8
-  for (int64_t r = 0; r < R; ++r) {
-    const Vec start(target.bias[target.filter[r]]);
-    for (int64_t v = 0; v < V; ++v) sum[r][v] = start;
-  }
-  for (int64_t k = 0; k < count; ++k, weight += R)
-    accumulate<R, V>(weight, pixels + offset[k], sum);
-  const float* mask = tile.mask < 0 ? nullptr : target.masks + tile.mask;
+    for (int64_t r = 0; r < R; ++r) {
+      const Vec start(target.bias[target.filter[r]]);
+      for (int64_t v = 0; v < V; ++v) sum[r][v] = start;
+    }
+    for (int64_t k = 0; k < count; ++k, weight += R) {
+      const float* from = pixels + offset[k];
+      accumulate<R, V>(weight, [from](int64_t v) { return from + v * LANES; }, sum);
+    }
+    const float* mask = tile.mask < 0 ? nullptr : target.masks + tile.mask;
 #pragma GCC unroll 8
-  for (int64_t r = 0; r < R; ++r) {
-    if (tile.direct) {
-      const float* added = added_plane(target, r);
-      finish<V>(sum[r], target.activation, added == nullptr ? nullptr : added + tile.to, mask,
-                target.y.data + target.filter[r] * target.y.plane + tile.to);
-    } else {
-      alignas(64) float sums[V * LANES];
-      for (int64_t v = 0; v < V; ++v) sum[r][v].store(sums + v * LANES);
-      finish_by_segments<V>(sums, tile, target, r);
+    for (int64_t r = 0; r < R; ++r) {
+      if (tile.direct) {
+        const float* added = added_plane(target, r);
+        finish<V>(sum[r], target.activation, added == nullptr ? nullptr : added + tile.to, mask,
+                  target.y.data + target.filter[r] * target.y.plane + tile.to);
+      } else {
+        alignas(64) float sums[V * LANES];
+        for (int64_t v = 0; v < V; ++v) sum[r][v].store(sums + v * LANES);
+        finish_by_segments<V>(sums, tile, target, r);
+      }
     }
   }
-}
+};
 
 // The largest of all taps, for one channel; there is no weight.
 template <int64_t V>
@@ -178,30 +195,35 @@ void pool_tile(const float*, const int64_t* offset, int64_t count, const float* 
   }
 }
 
-using Compute = void (*)(const float*, const int64_t*, int64_t, const float*, const Tile&,
-                         const Target&);
-using OfRows = std::array<Compute, MOST_VECTORS + 1>;
+template <typename Function>
+using OfRows = std::array<Function, MOST_VECTORS + 1>;
 
-template <int64_t R, int64_t... V>
-constexpr OfRows of_rows(std::integer_sequence<int64_t, V...>) {
-  return {nullptr, compute_tile<R, V + 1>...};
+template <typename Function, template <int64_t, int64_t> class Kernel, int64_t R, int64_t... V>
+constexpr OfRows<Function> of_rows(std::integer_sequence<int64_t, V...>) {
+  return {nullptr, Kernel<R, V + 1>::compute...};
 }
 
-template <int64_t... R>
-constexpr std::array<OfRows, MOST_ROWS + 1> all_rows(std::integer_sequence<int64_t, R...>) {
-  return {OfRows{},
-          of_rows<R + 1>(std::make_integer_sequence<int64_t, vectors_for(R + 1)>())...};
+template <typename Function, template <int64_t, int64_t> class Kernel, int64_t... R>
+constexpr std::array<OfRows<Function>, MOST_ROWS + 1> all_rows(
+    std::integer_sequence<int64_t, R...>) {
+  return {OfRows<Function>{}, of_rows<Function, Kernel, R + 1>(
+                                  std::make_integer_sequence<int64_t, vectors_for(R + 1)>())...};
 }
 
-// by filters, 1 to MOST_ROWS, and vectors, 1 to vectors_for(filters)
-constexpr std::array<OfRows, MOST_ROWS + 1> COMPUTE =
-    all_rows(std::make_integer_sequence<int64_t, MOST_ROWS>());
+// A kernel by filters, 1 to MOST_ROWS, and vectors, 1 to vectors_for(filters).
+template <typename Function, template <int64_t, int64_t> class Kernel>
+constexpr std::array<OfRows<Function>, MOST_ROWS + 1> all_rows() {
+  return all_rows<Function, Kernel>(std::make_integer_sequence<int64_t, MOST_ROWS>());
+}
+
+using Compute = decltype(&Direct<1, 1>::compute);
+constexpr auto COMPUTE = all_rows<Compute, Direct>();
 
 template <int64_t... V>
-constexpr OfRows pools(std::integer_sequence<int64_t, V...>) {
+constexpr OfRows<Compute> pools(std::integer_sequence<int64_t, V...>) {
   return {nullptr, pool_tile<V + 1>...};
 }
 
-constexpr OfRows POOL = pools(std::make_integer_sequence<int64_t, vectors_for(1)>());
+constexpr OfRows<Compute> POOL = pools(std::make_integer_sequence<int64_t, vectors_for(1)>());
 
 }  // namespace dspfx
