@@ -212,38 +212,33 @@ void compute_tiles(const Layer& l, const Cut& cut, const Block& block,
   }
 }
 
-void compute_bands(const Cut& cut, const Block& block, const std::vector<Spot>& spots,
-                   int64_t height, const float* weight, const Strip& strip, Prefetch& prefetch) {
-  const int64_t count = static_cast<int64_t>(spots.size()), most = vectors_for(block.rows);
-  for (int64_t at = 0; at < count; at += most) {
-    prefetch.some();
-    COMPUTE_BANDS[block.rows][std::min(most, count - at)](
-        weight, cut.offsets.data() + block.list, block.count, strip.pixels,
-        cut.frame.height * cut.frame.width, &spots[at], height, strip.target);
-  }
-}
-
 // Some blocks of filters for all pixels of the strips with number `number`, of several images.
 void compute_blocks(const Call& call, const Layer& l, const Cut& cut, int64_t number,
                     Strip* strips, int64_t images, int64_t from, int64_t until) {
+  std::vector<BandVector> vectors;
+  if (l.kind == WINOGRAD)
+    for (int64_t i = 0; i < images; ++i)
+      for (const Spot& spot : cut.spots[number])
+        vectors.push_back({strips[i].pixels + spot.at, &spot, &strips[i].target});
   for (int64_t b = from; b < until; ++b) {
     const Block& block = l.blocks[b];
-    const bool bands = l.kind == WINOGRAD;
-    const int64_t most = vectors_for(block.rows);
-    const int64_t tiles = bands ? (cut.spots[number].size() + most - 1) / most
-                                : cut.tiles[number][most].size();
     const float* weight = call.weight + block.weight;
     const float* next = weight + l.weights(block);
-    Prefetch prefetch(next, std::min(next + l.weights(block), call.weights_end),
-                      std::max<int64_t>(1, tiles * images));
     for (Strip* strip = strips; strip < strips + images; ++strip) {
       strip->target.filter = l.filters.data() + block.filter;
       strip->target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
-      if (bands)
-        compute_bands(cut, block, cut.spots[number], call.program.values[l.result].height, weight,
-                      *strip, prefetch);
-      else compute_tiles(l, cut, block, cut.tiles[number][most], weight, *strip, prefetch);
     }
+    if (l.kind == WINOGRAD) {
+      compute_bands(weight, cut.offsets.data() + block.list, block.count, block.rows,
+                    cut.frame.height * cut.frame.width, vectors.data(), vectors.size(),
+                    call.program.values[l.result].height);
+      continue;
+    }
+    const std::vector<Tile>& tiles = cut.tiles[number][vectors_for(block.rows)];
+    Prefetch prefetch(next, std::min(next + l.weights(block), call.weights_end),
+                      std::max<int64_t>(1, tiles.size() * images));
+    for (Strip* strip = strips; strip < strips + images; ++strip)
+      compute_tiles(l, cut, block, tiles, weight, *strip, prefetch);
   }
 }
 

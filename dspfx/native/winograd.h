@@ -58,17 +58,23 @@ inline void transform_rows(const float* const (&rows)[POINTS], int64_t width, fl
   if (width % LANES != 0) transform_pixels(rows, last, LANES, to + last, plane);
 }
 
-// Some filters times some vectors of a band, as `Direct`; A^T is applied on the way out.
+// Vectors of bands that are computed one after the other, in one strip or in those of several images.
+struct BandVector {
+  const float* pixels;
+  const Spot* spot;
+  const Target* target;
+};
+
+// The products of one point, for some filters; V vectors at a time are held in registers, and `number`
+// is a multiple of V.
 template <int64_t R, int64_t V>
-struct Bands {
-  static void compute(const float* weight, const int64_t* offset, int64_t count,
-                      const float* pixels, int64_t plane, const Spot* spots, int64_t height,
-                      const Target& target) {
-    alignas(64) float products[POINTS][R][V][LANES];
-    const float* from[V];
-    for (int64_t v = 0; v < V; ++v) from[v] = pixels + spots[v].at;
-    for (int64_t point = 0; point < POINTS; ++point) {
+struct Products {
+  static void compute(const float* weights, const int64_t* offset, int64_t count, int64_t plane,
+                      const BandVector* vectors, int64_t number, float* to) {
+    for (const BandVector* end = vectors + number; vectors < end; vectors += V, to += V * R * LANES) {
       Vec sum[R][V];
+      const float *from[V], *weight = weights;
+      for (int64_t v = 0; v < V; ++v) from[v] = vectors[v].pixels + plane;
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; ++r)
         for (int64_t v = 0; v < V; ++v) sum[r][v] = Vec(0.f);
@@ -76,38 +82,61 @@ struct Bands {
         accumulate<R, V>(weight, [&](int64_t v) { return from[v] + offset[k]; }, sum);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; ++r)
-        for (int64_t v = 0; v < V; ++v) sum[r][v].store(products[point][r][v]);
-      for (int64_t v = 0; v < V; ++v) from[v] += plane;
-    }
-    for (int64_t r = 0; r < R; ++r)
-      for (int64_t v = 0; v < V; ++v) {
-        Vec m[POINTS];
-        for (int64_t i = 0; i < POINTS; ++i) m[i] = Vec::loadu(products[i][r][v]);
-        finish_band(m, spots[v], height, target, r);
-      }
-  }
-
-  static void finish_band(const Vec (&m)[POINTS], const Spot& spot, int64_t height,
-                          const Target& target, int64_t r) {
-    const Vec bias(target.bias[target.filter[r]]);
-    const Vec sum = m[1] + m[2], difference = m[1] - m[2];
-    const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
-    const Vec y[BAND] = {m[0] + sum + sum2 + bias, difference + Vec(2.f) * difference2 + bias,
-                         sum + Vec(4.f) * sum2 + bias,
-                         difference + Vec(8.f) * difference2 + m[5] + bias};
-    const float* added = added_plane(target, r);
-    float* plane = target.y.data + target.filter[r] * target.y.plane;
-    for (int64_t i = 0; i < std::min(BAND, height - spot.row); ++i) {
-      Vec x = y[i];
-      if (added != nullptr)
-        x = x + load(added + (spot.row + i) * target.residual.row + spot.column, spot.count);
-      store(activated(target.activation, x), plane + (spot.row + i) * target.y.row + spot.column,
-            spot.count);
+        for (int64_t v = 0; v < V; ++v) sum[r][v].store(to + (v * R + r) * LANES);
     }
   }
 };
 
-using ComputeBands = decltype(&Bands<1, 1>::compute);
-constexpr auto COMPUTE_BANDS = all_rows<ComputeBands, Bands>();
+using ComputeProducts = decltype(&Products<1, 1>::compute);
+constexpr auto PRODUCTS = all_rows<ComputeProducts, Products>();
+
+// A^T of six products, `step` floats apart, and what `finish` does.
+inline void finish_band(const float* products, int64_t step, const BandVector& vector,
+                        int64_t height, int64_t r) {
+  const Target& target = *vector.target;
+  const Spot& spot = *vector.spot;
+  Vec m[POINTS];
+  for (int64_t i = 0; i < POINTS; ++i) m[i] = Vec::loadu(products + i * step);
+  const Vec bias(target.bias[target.filter[r]]);
+  const Vec sum = m[1] + m[2], difference = m[1] - m[2];
+  const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+  const Vec y[BAND] = {m[0] + sum + sum2 + bias, difference + Vec(2.f) * difference2 + bias,
+                       sum + Vec(4.f) * sum2 + bias,
+                       difference + Vec(8.f) * difference2 + m[5] + bias};
+  const float* added = added_plane(target, r);
+  float* plane = target.y.data + target.filter[r] * target.y.plane;
+  for (int64_t i = 0; i < std::min(BAND, height - spot.row); ++i) {
+    Vec x = y[i];
+    if (added != nullptr)
+      x = x + load(added + (spot.row + i) * target.residual.row + spot.column, spot.count);
+    store(activated(target.activation, x), plane + (spot.row + i) * target.y.row + spot.column,
+          spot.count);
+  }
+}
+
+constexpr int64_t MOST_PRODUCTS = 4096;  // floats, of the first cache
+
+// All vectors of one block of filters.
+inline void compute_bands(const float* weight, const int64_t* offset, int64_t count, int64_t rows,
+                          int64_t plane, const BandVector* vectors, int64_t number, int64_t height) {
+  alignas(64) float products[MOST_PRODUCTS];
+  const int64_t most = vectors_for(rows);
+  const int64_t together = MOST_PRODUCTS / (POINTS * rows * LANES) / most * most;
+  for (; number > 0; vectors += together, number -= together) {
+    const int64_t now = std::min(together, number), step = now * rows * LANES;
+    const int64_t whole = now / most * most;
+    for (int64_t point = 0; point < POINTS; ++point) {
+      const float* own = weight + point * count * rows;
+      float* to = products + point * step;
+      PRODUCTS[rows][most](own, offset, count, point * plane, vectors, whole, to);
+      if (now > whole)
+        PRODUCTS[rows][now - whole](own, offset, count, point * plane, vectors + whole,
+                                    now - whole, to + whole * rows * LANES);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t v = 0; v < now; ++v)
+        finish_band(products + (v * rows + r) * LANES, step, vectors[v], height, r);
+  }
+}
 
 }  // namespace dspfx
