@@ -2,10 +2,12 @@
 
 1. Every layer whose filters read different channels is emitted in the forms that are likely to be
    fast and on the project's own kernel, and each is timed.
-2. The whole network is compiled with the fastest form of every layer, as it was converted, with
+2. Convolutions on the own kernel that follow each other are joined, and those of 3x3 that are faster
+   by Winograd's algorithm where they stand are computed so.
+3. The whole network is compiled with the fastest form of every layer, as it was converted, with
    every layer dense, and with every layer on the own kernel; only together it shows what changes of
    layout between layers cost. The fastest is returned, so that none is slower than dense.
-3. A network that takes only a few milliseconds is compiled once more, called from C++.
+4. A network that takes only a few milliseconds is compiled once more, called from C++.
 """
 
 import threading
@@ -20,6 +22,7 @@ from tabulate import tabulate
 from torch import nn
 
 from dspfx import native
+from dspfx.group_conv import GroupConvRun
 from dspfx.inputs import as_inputs
 from dspfx.parts import compact_parts_of
 from dspfx.passes.cost_model import CPU
@@ -28,6 +31,7 @@ from dspfx.passes.lowering import Lowering, dense, describe, forms
 from dspfx.passes.measure import Measured
 from dspfx.passes.relower import Site, relowered, sites
 from dspfx.passes.runs import join_runs
+from dspfx.passes.winograd import choose, measured_choice
 from dspfx.timing import medians
 
 MOST_FORMS = 6
@@ -62,11 +66,13 @@ class CompileReport:
         networks: seconds of the whole network, compiled, by how its layers are emitted; empty
             where there was nothing to choose.
         chosen: the one that is returned.
+        winograd: its layers that Winograd's algorithm computes.
     """
 
     layers: tuple[LayerChoice, ...]
     networks: Mapping[str, float]
     chosen: str
+    winograd: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [
@@ -87,10 +93,12 @@ class CompileReport:
             (name, f"{1e3 * seconds:.3f}", "chosen" if name == self.chosen else "")
             for name, seconds in self.networks.items()
         ]
+        names = ", ".join(self.winograd)
         return "\n\n".join(
             [
                 tabulate(rows, header, disable_numparse=True),
                 tabulate(networks, ("whole network, compiled", "ms", ""), disable_numparse=True),
+                *([f"By Winograd's algorithm: {names}"] if names else []),
             ]
         )
 
@@ -170,14 +178,14 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     choices, fastest = _choose(grouped)
     whole = {site: site.emit(dense(site.groups)) for site in grouped}
     networks = {
-        "the fastest form of each layer": _fused(relowered(model, fastest)),
+        "the fastest form of each layer": _joined(relowered(model, fastest), inputs),
         "as converted": model,
         "dense": relowered(model, whole),
     }
     if native.built():
         modules = {site: site.emit_native() for site in layers}
         own = {site: module for site, module in modules.items() if module is not None}
-        networks["native"] = _fused(relowered(model, own))
+        networks["native"] = _joined(relowered(model, own), inputs)
     compiled = {name: _compiled(network, inputs) for name, network in networks.items()}
     if native.built():  # a few long calls need nobody to join them
         compiled[f"native, {AS_IT_IS}"] = _compiled(networks["native"], inputs, AS_IT_IS)
@@ -190,14 +198,19 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
         calls[name] = partial(compiled[name], *inputs)
         times = medians(calls, ROUNDS, settle=SETTLE)
         best = min(times, key=times.__getitem__)
-    compiled[best].report = CompileReport(choices, times, best)
-    return compiled[best]
+    fast = compiled[best]
+    runs = [module for module in fast.model.modules() if isinstance(module, GroupConvRun)]
+    winograd = tuple(name for run in runs for name in run.by_winograd())
+    fast.report = CompileReport(choices, times, best, winograd)
+    return fast
 
 
-def _fused(network: nn.Module) -> nn.Module:
+def _joined(network: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    """With what the own kernel computes in one go, each layer by its faster algorithm."""
     for _, part in compact_parts_of(network):
         fuse(part, part.example_inputs)
         join_runs(part)
+    choose(network, measured_choice(network, inputs))
     return network
 
 

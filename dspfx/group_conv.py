@@ -220,6 +220,7 @@ class GroupConvRun(nn.Module):
             )
         ]
         parts: list[Any] = [layer for layer in layers if isinstance(layer, GroupConv2d)]
+        self.block = parts[0].block
         plan = [parts[0].plan[:1], *(part.plan[1:] for part in parts)]
         bias = [p.weight.new_zeros(p.count) if p.bias is None else p.bias for p in parts]
         self.register_buffer("weight", torch.cat([part.weight for part in parts]))
@@ -242,12 +243,12 @@ class GroupConvRun(nn.Module):
         return found
 
     def transformed(self, chosen: Collection[int]) -> "GroupConvRun":
-        """The same, with those of the `transformable` layers by Winograd's algorithm, and no other.
+        """The same, but `chosen`, of the `transformable` layers, are by Winograd's algorithm.
 
-        Weights are rounded when they are transformed.
+        Their weights are rounded anew.
         """
         twin = copy.deepcopy(self)
-        weights = []
+        weights: list[Tensor] = []
         for number, layer in enumerate(self._unpacked()):
             if layer.kind == native.MAX_POOL:
                 continue
@@ -256,11 +257,19 @@ class GroupConvRun(nn.Module):
             twin.numbers[number * native.LAYER_NUMBERS] = kind
             own = [weight for _, _, weight in layer.groups]
             weights += [native.transformed(w) for w in own] if by_winograd else own
-        twin.weight = native.packed(weights, int(self.plan[0]))
+        twin.weight = native.packed(weights, self.block)
         return twin
 
+    def by_winograd(self) -> list[str]:
+        """The names of the layers that are computed by Winograd's algorithm."""
+        kinds = self.numbers[:: native.LAYER_NUMBERS]
+        pairs = zip(self.names, kinds, strict=True)
+        return [name for name, kind in pairs if kind == native.WINOGRAD]
+
     def _unpacked(self) -> list[native.Layer]:
-        return list(native.unpacked(self.weight, self.plan, self.numbers))
+        weight: Any = self.weight
+        plan: Any = self.plan
+        return list(native.unpacked(weight, plan, self.numbers))
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The inputs, each `[N, C, H, W]`, to the values that are returned."""
@@ -282,8 +291,11 @@ class GroupConvRun(nn.Module):
 
     def extra_repr(self) -> str:
         """A line for each layer, in `print`."""
-        lines = zip(self.names, self.descriptions, strict=True)
-        return "\n".join(f"({name}): {description}" for name, description in lines)
+        own = self.by_winograd()
+        return "\n".join(
+            f"({name}): {description}" + (", Winograd" if name in own else "")
+            for name, description in zip(self.names, self.descriptions, strict=True)
+        )
 
 
 def _counted(sizes: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:

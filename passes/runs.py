@@ -1,4 +1,4 @@
-"""Native convolutions that follow each other, and max pools behind them, become one call.
+"""Native convolutions, with those that follow and max pools behind them, become one call.
 
 A run takes in every convolution that can be computed with it: none of its inputs depends, by way of
 anything that is no native convolution, on a result of the run. What reads results is moved behind.
@@ -17,7 +17,7 @@ def join_runs(module: fx.GraphModule) -> bool:
     """Join native convolutions in `module`, which is changed; whether there were any to join."""
     joined = False
     for number, run in enumerate(_runs(module)):
-        if len(run) > 1:
+        if run:
             _join(module, run, f"run_{number}")
             joined = True
     if joined:

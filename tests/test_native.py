@@ -154,6 +154,24 @@ def any_lists(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@st.composite
+def for_winograd(draw: st.DrawFn) -> dict[str, Any]:
+    """Three rows of taps and strides of 1, else anything."""
+    call = draw(any_lists())
+    kernel, _, padding, dilation = call["settings"]
+    settings = ([3, kernel[1]], [1, 1], padding, [1, dilation[1]])
+    count, channels, *size = call["size"]
+    size[0] = max(size[0], 3 - 2 * padding[0])
+    residual = draw(st.integers(0, 9))
+    return call | {
+        "settings": settings,
+        "size": (count, channels, *size),
+        "activation": draw(st.sampled_from(native.ACTIVATIONS)),
+        "added": added_to(call["filters"], residual, 0) if residual else None,
+        "residual": residual,
+    }
+
+
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """`x` with other strides."""
     if layout == "channels last":
@@ -183,6 +201,44 @@ def test_equal_to_the_reference_for_any_lists(call: dict[str, Any]) -> None:
     buffers: Any = (own.weight.double(), own.bias.double(), own.plan)
     (wanted,) = native._run([x.double()], *buffers, own.numbers(0, -1), [1])
     assert_equal(wanted.float(), own(laid_out(x, call["layout"])), 1e-5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(for_winograd())
+@pytest.mark.usefixtures("_threads")
+def test_winograd_is_equal_to_the_reference(call: dict[str, Any]) -> None:
+    torch.set_num_threads(call["threads"])
+    generator = torch.Generator().manual_seed(0)
+    groups = [
+        FilterGroup(
+            g.filters,
+            g.inputs,
+            torch.randn(len(g.filters), len(g.inputs), *call["settings"][0], generator=generator)
+            / max(1, 3 * len(g.inputs) * call["settings"][0][1]) ** 0.5,
+        )
+        for g in call["groups"]
+    ]
+    bias = torch.randn(call["filters"], generator=generator)
+    own = GroupConv2d(
+        call["settings"], groups, call["filters"], bias, call["activation"], call["added"]
+    )
+    x = torch.randn(call["size"], generator=generator)
+    inputs = [x]
+    if call["added"] is not None:
+        size = native._out_size(x.shape[2:], *call["settings"])
+        inputs.append(torch.randn(len(x), call["residual"], *size, generator=generator))
+    last = len(inputs)
+    run = GroupConvRun([own], [(0, 2 * last - 3)], last, [last])
+    buffers: Any = (run.weight.double(), run.bias.double(), run.plan)
+    doubles = [given.double() for given in inputs]
+    (wanted,) = native._run(doubles, *buffers, run.numbers, run.outputs)
+    assert run.transformable() == [0]
+    fast = run.transformed([0])
+    for _ in range(2):  # the second call finds the memory of the first
+        (result,) = fast(*(laid_out(given, call["layout"]) for given in inputs))
+        assert_equal(wanted.float(), result, 1e-5)
+    (portable,) = native._run(inputs, fast.weight, fast.bias, fast.plan, fast.numbers, [last])
+    assert_equal(wanted.float(), portable, 1e-5)
 
 
 @st.composite
@@ -222,6 +278,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         "layers": layers,
         "inputs": inputs,
         "outputs": draw(st.lists(st.sampled_from(results), min_size=1, unique=True)),
+        "winograd": draw(st.sets(st.integers(0, len(layers) - 1))),
         "batch": draw(st.integers(0, 5)),
         "threads": draw(st.integers(1, 4)),
     }
@@ -236,6 +293,7 @@ def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
     inputs = [torch.randn(case["batch"], *size, generator=generator) for size in case["inputs"]]
     layers, reads = [own for own, *_ in case["layers"]], [tuple(r) for _, *r in case["layers"]]
     run = GroupConvRun(layers, reads, len(inputs), case["outputs"])
+    run = run.transformed(case["winograd"].intersection(run.transformable()))
     values = list(inputs)
     for own, source, residual in case["layers"]:
         values.append(own(values[source], *([] if residual < 0 else [values[residual]])))
@@ -348,6 +406,7 @@ def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> Non
     """Each number of a plan is in turn something else: whatever is computed, memory is its own."""
     own, _ = layer(nn.Conv2d(6, 9, 3, padding=1), 2, seed=0)
     run = GroupConvRun([own, own.remade(added=np.arange(9))], [(0, -1), (0, 1)], 1, [1, 2])
+    run = run.transformed(data.draw(st.sets(st.sampled_from([0, 1]))))
     numbers: Any = data.draw(st.sampled_from([run.plan, run.numbers, run.outputs]))
     place = data.draw(st.integers(0, len(numbers) - 1))
     numbers[place] = data.draw(st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62]))

@@ -201,15 +201,39 @@ class Prefetch {
   int64_t share_;
 };
 
-void compute_tiles(const Layer& l, const Cut& cut, const Block& block,
-                   const std::vector<Tile>& tiles, const float* weight, const Strip& strip,
+constexpr int64_t BLOCKS_TOGETHER = 8, PART = 128;
+
+// Blocks of filters that read the same pixels, tile by tile and part by part of the products: so the
+// pixels of a tile come from the first cache for all blocks but one.
+void compute_tiles(const Layer& l, const Cut& cut, const Block* blocks, int64_t number,
+                   const std::vector<Tile>& tiles, const float* weights, Strip& strip,
                    Prefetch& prefetch) {
-  const OfRows<Compute>& compute = l.kind == MAX_POOL ? POOL : COMPUTE[block.rows];
+  alignas(64) float sums[BLOCKS_TOGETHER][MOST_ROWS * MOST_VECTORS * LANES];
   for (const Tile& tile : tiles) {
     prefetch.some();
-    compute[tile.vectors](weight, cut.offsets.data() + block.list, block.count,
-                          strip.pixels + tile.at, tile, strip.target);
+    const int64_t count = blocks->count;
+    for (int64_t k = 0; k == 0 || k < count; k += PART) {
+      const int64_t now = std::min(PART, count - k);
+      for (int64_t b = 0; b < number; ++b) {
+        const Block& block = blocks[b];
+        strip.target.filter = l.filters.data() + block.filter;
+        strip.target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
+        const OfRows<Compute>& compute = l.kind == MAX_POOL ? POOL : COMPUTE[block.rows];
+        compute[tile.vectors](weights + block.weight + k * block.rows,
+                              cut.offsets.data() + block.list + k, now, strip.pixels + tile.at,
+                              tile, strip.target, {k == 0, k + PART >= count, sums[b]});
+      }
+    }
   }
+}
+
+// How many blocks from `first` on are computed together.
+int64_t together(const Block* first, const Block* end) {
+  int64_t number = 1;
+  while (first->count > PART && number < BLOCKS_TOGETHER && first + number < end && first[number].list == first->list &&
+         vectors_for(first[number].rows) == vectors_for(first->rows))
+    ++number;
+  return number;
 }
 
 // Some blocks of filters for all pixels of the strips with number `number`, of several images.
@@ -220,25 +244,28 @@ void compute_blocks(const Call& call, const Layer& l, const Cut& cut, int64_t nu
     for (int64_t i = 0; i < images; ++i)
       for (const Spot& spot : cut.spots[number])
         vectors.push_back({strips[i].pixels + spot.at, &spot, &strips[i].target});
-  for (int64_t b = from; b < until; ++b) {
+  for (int64_t b = from; b < until;) {
     const Block& block = l.blocks[b];
-    const float* weight = call.weight + block.weight;
-    const float* next = weight + l.weights(block);
-    for (Strip* strip = strips; strip < strips + images; ++strip) {
-      strip->target.filter = l.filters.data() + block.filter;
-      strip->target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
-    }
     if (l.kind == WINOGRAD) {
-      compute_bands(weight, cut.offsets.data() + block.list, block.count, block.rows,
+      for (Strip* strip = strips; strip < strips + images; ++strip) {
+        strip->target.filter = l.filters.data() + block.filter;
+        strip->target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
+      }
+      compute_bands(call.weight + block.weight, cut.offsets.data() + block.list, block.count, block.rows,
                     cut.frame.height * cut.frame.width, vectors.data(), vectors.size(),
                     call.program.values[l.result].height);
+      ++b;
       continue;
     }
+    const int64_t now = together(&block, l.blocks.data() + until);
+    const Block& end = l.blocks[b + now - 1];
+    const float* next = call.weight + end.weight + l.weights(end);
     const std::vector<Tile>& tiles = cut.tiles[number][vectors_for(block.rows)];
-    Prefetch prefetch(next, std::min(next + l.weights(block), call.weights_end),
+    Prefetch prefetch(next, std::min(next + l.weights(end) * now, call.weights_end),
                       std::max<int64_t>(1, tiles.size() * images));
     for (Strip* strip = strips; strip < strips + images; ++strip)
-      compute_tiles(l, cut, block, tiles, weight, *strip, prefetch);
+      compute_tiles(l, cut, &block, now, tiles, call.weight, *strip, prefetch);
+    b += now;
   }
 }
 

@@ -146,16 +146,39 @@ C10_ALWAYS_INLINE void accumulate(const float* weight, const Pixels& pixels, Vec
   }
 }
 
+// What a tile adds and where it is written, both far away, while its products are summed up.
+template <int64_t R, int64_t V>
+C10_ALWAYS_INLINE void ask_for(const Tile& tile, const Target& target) {
+  constexpr int64_t last = V * LANES - 1;
+  for (int64_t r = 0; r < R; ++r) {
+    const float* to = target.y.data + target.filter[r] * target.y.plane + tile.to;
+    for (int64_t i = 0; i < last; i += LINE) __builtin_prefetch(to + i, 1);
+    __builtin_prefetch(to + last, 1);
+    const float* added = added_plane(target, r);
+    if (added == nullptr) continue;
+    for (int64_t i = 0; i < last; i += LINE) __builtin_prefetch(added + tile.to + i);
+    __builtin_prefetch(added + tile.to + last);
+  }
+}
+
+// The sums of a tile for a part of the products: what is there of them so far is in `sums`, if this is
+// not the first part; after the last one they are finished.
+struct Part {
+  bool first, last;
+  float* sums;  // [filter][vector]
+};
+
 template <int64_t R, int64_t V>
 struct Direct {
   static void compute(const float* weight, const int64_t* offset, int64_t count,
-                      const float* pixels, const Tile& tile, const Target& target) {
+                      const float* pixels, const Tile& tile, const Target& target, Part part) {
     Vec sum[R][V];
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < R; ++r) {
-      const Vec start(target.bias[target.filter[r]]);
-      for (int64_t v = 0; v < V; ++v) sum[r][v] = start;
-    }
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t v = 0; v < V; ++v)
+        sum[r][v] = part.first ? Vec(target.bias[target.filter[r]])
+                               : Vec::loadu(part.sums + (r * V + v) * LANES);
+    if (part.last && tile.direct) ask_for<R, V>(tile, target);
     for (int64_t k = 0; k < count; ++k, weight += R) {
       const float* from = pixels + offset[k];
       accumulate<R, V>(weight, [from](int64_t v) { return from + v * LANES; }, sum);
@@ -163,7 +186,9 @@ struct Direct {
     const float* mask = tile.mask < 0 ? nullptr : target.masks + tile.mask;
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r) {
-      if (tile.direct) {
+      if (!part.last) {
+        for (int64_t v = 0; v < V; ++v) sum[r][v].store(part.sums + (r * V + v) * LANES);
+      } else if (tile.direct) {
         const float* added = added_plane(target, r);
         finish<V>(sum[r], target.activation, added == nullptr ? nullptr : added + tile.to, mask,
                   target.y.data + target.filter[r] * target.y.plane + tile.to);
@@ -179,7 +204,7 @@ struct Direct {
 // The largest of all taps, for one channel; there is no weight.
 template <int64_t V>
 void pool_tile(const float*, const int64_t* offset, int64_t count, const float* pixels,
-               const Tile& tile, const Target& target) {
+               const Tile& tile, const Target& target, Part) {
   Vec most[V];
   for (int64_t v = 0; v < V; ++v) most[v] = Vec::loadu(pixels + offset[0] + v * LANES);
   for (int64_t k = 1; k < count; ++k)
