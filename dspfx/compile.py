@@ -2,8 +2,8 @@
 
 1. Every layer whose filters read different channels is emitted in the forms that are likely to be
    fast and on the project's own kernel, and each is timed.
-2. Convolutions on the own kernel that follow each other are joined, and those of 3x3 that are faster
-   by Winograd's algorithm where they stand are computed so.
+2. Convolutions on the own kernel that follow each other are joined, and those of 3x3 computed by
+   Winograd's algorithm where that is faster.
 3. The whole network is compiled with the fastest form of every layer, as it was converted, with
    every layer dense, and with every layer on the own kernel; only together it shows what changes of
    layout between layers cost. The fastest is returned, so that none is slower than dense.

@@ -16,6 +16,15 @@ from helpers import assert_equal
 X = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
 
 
+class Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def traced(model: nn.Module) -> fx.GraphModule:
+    return fx.GraphModule(model, Tracer().trace(model))
+
+
 @pytest.fixture
 def model() -> fx.GraphModule:
     """Two layers that the algorithm can compute, and two between them that it cannot."""
@@ -30,7 +39,7 @@ def model() -> fx.GraphModule:
         group_conv_like(c, [(np.arange(len(c.weight)), np.arange(c.in_channels))], c.weight, c.bias)
         for c in convs
     ]
-    model = fx.symbolic_trace(nn.Sequential(own[0], own[1], nn.Sigmoid(), own[2], own[3]).eval())
+    model = traced(nn.Sequential(own[0], own[1], nn.Sigmoid(), own[2], own[3]).eval())
     join_runs(model)
     return model
 
