@@ -275,9 +275,9 @@ void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t ima
                    int64_t images, float* arena, float* scratch, int64_t member,
                    int64_t members) {
   const Program& p = call.program;
-  const int64_t blocks = static_cast<int64_t>(l.blocks.size());
-  for (int64_t task = member; task < cut.strips * cut.splits; task += members) {
-    const int64_t number = task / cut.splits, split = task % cut.splits;
+  const int64_t splits = static_cast<int64_t>(cut.splits.size()) - 1;
+  for (int64_t task = member; task < cut.strips * splits; task += members) {
+    const int64_t number = task / splits, split = task % splits;
     const int64_t first = number * cut.rows;
     Strip strips[TOGETHER];
     for (int64_t i = 0; i < images; ++i) {
@@ -295,8 +295,7 @@ void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t ima
       if (l.residual >= 0) target.residual = call.source(l.residual, image + i, nth + i, arena);
       target.masks = cut.masks.data();
     }
-    compute_blocks(call, l, cut, number, strips, images, blocks * split / cut.splits,
-                   blocks * (split + 1) / cut.splits);
+    compute_blocks(call, l, cut, number, strips, images, cut.splits[split], cut.splits[split + 1]);
   }
 }
 

@@ -58,9 +58,10 @@ struct Frame {
   int64_t channel() const { return phases[0] * phases[1] * height * width; }
 };
 
-// How the work is cut: strips of rows, and the filters into `splits` where strips are too few.
+// How the work is cut: strips of rows, and the blocks of filters, at `splits`, where strips are too few.
 struct Cut {
-  int64_t rows, strips, splits;
+  int64_t rows, strips;
+  std::vector<int64_t> splits;
   bool in_place;
   int64_t row;  // distance of the rows of what is read
   Frame frame;
@@ -354,6 +355,27 @@ inline void choose_frame(const Layer& l, const Value& from, const Value& to, Cut
   cut.row = cut.frame.width;
 }
 
+// Cuts the blocks of a layer into parts of about as much work each; where they begin and end.
+inline std::vector<int64_t> split_blocks(const Layer& l, int64_t parts) {
+  constexpr int64_t A_FILTER = 32;  // what it takes to write one, in products
+  const auto work = [&](const Block& b) { return b.rows * (b.count * l.points() + A_FILTER); };
+  int64_t left = 0;
+  for (const Block& b : l.blocks) left += work(b);
+  std::vector<int64_t> splits{0};
+  int64_t at = 0;
+  const int64_t blocks = static_cast<int64_t>(l.blocks.size());
+  for (; parts > 1; --parts) {
+    int64_t done = 0;
+    // as close to a share of what is left as can be
+    while (at < blocks && 2 * done + work(l.blocks[at]) <= 2 * left / parts)
+      done += work(l.blocks[at++]);
+    left -= done;
+    splits.push_back(at);
+  }
+  splits.push_back(blocks);
+  return splits;
+}
+
 // Strips of whole bands.
 inline Cut cut_bands(const Program& p, const Layer& l, int64_t threads) {
   const Value &from = p.values[l.source], &to = p.values[l.result];
@@ -364,12 +386,14 @@ inline Cut cut_bands(const Program& p, const Layer& l, int64_t threads) {
   const int64_t bands = (to.height + BAND - 1) / BAND;
   const int64_t a_band = std::max<int64_t>(1, l.used.size() * POINTS * cut.row);
   const int64_t fitting = std::clamp<int64_t>(BANDS_FLOATS / a_band, 1, std::max<int64_t>(1, bands));
-  cut.strips = (bands + fitting - 1) / fitting, cut.splits = 1;
+  cut.strips = (bands + fitting - 1) / fitting;
+  int64_t splits = 1;
   if (cut.strips % threads != 0) {
     const int64_t more = (cut.strips + threads - 1) / threads * threads;
     if (l.weights() <= FEW_WEIGHTS && bands >= more) cut.strips = more;
-    else cut.splits = std::min<int64_t>(threads, std::max<size_t>(1, l.blocks.size()));
+    else splits = std::min<int64_t>(threads, std::max<size_t>(1, l.blocks.size()));
   }
+  cut.splits = split_blocks(l, splits);
   const int64_t in_a_strip = std::max<int64_t>(1, (bands + cut.strips - 1) / std::max<int64_t>(1, cut.strips));
   cut.strips = (bands + in_a_strip - 1) / in_a_strip;
   cut.rows = in_a_strip * BAND;
@@ -402,12 +426,14 @@ inline Cut cut_for(const Program& p, const Layer& l, int64_t threads) {
                                                  cut.frame.phases[1] * cut.frame.width);
   const int64_t fitting =
       std::clamp<int64_t>(STRIP_FLOATS / a_row - reach, 1, std::max<int64_t>(1, to.height));
-  cut.strips = (to.height + fitting - 1) / fitting, cut.splits = 1;
+  cut.strips = (to.height + fitting - 1) / fitting;
+  int64_t splits = 1;
   if (cut.strips % threads != 0) {
     const int64_t more = (cut.strips + threads - 1) / threads * threads;
     if (l.weights() <= FEW_WEIGHTS && to.height >= more * 2 * (reach + 1)) cut.strips = more;
-    else cut.splits = std::min<int64_t>(threads, std::max<size_t>(1, l.blocks.size()));
+    else splits = std::min<int64_t>(threads, std::max<size_t>(1, l.blocks.size()));
   }
+  cut.splits = split_blocks(l, splits);
   cut.rows = (to.height + cut.strips - 1) / cut.strips;
   cut.strips = (to.height + cut.rows - 1) / cut.rows;
   const int64_t rest = to.height - (cut.strips - 1) * cut.rows;
