@@ -138,7 +138,9 @@ class GroupConv2d(nn.Module):
     def _unpacked(self) -> native.Layer:
         weight: Any = self.weight
         plan: Any = self.plan
-        (layer,) = native.unpacked(weight, plan, self.numbers(0, 1 if self.adds else -1))
+        (layer,) = native.unpacked(
+            weight, plan, native.as_text([self.numbers(0, 1 if self.adds else -1)])
+        )
         return layer
 
     def extra_repr(self) -> str:
@@ -210,15 +212,12 @@ class GroupConvRun(nn.Module):
         self.names = [str(i) for i in range(len(layers))] if names is None else list(names)
         self.descriptions = [layer.extra_repr() for layer in layers]
         self.inputs, self.outputs = inputs, list(outputs)
-        self.numbers = [
-            number
+        self.layers = native.as_text(
+            layer.numbers(source, residual)
+            if isinstance(layer, GroupConv2d)
+            else _pool_numbers(layer, source)
             for layer, (source, residual) in zip(layers, reads, strict=True)
-            for number in (
-                layer.numbers(source, residual)
-                if isinstance(layer, GroupConv2d)
-                else _pool_numbers(layer, source)
-            )
-        ]
+        )
         parts: list[Any] = [layer for layer in layers if isinstance(layer, GroupConv2d)]
         self.block = parts[0].block
         plan = [parts[0].plan[:1], *(part.plan[1:] for part in parts)]
@@ -249,32 +248,33 @@ class GroupConvRun(nn.Module):
         """
         twin = copy.deepcopy(self)
         weights: list[Tensor] = []
+        numbers = native.as_numbers(self.layers)
         for number, layer in enumerate(self._unpacked()):
             if layer.kind == native.MAX_POOL:
                 continue
             by_winograd = number in chosen
             kind = native.WINOGRAD if by_winograd else native.CONVOLUTION
-            twin.numbers[number * native.LAYER_NUMBERS] = kind
+            numbers[number][0] = kind
             own = [weight for _, _, weight in layer.groups]
             weights += [native.transformed(w) for w in own] if by_winograd else own
         twin.weight = native.packed(weights, self.block)
+        twin.layers = native.as_text(numbers)
         return twin
 
     def by_winograd(self) -> list[str]:
         """The names of the layers that are computed by Winograd's algorithm."""
-        kinds = self.numbers[:: native.LAYER_NUMBERS]
-        pairs = zip(self.names, kinds, strict=True)
-        return [name for name, kind in pairs if kind == native.WINOGRAD]
+        pairs = zip(self.names, native.as_numbers(self.layers), strict=True)
+        return [name for name, (kind, *_) in pairs if kind == native.WINOGRAD]
 
     def _unpacked(self) -> list[native.Layer]:
         weight: Any = self.weight
         plan: Any = self.plan
-        return list(native.unpacked(weight, plan, self.numbers))
+        return list(native.unpacked(weight, plan, self.layers))
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The inputs, each `[N, C, H, W]`, to the values that are returned."""
         results: list[Tensor] = torch.ops.dspfx.group_conv_run(
-            list(inputs), self.weight, self.bias, self.plan, self.numbers, self.outputs
+            list(inputs), self.weight, self.bias, self.plan, self.layers, self.outputs
         )
         return results
 
@@ -285,7 +285,7 @@ class GroupConvRun(nn.Module):
         Only where the kernel is built.
         """
         result: Tensor = torch.ops.dspfx.group_conv_run_seconds(
-            list(inputs), self.weight, self.bias, self.plan, self.numbers, self.outputs
+            list(inputs), self.weight, self.bias, self.plan, self.layers, self.outputs
         )
         return result
 

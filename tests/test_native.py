@@ -121,7 +121,7 @@ def test_equal_to_convolutions(call: dict[str, Any]) -> None:
     assert_equal(wanted, own(*given_too), 1e-5)
     assert torch.equal(own.whole(conv.in_channels), conv.weight.float())
     buffers: Any = (own.weight, own.bias, own.plan)
-    numbers = own.numbers(0, len(given_too) * 2 - 3)
+    numbers = native.as_text([own.numbers(0, len(given_too) * 2 - 3)])
     (portable,) = native._run(given_too, *buffers, numbers, [len(given_too)])
     assert_equal(wanted, portable, 1e-5)
 
@@ -199,7 +199,7 @@ def test_equal_to_the_reference_for_any_lists(call: dict[str, Any]) -> None:
     own = GroupConv2d(call["settings"], groups, call["filters"], bias)
     x = torch.randn(call["size"], generator=generator)
     buffers: Any = (own.weight.double(), own.bias.double(), own.plan)
-    (wanted,) = native._run([x.double()], *buffers, own.numbers(0, -1), [1])
+    (wanted,) = native._run([x.double()], *buffers, native.as_text([own.numbers(0, -1)]), [1])
     assert_equal(wanted.float(), own(laid_out(x, call["layout"])), 1e-5)
 
 
@@ -231,13 +231,13 @@ def test_winograd_is_equal_to_the_reference(call: dict[str, Any]) -> None:
     run = GroupConvRun([own], [(0, 2 * last - 3)], last, [last])
     buffers: Any = (run.weight.double(), run.bias.double(), run.plan)
     doubles = [given.double() for given in inputs]
-    (wanted,) = native._run(doubles, *buffers, run.numbers, run.outputs)
+    (wanted,) = native._run(doubles, *buffers, run.layers, run.outputs)
     assert run.transformable() == [0]
     fast = run.transformed([0])
     for _ in range(2):  # the second call finds the memory of the first
         (result,) = fast(*(laid_out(given, call["layout"]) for given in inputs))
         assert_equal(wanted.float(), result, 1e-5)
-    (portable,) = native._run(inputs, fast.weight, fast.bias, fast.plan, fast.numbers, [last])
+    (portable,) = native._run(inputs, fast.weight, fast.bias, fast.plan, fast.layers, [last])
     assert_equal(wanted.float(), portable, 1e-5)
 
 
@@ -301,7 +301,7 @@ def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
     for _ in range(2):  # the second call finds the memory of the first
         assert_equal(wanted, run(*inputs), 1e-5)
     buffers: Any = (run.weight, run.bias, run.plan)
-    assert_equal(wanted, native._run(inputs, *buffers, run.numbers, run.outputs), 1e-5)
+    assert_equal(wanted, native._run(inputs, *buffers, run.layers, run.outputs), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_the_operators_are_such_that_torch_can_work_with_them() -> None:
     run = GroupConvRun([own, adding], [(0, -1), (0, 1)], 1, [2])
     torch.library.opcheck(
         torch.ops.dspfx.group_conv_run.default,
-        ([x], run.weight, run.bias, run.plan, run.numbers, run.outputs),
+        ([x], run.weight, run.bias, run.plan, run.layers, run.outputs),
     )
 
 
@@ -407,12 +407,23 @@ def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> Non
     own, _ = layer(nn.Conv2d(6, 9, 3, padding=1), 2, seed=0)
     run = GroupConvRun([own, own.remade(added=np.arange(9))], [(0, -1), (0, 1)], 1, [1, 2])
     run = run.transformed(data.draw(st.sets(st.sampled_from([0, 1]))))
-    numbers: Any = data.draw(st.sampled_from([run.plan, run.numbers, run.outputs]))
+    layers = native.as_numbers(run.layers)
+    numbers: Any = data.draw(st.sampled_from([run.plan, *layers, run.outputs]))
     place = data.draw(st.integers(0, len(numbers) - 1))
     numbers[place] = data.draw(st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62]))
+    run.layers = native.as_text(layers)
     with contextlib.suppress(RuntimeError):
         for result in run(torch.randn(2, 6, 8, 8)):
-            assert result.shape[:2] in {(2, 6), (2, 9), (2, run.numbers[4]), (2, run.numbers[18])}
+            assert result.shape[:2] in {(2, 6), (2, 9), (2, layers[0][4]), (2, layers[1][4])}
+
+
+@pytest.mark.parametrize("layers", ["", "x", "0 0", "99999999999999999999", "\0", "0 0 -1\n2"])
+def test_text_that_describes_no_layers_raises(layers: str) -> None:
+    own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    run = GroupConvRun([own], [(0, -1)], 1, [1])
+    run.layers = layers
+    with pytest.raises(RuntimeError):
+        run(torch.randn(2, 6, 8, 8))
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +25,17 @@ from dspfx.caches import as_file_name, cache_folder, processor
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "group_conv.cpp"
-# a plan is explained in program.h, as are the numbers that describe a layer of a run
+# a plan is explained in program.h, as are the numbers that describe a layer of a run; they are passed
+# as text, which torch hands on faster than numbers
 ONE = (
     "group_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor plan, Tensor? residual, "
     "int groups, int filters, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
     "int activation) -> Tensor"
 )
 RUN = (
-    "group_conv_run(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, int[] layers, "
+    "group_conv_run(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, str layers, "
     "int[] outputs) -> Tensor[]"
 )
-LAYER_NUMBERS = 14
 CONVOLUTION, MAX_POOL, WINOGRAD = 0, 1, 2
 # G of Winograd's algorithm F(4, 3): see winograd.h
 POINTS = (
@@ -147,7 +147,7 @@ class Layer:
     added: Tensor | None
 
 
-def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[Layer]:
+def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
     """The layers of a run, from what `group_conv_run` is given."""
     block, plan = int(plan[0]), plan[1:]
     for (kind, source, residual, count, filters), settings, activation in _numbers(layers):
@@ -176,10 +176,19 @@ def unpacked(weight: Tensor, plan: Tensor, layers: Sequence[int]) -> Iterator[La
         yield Layer(kind, source, residual, settings, activation, written, tuple(groups), added)
 
 
-def _numbers(layers: Sequence[int]) -> Iterator[tuple[Sequence[int], Settings, int]]:
+def as_text(layers: Iterable[Sequence[int]]) -> str:
+    """The numbers of layers, as the operator is given them."""
+    return "\n".join(" ".join(map(str, numbers)) for numbers in layers)
+
+
+def as_numbers(layers: str) -> list[list[int]]:
+    """The numbers of each layer."""
+    return [[int(number) for number in line.split()] for line in layers.splitlines()]
+
+
+def _numbers(layers: str) -> Iterator[tuple[Sequence[int], Settings, int]]:
     """Of each layer kind, source, residual, groups and filters; its settings; its activation."""
-    for first in range(0, len(layers), LAYER_NUMBERS):
-        own = list(layers[first : first + LAYER_NUMBERS])
+    for own in as_numbers(layers):
         yield own[:5], (own[5:7], own[7:9], own[9:11], own[11:13]), own[13]
 
 
@@ -221,7 +230,7 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     plan: Tensor,
-    layers: list[int],
+    layers: str,
     outputs: list[int],
 ) -> list[Tensor]:
     """The same by torch's convolutions, one for each group, on any device."""
@@ -252,7 +261,7 @@ def _run_fake(
     weight: Tensor,
     bias: Tensor | None,
     plan: Tensor,
-    layers: list[int],
+    layers: str,
     outputs: list[int],
 ) -> list[Tensor]:
     shapes: list[Sequence[int]] = [x.shape for x in inputs]
@@ -270,7 +279,7 @@ def _one(
     inputs = [x] if residual is None else [x, residual]
     settings = (*kernel, *stride, *padding, *dilation)
     numbers = [CONVOLUTION, 0, len(inputs) * 2 - 3, groups, filters, *settings, activation]
-    result: Tensor = run(inputs, weight, bias, plan, numbers, [len(inputs)])[0]
+    result: Tensor = run(inputs, weight, bias, plan, as_text([numbers]), [len(inputs)])[0]
     return result
 
 

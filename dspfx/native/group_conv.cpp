@@ -13,6 +13,8 @@
 
 #include <atomic>
 #include <chrono>
+#include <sstream>
+#include <string>
 #include <thread>
 
 #ifdef _OPENMP
@@ -366,12 +368,20 @@ at::Tensor with_whole_planes(const at::Tensor& x) {
 // those for the last few sizes are kept, for each holds memory.
 class Programs {
  public:
+  struct Key {
+    std::string layers;
+    std::vector<int64_t> numbers;
+    bool operator==(const Key& other) const {
+      return numbers == other.numbers && layers == other.layers;
+    }
+  };
+
   struct Entry {
-    std::vector<int64_t> key;
+    Key key;
     c10::weak_intrusive_ptr<c10::StorageImpl> plan;
     Program program;
     Arenas arenas;
-    Entry(std::vector<int64_t> k, const at::Tensor& tensor, Program p)
+    Entry(Key k, const at::Tensor& tensor, Program p)
         : key(std::move(k)),
           plan(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(
               tensor.storage().unsafeGetStorageImpl())),
@@ -384,9 +394,9 @@ class Programs {
   }
 
   template <typename F>
-  std::shared_ptr<Entry> get(const at::Tensor& plan, std::vector<int64_t> key, const F& read) {
-    key.push_back(plan.numel());
-    key.push_back(plan.is_inference() ? 0 : plan._version());
+  std::shared_ptr<Entry> get(const at::Tensor& plan, Key key, const F& read) {
+    key.numbers.push_back(plan.numel());
+    key.numbers.push_back(plan.is_inference() ? 0 : plan._version());
     const std::lock_guard<std::mutex> guard(mutex_);
     Entries& known = known_[plan.const_data_ptr()];
     for (const auto& entry : known)
@@ -415,9 +425,18 @@ class Programs {
   std::unordered_map<const void*, Entries> known_;
 };
 
+// The numbers that describe layers, from text.
+std::vector<int64_t> as_numbers(const std::string& text) {
+  std::vector<int64_t> numbers;
+  std::istringstream stream(text);
+  for (int64_t number = 0; stream >> number;) numbers.push_back(number);
+  TORCH_CHECK(stream.eof(), "group_conv2d: layers are described by numbers");
+  return numbers;
+}
+
 std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& plan,
-                                at::IntArrayRef layers, at::IntArrayRef outputs,
+                                const std::string& layers, at::IntArrayRef outputs,
                                 double* seconds) {
   TORCH_CHECK(plan.scalar_type() == at::kLong && plan.is_contiguous() && plan.is_cpu(),
               "group_conv2d: the plan must be a contiguous int64 tensor");
@@ -429,19 +448,18 @@ std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
   const int64_t threads = at::get_num_threads(), images = inputs[0].size(0);
   std::vector<at::Tensor> given;
   std::vector<std::array<int64_t, 3>> sizes;
-  std::vector<int64_t> key = layers.vec();
-  key.insert(key.end(), outputs.begin(), outputs.end());
+  Programs::Key key{layers, outputs.vec()};
   for (const at::Tensor& x : inputs) {
     given.push_back(with_whole_planes(x));
     TORCH_CHECK(x.size(0) == images, "group_conv2d: the inputs are of different numbers of images");
     sizes.push_back({x.size(1), x.size(2), x.size(3)});
-    key.insert(key.end(), sizes.back().begin(), sizes.back().end());
+    key.numbers.insert(key.numbers.end(), sizes.back().begin(), sizes.back().end());
   }
   const int64_t biases = bias ? bias->numel() : -1;
-  key.insert(key.end(), {static_cast<int64_t>(outputs.size()), weight.numel(), biases, threads});
+  key.numbers.insert(key.numbers.end(), {static_cast<int64_t>(outputs.size()), weight.numel(), biases, threads});
   const auto entry = Programs::instance().get(plan, std::move(key), [&] {
     const c10::ArrayRef<int64_t> numbers(plan.const_data_ptr<int64_t>(), plan.numel());
-    return read_program(sizes, layers, outputs, numbers, weight.numel(), biases, threads);
+    return read_program(sizes, as_numbers(layers), outputs, numbers, weight.numel(), biases, threads);
   });
   const Program& p = entry->program;
   const float* weights = weight.const_data_ptr<float>();
@@ -467,16 +485,16 @@ std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
 
 std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& weight,
                                        const std::optional<at::Tensor>& bias,
-                                       const at::Tensor& plan, at::IntArrayRef layers,
+                                       const at::Tensor& plan, const std::string& layers,
                                        at::IntArrayRef outputs) {
   return compute(inputs, weight, bias, plan, layers, outputs, nullptr);
 }
 
 at::Tensor group_conv_run_seconds(at::TensorList inputs, const at::Tensor& weight,
                                   const std::optional<at::Tensor>& bias, const at::Tensor& plan,
-                                  at::IntArrayRef layers, at::IntArrayRef outputs) {
-  const at::Tensor seconds =
-      at::zeros({static_cast<int64_t>(layers.size()) / LAYER_NUMBERS}, at::kDouble);
+                                  const std::string& layers, at::IntArrayRef outputs) {
+  const int64_t count = static_cast<int64_t>(as_numbers(layers).size()) / LAYER_NUMBERS;
+  const at::Tensor seconds = at::zeros({count}, at::kDouble);
   compute(inputs, weight, bias, plan, layers, outputs, seconds.mutable_data_ptr<double>());
   return seconds;
 }
@@ -494,7 +512,9 @@ at::Tensor group_conv2d(const at::Tensor& x, const at::Tensor& weight,
   layer.push_back(activation);
   std::vector<at::Tensor> inputs{x};
   if (residual) inputs.push_back(*residual);
-  return group_conv_run(inputs, weight, bias, plan, layer,
+  std::string text;
+  for (const int64_t number : layer) text += std::to_string(number) + ' ';
+  return group_conv_run(inputs, weight, bias, plan, text,
                         {static_cast<int64_t>(inputs.size())})[0];
 }
 
@@ -522,7 +542,7 @@ at::Tensor group_conv2d_without_gradient(
 
 std::vector<at::Tensor> group_conv_run_without_gradient(
     at::TensorList inputs, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const at::Tensor& plan, at::IntArrayRef layers, at::IntArrayRef outputs) {
+    const at::Tensor& plan, const std::string& layers, at::IntArrayRef outputs) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("dspfx::group_conv_run", "")
                              .typed<decltype(group_conv_run)>();
@@ -547,7 +567,7 @@ TORCH_LIBRARY_IMPL(dspfx, Autograd, m) {
 TORCH_LIBRARY_FRAGMENT(dspfx, m) {
   m.def("filters_in_a_block() -> int", &filters_in_a_block);
   m.def("group_conv_run_seconds(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, "
-        "int[] layers, int[] outputs) -> Tensor", &group_conv_run_seconds);
+        "str layers, int[] outputs) -> Tensor", &group_conv_run_seconds);
 }
 
 }  // namespace dspfx
