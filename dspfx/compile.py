@@ -25,6 +25,7 @@ from dspfx import native
 from dspfx.group_conv import GroupConvRun
 from dspfx.inputs import as_inputs
 from dspfx.parts import compact_parts_of
+from dspfx.passes.classifier import join_classifiers
 from dspfx.passes.cost_model import CPU
 from dspfx.passes.fuse import fuse
 from dspfx.passes.lowering import Lowering, dense, describe, forms
@@ -209,6 +210,7 @@ def _joined(network: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     """With what the own kernel computes in one go, each layer by its faster algorithm."""
     for _, part in compact_parts_of(network):
         fuse(part, part.example_inputs)
+        join_classifiers(part)
         join_runs(part)
     choose(network, measured_choice(network, inputs))
     return network

@@ -192,7 +192,8 @@ class GroupConvRun(nn.Module):
     """Layers that are computed image by image, so that what is between them stays in the cache.
 
     Args:
-        layers: convolutions and max pools, in an order in which they can be computed.
+        layers: convolutions, and pools of which there are `pool_numbers`, in an order in which
+            they can be computed.
         reads: for each the values that it reads and adds (-1 for none); the inputs come first,
             then one value for each layer.
         inputs: how many.
@@ -202,7 +203,7 @@ class GroupConvRun(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[GroupConv2d | nn.MaxPool2d],
+        layers: Sequence[nn.Module],
         reads: Sequence[tuple[int, int]],
         inputs: int,
         outputs: Sequence[int],
@@ -212,12 +213,13 @@ class GroupConvRun(nn.Module):
         self.names = [str(i) for i in range(len(layers))] if names is None else list(names)
         self.descriptions = [layer.extra_repr() for layer in layers]
         self.inputs, self.outputs = inputs, list(outputs)
-        self.layers = native.as_text(
+        numbers: list[Any] = [
             layer.numbers(source, residual)
             if isinstance(layer, GroupConv2d)
-            else _pool_numbers(layer, source)
+            else pool_numbers(layer, source)
             for layer, (source, residual) in zip(layers, reads, strict=True)
-        )
+        ]
+        self.layers = native.as_text(numbers)
         parts: list[Any] = [layer for layer in layers if isinstance(layer, GroupConv2d)]
         self.block = parts[0].block
         plan = [parts[0].plan[:1], *(part.plan[1:] for part in parts)]
@@ -237,7 +239,7 @@ class GroupConvRun(nn.Module):
         for number, layer in enumerate(self._unpacked()):
             kernel, stride, _, dilation = layer.settings
             rows = kernel[0] == 3 and dilation[0] == 1 and stride == [1, 1]
-            if layer.kind != native.MAX_POOL and rows:
+            if layer.kind not in native.POOLS and rows:
                 found.append(number)
         return found
 
@@ -250,7 +252,7 @@ class GroupConvRun(nn.Module):
         weights: list[Tensor] = []
         numbers = native.as_numbers(self.layers)
         for number, layer in enumerate(self._unpacked()):
-            if layer.kind == native.MAX_POOL:
+            if layer.kind in native.POOLS:
                 continue
             by_winograd = number in chosen
             kind = native.WINOGRAD if by_winograd else native.CONVOLUTION
@@ -303,8 +305,28 @@ def _counted(sizes: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
     return [(size, len(list(equal))) for size, equal in itertools.groupby(sizes)]
 
 
-def _pool_numbers(pool: nn.MaxPool2d, source: int) -> list[int]:
-    """How the kernel is told of a max pool."""
-    settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    numbers = [n for s in settings for n in ((s, s) if isinstance(s, int) else s)]
-    return [native.MAX_POOL, source, -1, 0, 0, *numbers, 0]
+def pool_numbers(pool: nn.Module, source: int) -> list[int] | None:
+    """How the kernel is told of a pool that reads the value `source`; None: it cannot compute it.
+
+    It can a max pool, an average that counts what it pads, and the average of all pixels.
+    """
+    rounds_up = getattr(pool, "ceil_mode", False)
+    if type(pool) is nn.MaxPool2d and not rounds_up and not pool.return_indices:
+        kind, settings = native.MAX_POOL, (*_pool_settings(pool), pool.dilation)
+    elif type(pool) is nn.AvgPool2d and not rounds_up and pool.divisor_override is None:
+        if not pool.count_include_pad and _pairs(pool.padding) != [0, 0]:
+            return None
+        kind, settings = native.AVERAGE_POOL, (*_pool_settings(pool), 1)
+    elif type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)):
+        kind, settings = native.AVERAGE_POOL, (0, 1, 0, 1)
+    else:
+        return None
+    return [kind, source, -1, 0, 0, *(n for s in settings for n in _pairs(s)), 0]
+
+
+def _pool_settings(pool: nn.MaxPool2d | nn.AvgPool2d) -> tuple[Any, Any, Any]:
+    return pool.kernel_size, pool.stride, pool.padding
+
+
+def _pairs(setting: Any) -> list[int]:
+    return [setting, setting] if isinstance(setting, int) else list(setting)

@@ -1,4 +1,4 @@
-"""Native convolutions, with those that follow and max pools behind them, become one call.
+"""Native convolutions, with those that follow and pools behind them, become one call.
 
 A run takes in every convolution that can be computed with it: none of its inputs depends, by way of
 anything that is no native convolution, on a result of the run. What reads results is moved behind.
@@ -7,10 +7,11 @@ anything that is no native convolution, on a result of the run. What reads resul
 import operator
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node
 
-from dspfx.group_conv import GroupConv2d, GroupConvRun
+from dspfx.group_conv import GroupConv2d, GroupConvRun, pool_numbers
 
 
 def join_runs(module: fx.GraphModule) -> bool:
@@ -27,12 +28,16 @@ def join_runs(module: fx.GraphModule) -> bool:
     return joined
 
 
-def _layer(module: fx.GraphModule, node: Node) -> GroupConv2d | nn.MaxPool2d | None:
-    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(called, GroupConv2d):
-        return called
-    plain = type(called) is nn.MaxPool2d and not called.ceil_mode and not called.return_indices
-    return called if plain else None  # type: ignore[return-value]
+def _layer(module: fx.GraphModule, node: Node) -> nn.Module | None:
+    """What the kernel computes for `node`: a convolution or a pool."""
+    if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
+        called: nn.Module = nn.AdaptiveAvgPool2d(node.args[1])  # type: ignore[arg-type]
+    elif node.op == "call_module":
+        called = module.get_submodule(str(node.target))
+    else:
+        return None
+    known = isinstance(called, GroupConv2d) or pool_numbers(called, 0) is not None
+    return called if known else None
 
 
 def _runs(module: fx.GraphModule) -> list[list[Node]]:
@@ -41,7 +46,7 @@ def _runs(module: fx.GraphModule) -> list[list[Node]]:
     for node in module.graph.nodes:
         inputs, layer = node.all_input_nodes, _layer(module, node)
         reads_run = not set(runs[-1]).isdisjoint(inputs)
-        if isinstance(layer, nn.MaxPool2d) and not reads_run:
+        if not isinstance(layer, GroupConv2d) and not reads_run:
             layer = None  # perhaps of another type, or on another device
         if layer is None:
             if reads_run or not behind.isdisjoint(inputs):
@@ -61,7 +66,7 @@ def _join(module: fx.GraphModule, run: list[Node], name: str) -> None:
     layers: list[Any] = [_layer(module, node) for node in run]
     reads = [_reads(values, node) for node in run]
     outputs = [values[node] for node in read_elsewhere]
-    names = [str(node.target) for node in run]
+    names = [str(node.target) if node.op == "call_module" else node.name for node in run]
     module.add_submodule(name, GroupConvRun(layers, reads, len(given), outputs, names).eval())
     graph, first, last = module.graph, run[0], run[-1]
     with graph.inserting_after(last):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from dspfx.group_conv import (
     GroupConvRun,
     Numbers,
     group_conv_like,
+    pool_numbers,
 )
+from dspfx.passes.classifier import join_classifiers
 from dspfx.passes.fuse import fuse
 from dspfx.passes.relower import relowered, sites
 from dspfx.passes.runs import join_runs
@@ -250,7 +253,9 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         source = draw(st.integers(0, len(values) - 1))
         channels, *size = values[source]
         if seed and draw(st.integers(0, 3)) == 0:
-            pool = nn.MaxPool2d(*(draw(st.integers(1, 3)) for _ in range(2)), padding=0)
+            pool = draw(st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]))(
+                *(draw(st.integers(1, 3)) for _ in range(2)), padding=0
+            )
             kernel, stride = pool.kernel_size, pool.stride
             pool.padding = draw(st.integers(0, kernel // 2))
             out = [(n + 2 * pool.padding - kernel) // stride + 1 for n in size]
@@ -258,6 +263,10 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
                 layers.append((pool, source, -1))
                 values.append((channels, *out))
                 continue
+        if seed and draw(st.integers(0, 5)) == 0:
+            layers.append((nn.AdaptiveAvgPool2d(1), source, -1))
+            values.append((channels, 1, 1))
+            continue
         kernel = [draw(st.integers(1, min(3, n))) for n in size]
         same = draw(st.booleans()) and all(k % 2 for k in kernel)
         padding = [k // 2 if same else draw(st.integers(0, 2)) for k in kernel]
@@ -320,6 +329,15 @@ def test_sizes_that_are_cut_into_strips(
     own, conv = layer(nn.Conv2d(channels, filters, kernel, padding=kernel // 2), 2, seed=0)
     x = torch.randn(batch, channels, size, size)
     assert_equal(expected(conv, x, None, "none"), own(x), 1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.MaxPool2d, nn.AvgPool2d])
+def test_pools_of_many_pixels(kind: Any) -> None:
+    """Products are summed up in parts; a pool is not one of them."""
+    own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
+    x, pool = torch.randn(2, 6, 20, 20), kind(15, 2, 3)
+    run = GroupConvRun([own, pool], [(0, -1), (1, -1)], 1, [2])
+    assert_equal([pool(own(x))], run(x), 1e-6)
 
 
 def test_slices_and_other_layouts() -> None:
@@ -661,6 +679,64 @@ def test_a_pool_joins_only_behind_a_convolution() -> None:
     assert [type(m).__name__ for m in module.children()] == [
         *("MaxPool2d", "MaxPool2d", "GroupConvRun"),
     ]
+    assert_equal(model(x), module(x), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, padding=1, count_include_pad=False),
+        nn.AvgPool2d(2, divisor_override=3),
+        nn.AdaptiveAvgPool2d(2),
+        nn.MaxPool2d(2, return_indices=True),
+        nn.LPPool2d(2, 2),
+    ],
+)
+def test_pools_that_the_kernel_does_not_know(pool: nn.Module) -> None:
+    assert pool_numbers(pool, 0) is None
+
+
+class Classifier(nn.Module):
+    """`pool` and `flat` say how."""
+
+    def __init__(self, pool: Any, flat: Any, channels: int = 6) -> None:
+        super().__init__()
+        self.conv = layer(nn.Conv2d(6, channels, 3), 2, seed=0)[0]
+        self.pool, self.flat = pool, flat
+        self.linear = nn.Linear(channels, 10).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(self.flat(self.pool(self.conv(x))))
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), lambda x: F.adaptive_avg_pool2d(x, 1)])
+@pytest.mark.parametrize("flat", [lambda x: torch.flatten(x, 1), lambda x: x.flatten(1)])
+def test_a_small_classifier_joins_the_run(pool: Any, flat: Any) -> None:
+    model, x = Classifier(pool, flat), torch.randn(3, 6, 9, 9)
+    module = traced(model)
+    assert join_classifiers(module)
+    assert join_runs(module)
+    assert [type(m).__name__ for m in module.children()] == ["GroupConvRun"]
+    assert_equal(model(x), module(x), 1e-6)
+    small = x[..., :3, :4]
+    assert_equal(model(small), module(small), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pool", "flat", "channels"),
+    [
+        (nn.AdaptiveAvgPool2d((1, 2)), lambda x: x.flatten(1)[:, :6], 6),
+        (nn.AdaptiveAvgPool2d(1), lambda x: x.mean((2, 3)), 6),
+        (nn.AdaptiveAvgPool2d(1), lambda x: x.flatten(1), 4000),
+        (nn.MaxPool2d(7), lambda x: x.flatten(1), 6),
+        (nn.Identity(), lambda x: x.mean((2, 3)).flatten(1), 6),
+    ],
+)
+def test_other_classifiers_are_left(pool: Any, flat: Any, channels: int) -> None:
+    model, x = Classifier(pool, flat, channels), torch.randn(3, 6, 9, 9)
+    module = traced(model)
+    assert not join_classifiers(module)
     assert_equal(model(x), module(x), 1e-6)
 
 

@@ -25,8 +25,8 @@ from dspfx.caches import as_file_name, cache_folder, processor
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "group_conv.cpp"
-# a plan is explained in program.h, as are the numbers that describe a layer of a run; they are passed
-# as text, which torch hands on faster than numbers
+# a plan is explained in program.h, as are the numbers that describe a layer of a run; they are
+# passed as text, which torch hands on faster than numbers
 ONE = (
     "group_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor plan, Tensor? residual, "
     "int groups, int filters, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
@@ -36,7 +36,8 @@ RUN = (
     "group_conv_run(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, str layers, "
     "int[] outputs) -> Tensor[]"
 )
-CONVOLUTION, MAX_POOL, WINOGRAD = 0, 1, 2
+CONVOLUTION, MAX_POOL, WINOGRAD, AVERAGE_POOL = range(4)
+POOLS = (MAX_POOL, AVERAGE_POOL)
 # G of Winograd's algorithm F(4, 3): see winograd.h
 POINTS = (
     (1 / 4, 0, 0),
@@ -127,7 +128,8 @@ class Layer:
     """One layer of a run, with its part of weights and plan.
 
     Attributes:
-        kind: CONVOLUTION or MAX_POOL, which has no groups.
+        kind: CONVOLUTION or WINOGRAD, or one of `POOLS`, which have no groups. An average of a
+            kernel of size 0 is one of all pixels.
         source, residual: values; the given ones come first, then one for each layer. -1: none.
         settings: kernel size, stride, padding and dilation.
         activation: index into `ACTIVATIONS`.
@@ -152,7 +154,7 @@ def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
     block, plan = int(plan[0]), plan[1:]
     for (kind, source, residual, count, filters), settings, activation in _numbers(layers):
         kernel = settings[0]
-        if kind == MAX_POOL:
+        if kind in POOLS:
             yield Layer(kind, source, -1, settings, 0, plan[:0], (), None)
             continue
         sizes, written = plan[: 2 * count], plan[2 * count : 2 * count + filters]
@@ -236,9 +238,9 @@ def _run(
     """The same by torch's convolutions, one for each group, on any device."""
     values = list(inputs)
     for layer in unpacked(weight, plan, layers):
-        x, (kernel, stride, padding, dilation) = values[layer.source], layer.settings
-        if layer.kind == MAX_POOL:
-            values.append(F.max_pool2d(x, kernel, stride, padding, dilation))
+        x, (_, stride, padding, dilation) = values[layer.source], layer.settings
+        if layer.kind in POOLS:
+            values.append(_pool(x, layer))
             continue
         filters = layer.filters.numel()
         y = x.new_zeros(len(x), filters, *_out_size(x.shape[2:], *layer.settings))
@@ -256,6 +258,18 @@ def _run(
     return [values[number] for number in outputs]
 
 
+def _pool(x: Tensor, layer: Layer) -> Tensor:
+    kernel, stride, padding, dilation = layer.settings
+    if layer.kind == MAX_POOL:
+        return F.max_pool2d(x, kernel, stride, padding, dilation)
+    return F.avg_pool2d(x, _whole(kernel, x.shape[2:]), stride, padding)
+
+
+def _whole(kernel: list[int], size: Sequence[int]) -> list[int]:
+    """The kernel of a pool, that of all pixels spelt out."""
+    return [k or n for k, n in zip(kernel, size, strict=True)]
+
+
 def _run_fake(
     inputs: list[Tensor],
     weight: Tensor,
@@ -266,8 +280,9 @@ def _run_fake(
 ) -> list[Tensor]:
     shapes: list[Sequence[int]] = [x.shape for x in inputs]
     for (kind, source, _, _, filters), settings, _ in _numbers(layers):
-        size = _out_size(shapes[source][2:], *settings)
-        channels = shapes[source][1] if kind == MAX_POOL else filters
+        (kernel, *other), before = settings, shapes[source]
+        size = _out_size(before[2:], _whole(kernel, before[2:]), *other)
+        channels = before[1] if kind in POOLS else filters
         shapes.append((shapes[source][0], channels, *size))
     return [inputs[0].new_empty(shapes[number]) for number in outputs]
 

@@ -213,17 +213,19 @@ void compute_tiles(const Layer& l, const Cut& cut, const Block* blocks, int64_t 
   alignas(64) float sums[BLOCKS_TOGETHER][MOST_ROWS * MOST_VECTORS * LANES];
   for (const Tile& tile : tiles) {
     prefetch.some();
-    const int64_t count = blocks->count;
-    for (int64_t k = 0; k == 0 || k < count; k += PART) {
-      const int64_t now = std::min(PART, count - k);
+    const int64_t count = blocks->count, part = l.pools() ? count : PART;
+    for (int64_t k = 0; k == 0 || k < count; k += part) {
+      const int64_t now = std::min(part, count - k);
       for (int64_t b = 0; b < number; ++b) {
         const Block& block = blocks[b];
         strip.target.filter = l.filters.data() + block.filter;
         strip.target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
-        const OfRows<Compute>& compute = l.kind == MAX_POOL ? POOL : COMPUTE[block.rows];
+        const OfRows<Compute>& compute = l.kind == MAX_POOL ? POOL<false>
+            : l.kind == AVERAGE_POOL                        ? POOL<true>
+                                                            : COMPUTE[block.rows];
         compute[tile.vectors](weights + block.weight + k * block.rows,
                               cut.offsets.data() + block.list + k, now, strip.pixels + tile.at,
-                              tile, strip.target, {k == 0, k + PART >= count, sums[b]});
+                              tile, strip.target, {k == 0, k + part >= count, sums[b]});
       }
     }
   }

@@ -29,7 +29,7 @@ const float ALL_BITS = c10::bit_cast<float>(~uint32_t{0});
 constexpr int64_t TOGETHER = 4;              // images, in late layers
 constexpr int64_t LAYER_NUMBERS = 14;        // that describe a layer
 
-enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1, WINOGRAD = 2 };
+enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1, WINOGRAD = 2, AVERAGE_POOL = 3 };
 
 // An image between layers.
 struct Value {
@@ -83,9 +83,10 @@ struct Layer {
   Cut alone, together;                  // for one thread, for all
   int64_t weights() const {
     int64_t sum = 0;
-    for (const Block& b : blocks) sum += kind == MAX_POOL ? 0 : weights(b);
+    for (const Block& b : blocks) sum += pools() ? 0 : weights(b);
     return sum;
   }
+  bool pools() const { return kind == MAX_POOL || kind == AVERAGE_POOL; }
   int64_t weights(const Block& b) const { return b.rows * b.count * points(); }
   // sums of products, and how many products of a channel each has
   int64_t points() const { return kind == WINOGRAD ? POINTS : 1; }
@@ -176,7 +177,7 @@ inline void pool_channels(Layer& l, int64_t channels) {
 inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan, int64_t& weights,
                        int64_t& biases) {
   Layer l;
-  TORCH_CHECK(numbers[0] >= CONVOLUTION && numbers[0] <= WINOGRAD,
+  TORCH_CHECK(numbers[0] >= CONVOLUTION && numbers[0] <= AVERAGE_POOL,
               "group_conv2d: unknown kind of layer ", numbers[0]);
   l.kind = static_cast<Kind>(numbers[0]);
   l.source = numbers[1], l.residual = numbers[2], l.result = p.values.size();
@@ -190,6 +191,8 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
   int64_t out[2];
   for (int axis = 0; axis < 2; ++axis) {
     l.kernel[axis] = numbers[5 + axis], l.stride[axis] = numbers[7 + axis];
+    // an average of 0 pixels is one of all
+    if (l.kind == AVERAGE_POOL && l.kernel[axis] == 0) l.kernel[axis] = size[axis];
     l.padding[axis] = numbers[9 + axis], l.dilation[axis] = numbers[11 + axis];
     TORCH_CHECK(l.kernel[axis] > 0 && l.stride[axis] > 0 && l.dilation[axis] > 0 &&
                     l.padding[axis] >= 0,
@@ -205,7 +208,7 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
   TORCH_CHECK(l.activation >= 0 && l.activation < ACTIVATIONS, "group_conv2d: unknown activation ",
               l.activation);
   l.bias = biases;
-  if (l.kind == MAX_POOL) {
+  if (l.pools()) {
     TORCH_CHECK(l.residual < 0 && l.activation == NONE, "group_conv2d: a pool only pools");
     filters = source.channels;
     pool_channels(l, filters);

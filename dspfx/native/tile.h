@@ -201,21 +201,25 @@ struct Direct {
   }
 };
 
-// The largest of all taps, for one channel; there is no weight.
-template <int64_t V>
+// The largest of all taps, or their average, for one channel; there is no weight.
+template <bool AVERAGE, int64_t V>
 void pool_tile(const float*, const int64_t* offset, int64_t count, const float* pixels,
                const Tile& tile, const Target& target, Part) {
-  Vec most[V];
-  for (int64_t v = 0; v < V; ++v) most[v] = Vec::loadu(pixels + offset[0] + v * LANES);
+  Vec sum[V];
+  for (int64_t v = 0; v < V; ++v) sum[v] = Vec::loadu(pixels + offset[0] + v * LANES);
   for (int64_t k = 1; k < count; ++k)
-    for (int64_t v = 0; v < V; ++v)
-      most[v] = at::vec::maximum(most[v], Vec::loadu(pixels + offset[k] + v * LANES));
+    for (int64_t v = 0; v < V; ++v) {
+      const Vec x = Vec::loadu(pixels + offset[k] + v * LANES);
+      sum[v] = AVERAGE ? sum[v] + x : at::vec::maximum(sum[v], x);
+    }
+  if (AVERAGE)
+    for (int64_t v = 0; v < V; ++v) sum[v] = sum[v] / Vec(static_cast<float>(count));
   if (tile.direct) {
-    finish<V>(most, NONE, nullptr, tile.mask < 0 ? nullptr : target.masks + tile.mask,
+    finish<V>(sum, NONE, nullptr, tile.mask < 0 ? nullptr : target.masks + tile.mask,
               target.y.data + target.filter[0] * target.y.plane + tile.to);
   } else {
     alignas(64) float result[V * LANES];
-    for (int64_t v = 0; v < V; ++v) most[v].store(result + v * LANES);
+    for (int64_t v = 0; v < V; ++v) sum[v].store(result + v * LANES);
     finish_by_segments<V>(result, tile, target, 0);
   }
 }
@@ -244,11 +248,13 @@ constexpr std::array<OfRows<Function>, MOST_ROWS + 1> all_rows() {
 using Compute = decltype(&Direct<1, 1>::compute);
 constexpr auto COMPUTE = all_rows<Compute, Direct>();
 
-template <int64_t... V>
+template <bool AVERAGE, int64_t... V>
 constexpr OfRows<Compute> pools(std::integer_sequence<int64_t, V...>) {
-  return {nullptr, pool_tile<V + 1>...};
+  return {nullptr, pool_tile<AVERAGE, V + 1>...};
 }
 
-constexpr OfRows<Compute> POOL = pools(std::make_integer_sequence<int64_t, vectors_for(1)>());
+template <bool AVERAGE>
+constexpr OfRows<Compute> POOL =
+    pools<AVERAGE>(std::make_integer_sequence<int64_t, vectors_for(1)>());
 
 }  // namespace dspfx
