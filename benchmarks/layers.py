@@ -27,6 +27,7 @@ from dspfx.passes.lowering import dense
 from dspfx.passes.measure import Measured
 from dspfx.passes.relower import Site, relowered, sites
 from dspfx.passes.runs import join_runs
+from dspfx.passes.winograd import choose, measured_choice
 
 BATCH = 8
 ROUNDS = 31
@@ -57,9 +58,10 @@ def _heading(threads: int) -> str:
     return (
         f"# Layers\n\nWritten by `python -m benchmarks.layers`; batch {BATCH}, {threads} threads, "
         f"float32, medians of {ROUNDS}; torch {torch.__version__}, "
-        f"{torch.backends.cpu.get_cpu_capability()}. GMAC/s count what is kept; *dense*: the "
-        "layer over all live filters and channels in oneDNN; *share*: of its GMAC/s. Layers that "
-        "are alike are one row."
+        f"{torch.backends.cpu.get_cpu_capability()}. All in GMAC/s, what is kept counted; "
+        "*direct*: without Winograd's algorithm; *chosen*: with it where it is faster; *dense*: "
+        "the layer over all live filters and channels in oneDNN; *share*: of its GMAC/s. Layers "
+        "that are alike are one row."
     )
 
 
@@ -68,15 +70,15 @@ def _section(name: str, compact: nn.Module, x: Tensor) -> str:
     own = {site: module for site in found if (module := site.emit_native()) is not None}
     network: Any = relowered(compact, own)
     fuse(network, (x,))
+    direct = _seconds(network, x)
+    choose(network, measured_choice(network, (x,)))
     seconds = _seconds(network, x)
     dense_seconds = _dense_seconds(own)
     rows: dict[tuple[object, ...], tuple[object, ...]] = {}
     below = 0
     for site in own:
-        if site.name not in seconds:
-            continue  # alone, it is no run
         macs, whole = _macs(site)
-        rate = macs / seconds[site.name] / 1e9
+        rate, plain = (macs / found[site.name] / 1e9 for found in (seconds, direct))
         dense_rate = whole / dense_seconds[site] / 1e9
         layer: Any = site.layer
         kernel, stride = layer.kernel_size[0], layer.stride[0]
@@ -87,9 +89,12 @@ def _section(name: str, compact: nn.Module, x: Tensor) -> str:
         key = (kind, size, channels, macs)
         rows[key] = (
             *(site.name, kind, channels, size, f"{macs / whole:.0%}"),
-            *(f"{rate:.0f}", f"{dense_rate:.0f}", f"{rate / dense_rate:.0%}"),
+            *(f"{plain:.0f}", f"{rate:.0f}", f"{dense_rate:.0f}", f"{rate / dense_rate:.0%}"),
         )
-    header = ("layer", "kernel", "channels", "output", "MACs kept", "GMAC/s", "dense", "share")
+    header = (
+        *("layer", "kernel", "channels", "output", "MACs kept"),
+        *("direct", "chosen", "dense", "share"),
+    )
     table = tabulate(list(rows.values()), header, "github", disable_numparse=True)
     return f"## {name}\n\n{below} of the 3x3 layers are below 75 % of dense.\n\n{table}"
 
