@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import native
+from dspfx.compile import FROM_CPP, Compiled
 from dspfx.errors import EquivalenceError
 from dspfx.group_conv import (
     FilterGroup,
@@ -370,6 +371,23 @@ def test_it_compiles_and_exports() -> None:
     with torch.no_grad():
         assert_equal(wanted, torch.compile(model)(x), 1e-5)
         assert_equal(wanted, torch.export.export(model, (x,)).module()(x), 1e-5)
+
+
+def test_it_is_called_from_cpp() -> None:
+    """What the operator is given must be such that inductor can write it down in C++."""
+    own, _ = layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=0)
+    run = GroupConvRun([own, own], [(0, -1), (1, -1)], 1, [2])
+    module, x = traced(Calls(run)), torch.randn(2, 6, 8, 8)
+    assert_equal(module(x), Compiled(module, FROM_CPP)(x), 1e-5)
+
+
+class Calls(nn.Module):
+    def __init__(self, run: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.run(x)[0])
 
 
 def test_copies_and_pickles(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ RUN = (
 )
 CONVOLUTION, MAX_POOL, WINOGRAD, AVERAGE_POOL = range(4)
 POOLS = (MAX_POOL, AVERAGE_POOL)
+LAYER_NUMBERS = 14
 # G of Winograd's algorithm F(4, 3): see winograd.h
 POINTS = (
     (1 / 4, 0, 0),
@@ -179,13 +180,14 @@ def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
 
 
 def as_text(layers: Iterable[Sequence[int]]) -> str:
-    """The numbers of layers, as the operator is given them."""
-    return "\n".join(" ".join(map(str, numbers)) for numbers in layers)
+    """The numbers of layers, as the operator is given them; inductor cannot quote line breaks."""
+    return " ".join(str(number) for numbers in layers for number in numbers)
 
 
 def as_numbers(layers: str) -> list[list[int]]:
     """The numbers of each layer."""
-    return [[int(number) for number in line.split()] for line in layers.splitlines()]
+    numbers = [int(number) for number in layers.split()]
+    return [numbers[i : i + LAYER_NUMBERS] for i in range(0, len(numbers), LAYER_NUMBERS)]
 
 
 def _numbers(layers: str) -> Iterator[tuple[Sequence[int], Settings, int]]:

@@ -184,6 +184,11 @@ struct Call {
 struct Strip {
   const float* pixels;
   Target target;
+
+  void aim_at(const Layer& l, const Block& block) {
+    target.filter = l.filters.data() + block.filter;
+    target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
+  }
 };
 
 // Weights come from far away, and once only: those of the next block are asked for early, some before
@@ -205,71 +210,72 @@ class Prefetch {
 
 constexpr int64_t BLOCKS_TOGETHER = 8, PART = 128;
 
+const OfRows<Compute>& kernels(const Layer& l, const Block& block) {
+  if (l.kind == MAX_POOL) return POOL<false>;
+  return l.kind == AVERAGE_POOL ? POOL<true> : COMPUTE[block.rows];
+}
+
 // Blocks of filters that read the same pixels, tile by tile and part by part of the products: so the
 // pixels of a tile come from the first cache for all blocks but one.
 void compute_tiles(const Layer& l, const Cut& cut, const Block* blocks, int64_t number,
                    const std::vector<Tile>& tiles, const float* weights, Strip& strip,
                    Prefetch& prefetch) {
   alignas(64) float sums[BLOCKS_TOGETHER][MOST_ROWS * MOST_VECTORS * LANES];
+  const int64_t count = blocks->count, part = l.pools() ? count : PART;
   for (const Tile& tile : tiles) {
     prefetch.some();
-    const int64_t count = blocks->count, part = l.pools() ? count : PART;
-    for (int64_t k = 0; k == 0 || k < count; k += part) {
-      const int64_t now = std::min(part, count - k);
+    for (int64_t k = 0; k == 0 || k < count; k += part)
       for (int64_t b = 0; b < number; ++b) {
         const Block& block = blocks[b];
-        strip.target.filter = l.filters.data() + block.filter;
-        strip.target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
-        const OfRows<Compute>& compute = l.kind == MAX_POOL ? POOL<false>
-            : l.kind == AVERAGE_POOL                        ? POOL<true>
-                                                            : COMPUTE[block.rows];
-        compute[tile.vectors](weights + block.weight + k * block.rows,
-                              cut.offsets.data() + block.list + k, now, strip.pixels + tile.at,
-                              tile, strip.target, {k == 0, k + part >= count, sums[b]});
+        strip.aim_at(l, block);
+        kernels(l, block)[tile.vectors](
+            weights + block.weight + k * block.rows, cut.offsets.data() + block.list + k,
+            std::min(part, count - k), strip.pixels + tile.at, tile, strip.target,
+            {k == 0, k + part >= count, sums[b]});
       }
-    }
   }
 }
 
-// How many blocks from `first` on are computed together.
+// How many blocks from `first` on are computed together: those that read the same long list.
 int64_t together(const Block* first, const Block* end) {
+  const auto alike = [first](const Block& b) {
+    return b.list == first->list && vectors_for(b.rows) == vectors_for(first->rows);
+  };
+  const int64_t most = first->count > PART ? std::min(BLOCKS_TOGETHER, end - first) : 1;
   int64_t number = 1;
-  while (first->count > PART && number < BLOCKS_TOGETHER && first + number < end && first[number].list == first->list &&
-         vectors_for(first[number].rows) == vectors_for(first->rows))
-    ++number;
+  while (number < most && alike(first[number])) ++number;
   return number;
 }
 
 // Some blocks of filters for all pixels of the strips with number `number`, of several images.
-void compute_blocks(const Call& call, const Layer& l, const Cut& cut, int64_t number,
+void compute_direct(const Call& call, const Layer& l, const Cut& cut, int64_t number,
                     Strip* strips, int64_t images, int64_t from, int64_t until) {
-  std::vector<BandVector> vectors;
-  if (l.kind == WINOGRAD)
-    for (int64_t i = 0; i < images; ++i)
-      for (const Spot& spot : cut.spots[number])
-        vectors.push_back({strips[i].pixels + spot.at, &spot, &strips[i].target});
-  for (int64_t b = from; b < until;) {
-    const Block& block = l.blocks[b];
-    if (l.kind == WINOGRAD) {
-      for (Strip* strip = strips; strip < strips + images; ++strip) {
-        strip->target.filter = l.filters.data() + block.filter;
-        strip->target.added = l.added.empty() ? nullptr : l.added.data() + block.filter;
-      }
-      compute_bands(call.weight + block.weight, cut.offsets.data() + block.list, block.count, block.rows,
-                    cut.frame.height * cut.frame.width, vectors.data(), vectors.size(),
-                    call.program.values[l.result].height);
-      ++b;
-      continue;
-    }
-    const int64_t now = together(&block, l.blocks.data() + until);
-    const Block& end = l.blocks[b + now - 1];
-    const float* next = call.weight + end.weight + l.weights(end);
-    const std::vector<Tile>& tiles = cut.tiles[number][vectors_for(block.rows)];
-    Prefetch prefetch(next, std::min(next + l.weights(end) * now, call.weights_end),
+  for (int64_t b = from, now = 0; b < until; b += now) {
+    const Block* blocks = &l.blocks[b];
+    now = together(blocks, l.blocks.data() + until);
+    const Block& last = blocks[now - 1];
+    const float* next = call.weight + last.weight + l.weights(last);
+    const std::vector<Tile>& tiles = cut.tiles[number][vectors_for(blocks->rows)];
+    Prefetch prefetch(next, std::min(next + l.weights(last) * now, call.weights_end),
                       std::max<int64_t>(1, tiles.size() * images));
     for (Strip* strip = strips; strip < strips + images; ++strip)
-      compute_tiles(l, cut, &block, now, tiles, call.weight, *strip, prefetch);
-    b += now;
+      compute_tiles(l, cut, blocks, now, tiles, call.weight, *strip, prefetch);
+  }
+}
+
+// The same by Winograd's algorithm.
+void compute_winograd(const Call& call, const Layer& l, const Cut& cut, int64_t number,
+                      Strip* strips, int64_t images, int64_t from, int64_t until) {
+  std::vector<BandVector> vectors;
+  for (int64_t i = 0; i < images; ++i)
+    for (const Spot& spot : cut.spots[number])
+      vectors.push_back({strips[i].pixels + spot.at, &spot, &strips[i].target});
+  for (int64_t b = from; b < until; ++b) {
+    const Block& block = l.blocks[b];
+    for (int64_t i = 0; i < images; ++i) strips[i].aim_at(l, block);
+    compute_bands(call.weight + block.weight, cut.offsets.data() + block.list, block.count,
+                  block.rows, cut.frame.height * cut.frame.width, vectors.data(), vectors.size(),
+                  call.program.values[l.result].height);
   }
 }
 
@@ -299,7 +305,8 @@ void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t ima
       if (l.residual >= 0) target.residual = call.source(l.residual, image + i, nth + i, arena);
       target.masks = cut.masks.data();
     }
-    compute_blocks(call, l, cut, number, strips, images, cut.splits[split], cut.splits[split + 1]);
+    const auto compute = l.kind == WINOGRAD ? compute_winograd : compute_direct;
+    compute(call, l, cut, number, strips, images, cut.splits[split], cut.splits[split + 1]);
   }
 }
 

@@ -58,7 +58,7 @@ struct Frame {
   int64_t channel() const { return phases[0] * phases[1] * height * width; }
 };
 
-// How the work is cut: strips of rows, and the blocks of filters, at `splits`, where strips are too few.
+// How the work is cut: strips of rows, and the blocks of filters, at `splits`, if strips are too few.
 struct Cut {
   int64_t rows, strips;
   std::vector<int64_t> splits;
@@ -203,7 +203,7 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
   }
   TORCH_CHECK(l.kind != WINOGRAD || (l.kernel[0] == 3 && l.stride[0] == 1 && l.stride[1] == 1 &&
                                      l.dilation[0] == 1),
-              "group_conv2d: Winograd's algorithm is for 3 rows of taps side by side, and strides of 1");
+              "group_conv2d: Winograd's algorithm is for 3 rows of taps and strides of 1");
   l.activation = numbers[13];
   TORCH_CHECK(l.activation >= 0 && l.activation < ACTIVATIONS, "group_conv2d: unknown activation ",
               l.activation);
@@ -388,7 +388,8 @@ inline Cut cut_bands(const Program& p, const Layer& l, int64_t threads) {
   if (from.width < LANES) cut.row = std::max(cut.row, l.padding[1] + LANES);
   const int64_t bands = (to.height + BAND - 1) / BAND;
   const int64_t a_band = std::max<int64_t>(1, l.used.size() * POINTS * cut.row);
-  const int64_t fitting = std::clamp<int64_t>(BANDS_FLOATS / a_band, 1, std::max<int64_t>(1, bands));
+  const int64_t fitting =
+      std::clamp<int64_t>(BANDS_FLOATS / a_band, 1, std::max<int64_t>(1, bands));
   cut.strips = (bands + fitting - 1) / fitting;
   int64_t splits = 1;
   if (cut.strips % threads != 0) {
@@ -397,7 +398,7 @@ inline Cut cut_bands(const Program& p, const Layer& l, int64_t threads) {
     else splits = std::min<int64_t>(threads, std::max<size_t>(1, l.blocks.size()));
   }
   cut.splits = split_blocks(l, splits);
-  const int64_t in_a_strip = std::max<int64_t>(1, (bands + cut.strips - 1) / std::max<int64_t>(1, cut.strips));
+  const int64_t in_a_strip = (bands + cut.strips - 1) / cut.strips;
   cut.strips = (bands + in_a_strip - 1) / in_a_strip;
   cut.rows = in_a_strip * BAND;
   cut.frame = {{POINTS, 1}, in_a_strip, cut.row};

@@ -1,11 +1,11 @@
-// Winograd's algorithm along the columns of an image, F(4, 3): four rows of output, a band, cost six
-// products for every filter, channel and tap of a row, instead of twelve.
+// Winograd's algorithm along the columns of an image, F(4, 3): four rows of output, a band, cost
+// six products for every filter, channel and tap of a row, instead of twelve.
 //
 //     Y = A^T [(G g) * (B^T d)]
 //
-// S. Winograd, Arithmetic Complexity of Computations, 1980; the matrices for the points 0, 1, -1, 2, -2
-// and infinity are those of A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks,
-// CVPR 2016. Along rows taps are added as usual: vectors lie along rows, so that both transforms
+// S. Winograd, Arithmetic Complexity of Computations, 1980; the matrices for the points 0, 1, -1, 2,
+// -2 and infinity are those of A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural
+// Networks, CVPR 2016. Along rows taps are added as usual: vectors lie along rows, so that both transforms
 // consist of sums of vectors.
 
 #pragma once
@@ -58,20 +58,21 @@ inline void transform_rows(const float* const (&rows)[POINTS], int64_t width, fl
   if (width % LANES != 0) transform_pixels(rows, last, LANES, to + last, plane);
 }
 
-// Vectors of bands that are computed one after the other, in one strip or in those of several images.
+// One of the vectors that are computed one after the other, in a strip or in those of several images.
 struct BandVector {
   const float* pixels;
   const Spot* spot;
   const Target* target;
 };
 
-// The products of one point, for some filters; V vectors at a time are held in registers, and `number`
-// is a multiple of V.
+// The products of one point, for some filters; V vectors at a time are held in registers, and
+// `number` is a multiple of V.
 template <int64_t R, int64_t V>
 struct Products {
   static void compute(const float* weights, const int64_t* offset, int64_t count, int64_t plane,
                       const BandVector* vectors, int64_t number, float* to) {
-    for (const BandVector* end = vectors + number; vectors < end; vectors += V, to += V * R * LANES) {
+    const BandVector* end = vectors + number;
+    for (; vectors < end; vectors += V, to += V * R * LANES) {
       Vec sum[R][V];
       const float *from[V], *weight = weights;
       for (int64_t v = 0; v < V; ++v) from[v] = vectors[v].pixels + plane;
@@ -121,6 +122,7 @@ inline void compute_bands(const float* weight, const int64_t* offset, int64_t co
                           int64_t plane, const BandVector* vectors, int64_t number, int64_t height) {
   alignas(64) float products[MOST_PRODUCTS];
   const int64_t most = vectors_for(rows);
+  static_assert(MOST_PRODUCTS >= POINTS * 32 * LANES);  // no more sums than registers
   const int64_t together = MOST_PRODUCTS / (POINTS * rows * LANES) / most * most;
   for (; number > 0; vectors += together, number -= together) {
     const int64_t now = std::min(together, number), step = now * rows * LANES;
