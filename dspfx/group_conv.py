@@ -221,7 +221,6 @@ class GroupConvRun(nn.Module):
         ]
         self.layers = native.as_text(numbers)
         parts: list[Any] = [layer for layer in layers if isinstance(layer, GroupConv2d)]
-        self.block = parts[0].block
         plan = [parts[0].plan[:1], *(part.plan[1:] for part in parts)]
         bias = [p.weight.new_zeros(p.count) if p.bias is None else p.bias for p in parts]
         self.register_buffer("weight", torch.cat([part.weight for part in parts]))
@@ -236,10 +235,10 @@ class GroupConvRun(nn.Module):
     def transformable(self) -> list[int]:
         """The layers that Winograd's algorithm can compute: 3 rows of taps, and strides of 1."""
         found = []
-        for number, layer in enumerate(self._unpacked()):
-            kernel, stride, _, dilation = layer.settings
+        for number, ((kind, *_), settings, _) in enumerate(native.described(self.layers)):
+            kernel, stride, _, dilation = settings
             rows = kernel[0] == 3 and dilation[0] == 1 and stride == [1, 1]
-            if layer.kind not in native.POOLS and rows:
+            if kind not in native.POOLS and rows:
                 found.append(number)
         return found
 
@@ -259,7 +258,8 @@ class GroupConvRun(nn.Module):
             numbers[number][0] = kind
             own = [weight for _, _, weight in layer.groups]
             weights += [native.transformed(w) for w in own] if by_winograd else own
-        twin.weight = native.packed(weights, self.block)
+        plan: Any = self.plan
+        twin.weight = native.packed(weights, int(plan[0]))
         twin.layers = native.as_text(numbers)
         return twin
 

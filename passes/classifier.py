@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node
 
 from dspfx.group_conv import FilterGroup, GroupConv2d
+from dspfx.passes.runs import layer_of
 
 MOST_WEIGHTS = 2**15
 
@@ -36,7 +36,7 @@ def _called(module: fx.GraphModule, node: Any) -> nn.Module | None:
 
 def _is_classifier(module: fx.GraphModule, node: Node) -> bool:
     linear = _called(module, node)
-    if type(linear) is not nn.Linear or linear.weight.numel() > MOST_WEIGHTS:
+    if type(linear) is not nn.Linear or node.kwargs or linear.weight.numel() > MOST_WEIGHTS:
         return False
     if linear.weight.dtype != torch.float32 or linear.weight.device.type != "cpu":
         return False
@@ -44,7 +44,9 @@ def _is_classifier(module: fx.GraphModule, node: Node) -> bool:
     if not isinstance(flat, Node) or len(flat.users) > 1 or not _flattens(flat):
         return False
     pool = flat.args[0]
-    if not isinstance(pool, Node) or len(pool.users) > 1 or not _averages(module, pool):
+    if not isinstance(pool, Node) or len(pool.users) > 1:
+        return False
+    if not isinstance(layer_of(module, pool), nn.AdaptiveAvgPool2d):
         return False
     return isinstance(_called(module, pool.args[0]), GroupConv2d)
 
@@ -52,13 +54,6 @@ def _is_classifier(module: fx.GraphModule, node: Node) -> bool:
 def _flattens(node: Node) -> bool:
     named = (node.op, node.target) in {("call_function", torch.flatten), ("call_method", "flatten")}
     return named and node.args[1:] == (1,) and not node.kwargs
-
-
-def _averages(module: fx.GraphModule, node: Node) -> bool:
-    if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-        return node.args[1] in (1, (1, 1), [1, 1])
-    pool = _called(module, node)
-    return type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
 
 
 def _convolve(module: fx.GraphModule, node: Node) -> None:

@@ -28,8 +28,10 @@ def join_runs(module: fx.GraphModule) -> bool:
     return joined
 
 
-def _layer(module: fx.GraphModule, node: Node) -> nn.Module | None:
+def layer_of(module: fx.GraphModule, node: Node) -> nn.Module | None:
     """What the kernel computes for `node`: a convolution or a pool."""
+    if node.kwargs:
+        return None
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
         called: nn.Module = nn.AdaptiveAvgPool2d(node.args[1])  # type: ignore[arg-type]
     elif node.op == "call_module":
@@ -44,7 +46,7 @@ def _runs(module: fx.GraphModule) -> list[list[Node]]:
     runs: list[list[Node]] = [[]]
     behind: set[Node] = set()  # what depends on the run, and is not of it
     for node in module.graph.nodes:
-        inputs, layer = node.all_input_nodes, _layer(module, node)
+        inputs, layer = node.all_input_nodes, layer_of(module, node)
         reads_run = not set(runs[-1]).isdisjoint(inputs)
         if not isinstance(layer, GroupConv2d) and not reads_run:
             layer = None  # perhaps of another type, or on another device
@@ -63,7 +65,7 @@ def _join(module: fx.GraphModule, run: list[Node], name: str) -> None:
     given = list(dict.fromkeys(i for node in run for i in node.all_input_nodes if i not in run))
     values = {node: number for number, node in enumerate((*given, *run))}
     read_elsewhere = [n for n in run if any(reader not in values for reader in n.users)]
-    layers: list[Any] = [_layer(module, node) for node in run]
+    layers: list[Any] = [layer_of(module, node) for node in run]
     reads = [_reads(values, node) for node in run]
     outputs = [values[node] for node in read_elsewhere]
     names = [str(node.target) if node.op == "call_module" else node.name for node in run]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import os
 import pickle
 import subprocess
@@ -176,6 +177,11 @@ def for_winograd(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def with_weight(group: FilterGroup, kernel: list[int], generator: torch.Generator) -> FilterGroup:
+    size = (len(group.filters), len(group.inputs), *kernel)
+    return FilterGroup(group.filters, group.inputs, torch.randn(size, generator=generator))
+
+
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """`x` with other strides."""
     if layout == "channels last":
@@ -191,14 +197,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def test_equal_to_the_reference_for_any_lists(call: dict[str, Any]) -> None:
     torch.set_num_threads(call["threads"])
     generator = torch.Generator().manual_seed(0)
-    groups = [
-        FilterGroup(
-            g.filters,
-            g.inputs,
-            torch.randn(len(g.filters), len(g.inputs), *call["settings"][0], generator=generator),
-        )
-        for g in call["groups"]
-    ]
+    groups = [with_weight(g, call["settings"][0], generator) for g in call["groups"]]
     bias = torch.randn(call["filters"], generator=generator)
     own = GroupConv2d(call["settings"], groups, call["filters"], bias)
     x = torch.randn(call["size"], generator=generator)
@@ -213,15 +212,12 @@ def test_equal_to_the_reference_for_any_lists(call: dict[str, Any]) -> None:
 def test_winograd_is_equal_to_the_reference(call: dict[str, Any]) -> None:
     torch.set_num_threads(call["threads"])
     generator = torch.Generator().manual_seed(0)
-    groups = [
-        FilterGroup(
-            g.filters,
-            g.inputs,
-            torch.randn(len(g.filters), len(g.inputs), *call["settings"][0], generator=generator)
-            / max(1, 3 * len(g.inputs) * call["settings"][0][1]) ** 0.5,
-        )
-        for g in call["groups"]
-    ]
+    kernel = call["settings"][0]
+    groups = []
+    for group in call["groups"]:
+        g = with_weight(group, kernel, generator)
+        scale = max(1, len(g.inputs) * math.prod(kernel)) ** 0.5
+        groups.append(FilterGroup(g.filters, g.inputs, g.weight / scale))
     bias = torch.randn(call["filters"], generator=generator)
     own = GroupConv2d(
         call["settings"], groups, call["filters"], bias, call["activation"], call["added"]
@@ -728,7 +724,14 @@ class Classifier(nn.Module):
         return self.linear(self.flat(self.pool(self.conv(x))))
 
 
-@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), lambda x: F.adaptive_avg_pool2d(x, 1)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AdaptiveAvgPool2d(1),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: F.adaptive_avg_pool2d(x, output_size=(1, 1)),
+    ],
+)
 @pytest.mark.parametrize("flat", [lambda x: torch.flatten(x, 1), lambda x: x.flatten(1)])
 def test_a_small_classifier_joins_the_run(pool: Any, flat: Any) -> None:
     model, x = Classifier(pool, flat), torch.randn(3, 6, 9, 9)
@@ -748,6 +751,7 @@ def test_a_small_classifier_joins_the_run(pool: Any, flat: Any) -> None:
         (nn.AdaptiveAvgPool2d(1), lambda x: x.mean((2, 3)), 6),
         (nn.AdaptiveAvgPool2d(1), lambda x: x.flatten(1), 4000),
         (nn.MaxPool2d(7), lambda x: x.flatten(1), 6),
+        (lambda x: F.adaptive_avg_pool2d(x, [1, 1]), lambda x: x.flatten(1), 6),
         (nn.Identity(), lambda x: x.mean((2, 3)).flatten(1), 6),
     ],
 )
@@ -755,6 +759,7 @@ def test_other_classifiers_are_left(pool: Any, flat: Any, channels: int) -> None
     model, x = Classifier(pool, flat, channels), torch.randn(3, 6, 9, 9)
     module = traced(model)
     assert not join_classifiers(module)
+    join_runs(module)
     assert_equal(model(x), module(x), 1e-6)
 
 

@@ -153,7 +153,7 @@ class Layer:
 def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
     """The layers of a run, from what `group_conv_run` is given."""
     block, plan = int(plan[0]), plan[1:]
-    for (kind, source, residual, count, filters), settings, activation in _numbers(layers):
+    for (kind, source, residual, count, filters), settings, activation in described(layers):
         kernel = settings[0]
         if kind in POOLS:
             yield Layer(kind, source, -1, settings, 0, plan[:0], (), None)
@@ -190,7 +190,7 @@ def as_numbers(layers: str) -> list[list[int]]:
     return [numbers[i : i + LAYER_NUMBERS] for i in range(0, len(numbers), LAYER_NUMBERS)]
 
 
-def _numbers(layers: str) -> Iterator[tuple[Sequence[int], Settings, int]]:
+def described(layers: str) -> Iterator[tuple[Sequence[int], Settings, int]]:
     """Of each layer kind, source, residual, groups and filters; its settings; its activation."""
     for own in as_numbers(layers):
         yield own[:5], (own[5:7], own[7:9], own[9:11], own[11:13]), own[13]
@@ -281,7 +281,7 @@ def _run_fake(
     outputs: list[int],
 ) -> list[Tensor]:
     shapes: list[Sequence[int]] = [x.shape for x in inputs]
-    for (kind, source, _, _, filters), settings, _ in _numbers(layers):
+    for (kind, source, _, _, filters), settings, _ in described(layers):
         (kernel, *other), before = settings, shapes[source]
         size = _out_size(before[2:], _whole(kernel, before[2:]), *other)
         channels = before[1] if kind in POOLS else filters
