@@ -1,0 +1,95 @@
+// What a plan consists of: values, the layers between them, and how the work of a layer is cut.
+
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "winograd.h"
+
+namespace dspfx {
+
+constexpr int64_t TOGETHER = 4;        // images, in late layers
+constexpr int64_t LAYER_NUMBERS = 14;  // that describe a layer
+
+enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1, WINOGRAD = 2, AVERAGE_POOL = 3 };
+
+// An image between layers.
+struct Value {
+  enum Place { GIVEN, INSIDE, RETURNED } place;
+  int64_t channels, height, width;
+  int64_t zeros[2] = {0, 0};  // rows before a plane, pixels behind a row
+  int64_t at = 0;             // of pixel 0 of channel 0, in the arena
+  bool late = false;          // read or written by late layers: one for each image of a batch
+  int64_t row() const { return width + zeros[1]; }
+  int64_t plane() const { return (height + zeros[0]) * row(); }
+  int64_t before() const { return zeros[0] * row() + zeros[1]; }
+  int64_t behind() const { return before() + MOST_VECTORS * LANES; }
+};
+
+// Some filters of one group.
+struct Block {
+  int64_t rows, filter;   // and the place of the first among all filters of the layer
+  int64_t weight, count;  // its weights' place, and how many for each filter and sum
+  int64_t list;           // place of its offsets
+};
+
+// The frame into which a strip is copied.
+struct Frame {
+  int64_t phases[2];      // of each axis that any tap needs
+  int64_t height, width;  // of one phase of one channel
+  int64_t channel() const { return phases[0] * phases[1] * height * width; }
+};
+
+// How the work is cut: strips of rows, and the blocks of filters, at `splits`, if strips are too few.
+struct Cut {
+  int64_t rows, strips;
+  std::vector<int64_t> splits;
+  bool in_place;
+  int64_t row;  // distance of the rows of what is read
+  Frame frame;
+  std::vector<int64_t> offsets;
+  // by strip and vectors in a tile
+  std::vector<std::array<std::vector<Tile>, MOST_VECTORS + 1>> tiles;
+  std::vector<float> masks;
+  std::vector<std::vector<Spot>> spots;  // by strip, of Winograd's algorithm
+};
+
+struct Layer {
+  Kind kind;
+  int64_t source, residual, result;  // values; residual: -1 for none
+  int64_t kernel[2], stride[2], padding[2], dilation[2], activation;
+  int64_t bias;
+  std::vector<int64_t> filters, added;  // channels of the result; of the residual
+  std::vector<int64_t> used, inputs;    // channels that anybody reads; lists, in terms of `used`
+  std::vector<Block> blocks;
+  Cut alone, together;                  // for one thread, for all
+  int64_t weights() const {
+    int64_t sum = 0;
+    for (const Block& b : blocks) sum += pools() ? 0 : weights(b);
+    return sum;
+  }
+  bool pools() const { return kind == MAX_POOL || kind == AVERAGE_POOL; }
+  int64_t weights(const Block& b) const { return b.rows * b.count * points(); }
+  // sums of products, and how many products of a channel each has
+  int64_t points() const { return kind == WINOGRAD ? POINTS : 1; }
+  int64_t taps() const { return kind == WINOGRAD ? kernel[1] : kernel[0] * kernel[1]; }
+  int64_t reach(int axis) const { return (kernel[axis] - 1) * dilation[axis]; }
+};
+
+// The last layers, those that all have more weights than pixels, are late: a thread computes each for
+// several images before the next one, so that it reads the weights once for all of them.
+struct Program {
+  std::vector<Value> values;
+  std::vector<Layer> layers;
+  std::vector<int64_t> outputs;
+  std::vector<float> no_bias, zeros;  // zeros: a row
+  int64_t late;               // the first late layer
+  int64_t early_arena = 0, late_arena = 0;  // floats for values, the late ones for one image
+  int64_t early_scratch = 0, late_scratch = 0;
+  int64_t floats() const {
+    return early_arena + TOGETHER * late_arena + std::max(early_scratch, TOGETHER * late_scratch);
+  }
+};
+
+}  // namespace dspfx
