@@ -69,7 +69,7 @@ class Prefetch {
   int64_t share_;
 };
 
-constexpr int64_t BLOCKS_TOGETHER = 8, PART = 128;
+constexpr int64_t BLOCKS_TOGETHER = 8, PART = 128, A_LONG_LIST = 32;
 
 inline const OfRows<Compute>& kernels(const Layer& l, const Block& block) {
   if (l.kind == MAX_POOL) return POOL<false>;
@@ -102,7 +102,7 @@ inline int64_t together(const Block* first, const Block* end) {
   const auto alike = [first](const Block& b) {
     return b.list == first->list && vectors_for(b.rows) == vectors_for(first->rows);
   };
-  const int64_t most = first->count > PART ? std::min(BLOCKS_TOGETHER, end - first) : 1;
+  const int64_t most = first->count > A_LONG_LIST ? std::min(BLOCKS_TOGETHER, end - first) : 1;
   int64_t number = 1;
   while (number < most && alike(first[number])) ++number;
   return number;
