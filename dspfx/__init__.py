@@ -5,6 +5,7 @@ prepared = dspfx.prepare(model)      # a traced copy with group gates
 compact = dspfx.convert(prepared)    # the same function, smaller and faster, verified
 """
 
+from dspfx.budget import Budget, PruneReport
 from dspfx.checkpoint import load_checkpoint, save_checkpoint
 from dspfx.cluster import cluster_groups
 from dspfx.compile import compile
@@ -39,7 +40,8 @@ from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
 from dspfx.plot import plot
 from dspfx.prepare import prepare
-from dspfx.prune import Budget, PruneReport, prune
+from dspfx.prune import prune
+from dspfx.prune_channels import prune_channels
 from dspfx.recalibrate import recalibrate
 from dspfx.report import Report, report
 from dspfx.save import save
@@ -83,6 +85,7 @@ __all__ = [
     "plot",
     "prepare",
     "prune",
+    "prune_channels",
     "recalibrate",
     "report",
     "save",

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dspfx.budget import Budget, PruneReport
 from dspfx.collapse import REMEDY, suspects
 from dspfx.errors import DspfxWarning, LearnError
 from dspfx.masks import get_masks
-from dspfx.prune import Budget, PruneReport, prune
+from dspfx.prune import prune
 
 PROGRESS = ("epoch", "step_in_epoch", "cycle", "best_score", "best_epoch", "history")
 

@@ -1,119 +1,27 @@
 """`prune`: one threshold for the whole network, found by bisection on costs alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from dspfx.collapse import in_words, weak_layers
-from dspfx.errors import BudgetError, PrepareError
+from dspfx.budget import Budget, PruneReport, prune_to
+from dspfx.errors import PrepareError
 from dspfx.filters import filters_first
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
-from dspfx.latency import LatencyTable, measured_fraction
-from dspfx.masks import apply_reads
 from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
-from dspfx.passes.cost import Cost, layer_costs, together, total
 from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
 from dspfx.penalty import energy as layer_energy
-from dspfx.processes import Processes
 
-BISECTIONS = 40
-CLOSE_ENOUGH = 0.005
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Masks that might be set.
-
-    Attributes:
-        lives: what they leave alive in every part of the model.
-        cost: of all parts together.
-        seconds: that they are likely to take; 0 where that is not asked for.
-    """
-
-    lives: tuple[Liveness, ...]
-    cost: Cost
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What fraction of the dense network may remain; exactly one of the fields is given.
-
-    Attributes:
-        macs: of the multiply-accumulates of one sample, whole model; in (0, 1].
-        params: of the parameters, whole model; in (0, 1].
-        latency: of the time that the dense network takes, compiled, for the example inputs; in
-            (0, 1]. Layers are measured, which takes a while.
-    """
-
-    macs: float | None = None
-    params: float | None = None
-    latency: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [f for f in (self.macs, self.params, self.latency) if f is not None]
-        if len(given) != 1:
-            raise BudgetError(
-                "give exactly one of Budget(macs=...), Budget(params=...) and Budget(latency=...)"
-            )
-        if not 0 < given[0] <= 1:
-            raise BudgetError(f"a budget is a fraction in (0, 1], got {given[0]}")
-
-    @property
-    def fraction(self) -> float:
-        """The fraction that may remain."""
-        return next(f for f in (self.macs, self.params, self.latency) if f is not None)
-
-    def of(self, candidate: "Candidate") -> float:
-        """What of `candidate` is budgeted."""
-        if self.latency is not None:
-            return candidate.seconds
-        return candidate.cost.macs if self.macs is not None else candidate.cost.parameters
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What `prune` did.
-
-    Attributes:
-        budget: the fraction that was asked for.
-        achieved: the fraction that remains.
-        threshold: beta, the share of its energy that each group lost at most.
-        before, after: cost of the model for one sample.
-        note: says so where the budget could not be met closely.
-        measured: of a budget of latency, the fraction of the dense network's time that the pruned
-            one really takes; `achieved` is what was predicted from its layers.
-        warnings: layers of which hardly anything is left, and what to do; see
-            `dspfx.CyclicFinetune` for what may come of them.
-    """
-
-    budget: float
-    achieved: float
-    threshold: float
-    before: Cost
-    after: Cost
-    note: str = ""
-    measured: float | None = None
-    warnings: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [
-            f"kept {self.achieved:.2%} (budget {self.budget:.2%}) at threshold "
-            f"{self.threshold:.4f}",
-            f"MACs {self.before.macs:,} -> {self.after.macs:,}, "
-            f"parameters {self.before.parameters:,} -> {self.after.parameters:,}",
-        ]
-        if self.measured is not None:
-            lines.append(f"latency {self.achieved:.2%} predicted, {self.measured:.2%} measured")
-        warnings = [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([*lines, *([self.note] if self.note else []), *warnings])
+LEAST = (
+    "with one input channel left to each group, {least:.2%} remains; ask for more than that, use "
+    "fewer groups or ignore fewer layers"
+)
 
 
 def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
@@ -136,72 +44,7 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
     parts = [_PrunablePart.of(part.module, part.name) for part in parts_of(prepared)]
-    before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
-
-    processes = Processes.of(prepared)
-    tables = [] if budget.latency is None else _tables(parts, processes)
-
-    def candidate(beta: float) -> Candidate:
-        lives = tuple(part.liveness(beta) for part in parts)
-        costs = (
-            total(layer_costs(part.analysis, live), part.analysis)
-            for part, live in zip(parts, lives, strict=True)
-        )
-        seconds = sum(table.predict(live) for table, live in zip(tables, lives, strict=False))
-        return Candidate(lives, together(costs), seconds)
-
-    dense = Candidate((), before, sum(table.predict() for table in tables))
-    beta, found = _bisect(candidate, budget, budget.of(dense))
-    achieved = budget.of(found) / budget.of(dense)
-    for part, live in zip(parts, found.lives, strict=True):
-        apply_reads(part.module, part.analysis, live)
-    note = ""
-    if achieved < budget.fraction - CLOSE_ENOUGH:
-        note = "the next step up exceeds the budget: this is the closest below it"
-    measured = None
-    if budget.latency is not None:
-        modules = [part.module for part in parts]
-        measured = processes.of_first(lambda: measured_fraction(modules))
-    weak = [
-        layer
-        for part, live in zip(parts, found.lives, strict=True)
-        for layer in weak_layers(part.name, part.analysis, live)
-    ]
-    return PruneReport(
-        budget.fraction, achieved, beta, before, found.cost, note, measured, in_words(weak)
-    )
-
-
-def _tables(parts: list["_PrunablePart"], processes: Processes) -> list[LatencyTable]:
-    return [LatencyTable.of(part.module, part.analysis, processes) for part in parts]
-
-
-def _bisect(
-    candidate: Callable[[float], Candidate], budget: Budget, dense: float
-) -> tuple[float, Candidate]:
-    """The smallest threshold, to 2^-40, that is within the budget; `dense` is the whole."""
-    limit = budget.fraction * dense
-    low, best = 0.0, candidate(0.0)
-    if budget.of(best) <= limit:
-        return 0.0, best
-    high, best = 1.0, candidate(1.0)
-    if budget.of(best) > limit:
-        least = budget.of(best) / dense
-        raise BudgetError(
-            f"the budget of {budget.fraction:.2%} cannot be reached: with one input channel left "
-            f"to each group, {least:.2%} remains; ask for more than that, use fewer groups or "
-            "ignore fewer layers"
-        )
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        found = candidate(middle)
-        if budget.of(found) <= limit:
-            high, best = middle, found
-        else:
-            low = middle
-        if budget.of(best) > limit - CLOSE_ENOUGH / 50 * dense:
-            break
-    return high, best
+    return prune_to(prepared, parts, budget, LEAST)
 
 
 @dataclass(frozen=True)

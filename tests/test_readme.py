@@ -37,6 +37,7 @@ def test_public_names() -> None:
         "plot",
         "prepare",
         "prune",
+        "prune_channels",
         "recalibrate",
         "report",
         "save",

@@ -7,6 +7,7 @@ same multiply-accumulates. What trains before it prunes does so for 8 epochs and
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -222,6 +223,21 @@ def _masked(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
     return pruned
 
 
+def _without_channels(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    """A copy of `prepared` without whole channels, by our own importance."""
+    pruned = copy.deepcopy(prepared)
+    dspfx.prune_channels(pruned, dspfx.Budget(macs=macs / dense_macs(run.dense)[0]))
+    return pruned
+
+
+def _channels_then_groups(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    """Half of the way, by factors, whole channels; groups are found in what is left."""
+    whole = dense_macs(run.dense)[0]
+    pruned = _without_channels(prepared, math.isqrt(whole * macs), run)
+    dspfx.cluster_groups(pruned)
+    return _masked(pruned, macs, run)
+
+
 def _dense(run: Run) -> nn.Module:
     return copy.deepcopy(run.dense)
 
@@ -237,6 +253,7 @@ class Start:
 STARTS = {
     "dense": Start(lambda run: copy.deepcopy(run.dense)),
     "sparse": Start(_sparse_learning, trains=True),
+    "gated": Start(functools.partial(_prepared, groups=4)),
     "random": Start(_random),
     "clustered": Start(_clustered),
     "first-order": Start(functools.partial(_learned, learner=FirstOrderLearner), trains=True),
@@ -249,6 +266,8 @@ METHODS = {
     "channels, magnitude": Method("dense", _magnitude),
     "channels, magnitude, distilled": Method("dense", _magnitude, distil=True),
     "channels, sparse learning": Method("sparse", _group_norm),
+    "whole channels": Method("gated", _without_channels),
+    "channels, then clustered groups": Method("gated", _channels_then_groups),
     "random groups": Method("random", _masked),
     "clustered groups": Method("clustered", _masked),
     "learned, first order": Method("first-order", _masked),

@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
+from dspfx.budget import Budget
 from dspfx.cluster import cluster_groups
 from dspfx.commands import subjects
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.prepare import prepare
-from dspfx.prune import Budget, prune
+from dspfx.prune import prune
 from dspfx.recipe.speed import ROUNDS, speed
 from dspfx.records import to_json
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from dspfx.budget import Budget
 from dspfx.cluster import cluster_groups
 from dspfx.commands import subjects
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
@@ -14,7 +15,6 @@ from dspfx.convert import convert
 from dspfx.errors import BudgetError, ExportError
 from dspfx.export import SUFFIXES, export
 from dspfx.prepare import prepare
-from dspfx.prune import Budget
 from dspfx.prune import prune as prune_to
 from dspfx.recalibrate import recalibrate
 from dspfx.recipe.networks import check, right_answers

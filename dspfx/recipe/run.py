@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dspfx.budget import PruneReport
 from dspfx.checkpoint import load_checkpoint, save_checkpoint
 from dspfx.cluster import cluster_groups
 from dspfx.collapse import in_words, weak_layers_of
@@ -14,7 +15,7 @@ from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.errors import RecipeError
 from dspfx.prepare import prepare
-from dspfx.prune import PruneReport, prune
+from dspfx.prune import prune
 from dspfx.recalibrate import recalibrate
 from dspfx.recipe.architectures import Architecture, input_channels, read_weights, start_from
 from dspfx.recipe.comparison import compare

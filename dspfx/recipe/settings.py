@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dspfx.budget import Budget
 from dspfx.config import PrepareConfig
 from dspfx.errors import RecipeError
-from dspfx.prune import Budget
 from dspfx.records import from_json
 
 PRECISIONS = ("float32", "bfloat16")

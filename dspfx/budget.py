@@ -1,0 +1,211 @@
+"""Budgets, and the search for the smallest threshold whose masks are within one.
+
+The cost of a candidate is reckoned from its masks by liveness, so a search takes no forward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from dspfx.collapse import in_words, weak_layers
+from dspfx.errors import BudgetError
+from dspfx.latency import LatencyTable, measured_fraction
+from dspfx.masks import apply_reads
+from dspfx.module import PreparedModule
+from dspfx.passes.cost import Cost, layer_costs, together, total
+from dspfx.passes.liveness import Liveness
+from dspfx.passes.values import ChannelAnalysis
+from dspfx.processes import Processes
+
+BISECTIONS = 40
+CLOSE_ENOUGH = 0.005
+
+
+class PrunablePart(Protocol):
+    """A part of a model, of which the more is pruned the higher a threshold in [0, 1] is."""
+
+    @property
+    def module(self) -> PreparedModule:
+        """The part."""
+
+    @property
+    def analysis(self) -> ChannelAnalysis:
+        """Of its evaluation graph."""
+
+    @property
+    def name(self) -> str:
+        """Its own, in the model."""
+
+    def liveness(self, threshold: float) -> Liveness:
+        """What is left alive at `threshold`."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Masks that might be set.
+
+    Attributes:
+        lives: what they leave alive in every part of the model.
+        cost: of all parts together.
+        seconds: that they are likely to take; 0 where that is not asked for.
+    """
+
+    lives: tuple[Liveness, ...]
+    cost: Cost
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fraction of the dense network may remain; exactly one of the fields is given.
+
+    Attributes:
+        macs: of the multiply-accumulates of one sample, whole model; in (0, 1].
+        params: of the parameters, whole model; in (0, 1].
+        latency: of the time that the dense network takes, compiled, for the example inputs; in
+            (0, 1]. Layers are measured, which takes a while.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [f for f in (self.macs, self.params, self.latency) if f is not None]
+        if len(given) != 1:
+            raise BudgetError(
+                "give exactly one of Budget(macs=...), Budget(params=...) and Budget(latency=...)"
+            )
+        if not 0 < given[0] <= 1:
+            raise BudgetError(f"a budget is a fraction in (0, 1], got {given[0]}")
+
+    @property
+    def fraction(self) -> float:
+        """The fraction that may remain."""
+        return next(f for f in (self.macs, self.params, self.latency) if f is not None)
+
+    def of(self, candidate: "Candidate") -> float:
+        """What of `candidate` is budgeted."""
+        if self.latency is not None:
+            return candidate.seconds
+        return candidate.cost.macs if self.macs is not None else candidate.cost.parameters
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did.
+
+    Attributes:
+        budget: the fraction that was asked for.
+        achieved: the fraction that remains.
+        threshold: of `prune` beta, the share of its energy that each group lost at most; of
+            `prune_channels` the share of the channels that went, of those that could.
+        before, after: cost of the model for one sample.
+        note: says so where the budget could not be met closely.
+        measured: of a budget of latency, the fraction of the dense network's time that the pruned
+            one really takes; `achieved` is what was predicted from its layers.
+        warnings: layers of which hardly anything is left, and what to do; see
+            `dspfx.CyclicFinetune` for what may come of them.
+    """
+
+    budget: float
+    achieved: float
+    threshold: float
+    before: Cost
+    after: Cost
+    note: str = ""
+    measured: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"kept {self.achieved:.2%} (budget {self.budget:.2%}) at threshold "
+            f"{self.threshold:.4f}",
+            f"MACs {self.before.macs:,} -> {self.after.macs:,}, "
+            f"parameters {self.before.parameters:,} -> {self.after.parameters:,}",
+        ]
+        if self.measured is not None:
+            lines.append(f"latency {self.achieved:.2%} predicted, {self.measured:.2%} measured")
+        warnings = [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join([*lines, *([self.note] if self.note else []), *warnings])
+
+
+def prune_to(
+    prepared: nn.Module, parts: Sequence[PrunablePart], budget: Budget, hint: str
+) -> PruneReport:
+    """Mask the `parts` of `prepared` by the smallest threshold that is within `budget`.
+
+    Args:
+        prepared: the model.
+        parts: all of it.
+        budget: what may remain.
+        hint: what the least is that can remain, and what to do about it, for an error.
+
+    Raises:
+        BudgetError: the budget cannot be reached. Nothing is changed.
+    """
+    before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
+    processes = Processes.of(prepared)
+    tables = [] if budget.latency is None else _tables(parts, processes)
+
+    def candidate(threshold: float) -> Candidate:
+        lives = tuple(part.liveness(threshold) for part in parts)
+        costs = (
+            total(layer_costs(part.analysis, live), part.analysis)
+            for part, live in zip(parts, lives, strict=True)
+        )
+        seconds = sum(table.predict(live) for table, live in zip(tables, lives, strict=False))
+        return Candidate(lives, together(costs), seconds)
+
+    dense = Candidate((), before, sum(table.predict() for table in tables))
+    threshold, found = _bisect(candidate, budget, budget.of(dense), hint)
+    achieved = budget.of(found) / budget.of(dense)
+    for part, live in zip(parts, found.lives, strict=True):
+        apply_reads(part.module, part.analysis, live)
+    note = ""
+    if achieved < budget.fraction - CLOSE_ENOUGH:
+        note = "the next step up exceeds the budget: this is the closest below it"
+    measured = None
+    if budget.latency is not None:
+        modules = [part.module for part in parts]
+        measured = processes.of_first(lambda: measured_fraction(modules))
+    weak = [
+        layer
+        for part, live in zip(parts, found.lives, strict=True)
+        for layer in weak_layers(part.name, part.analysis, live)
+    ]
+    return PruneReport(
+        budget.fraction, achieved, threshold, before, found.cost, note, measured, in_words(weak)
+    )
+
+
+def _tables(parts: Sequence[PrunablePart], processes: Processes) -> list[LatencyTable]:
+    return [LatencyTable.of(part.module, part.analysis, processes) for part in parts]
+
+
+def _bisect(
+    candidate: Callable[[float], Candidate], budget: Budget, dense: float, hint: str
+) -> tuple[float, Candidate]:
+    """The smallest threshold, to 2^-40, that is within the budget; `dense` is the whole."""
+    limit = budget.fraction * dense
+    low, best = 0.0, candidate(0.0)
+    if budget.of(best) <= limit:
+        return 0.0, best
+    high, best = 1.0, candidate(1.0)
+    if budget.of(best) > limit:
+        least = budget.of(best) / dense
+        raise BudgetError(
+            f"the budget of {budget.fraction:.2%} cannot be reached: {hint.format(least=least)}"
+        )
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        found = candidate(middle)
+        if budget.of(found) <= limit:
+            high, best = middle, found
+        else:
+            low = middle
+        if budget.of(best) > limit - CLOSE_ENOUGH / 50 * dense:
+            break
+    return high, best

@@ -1,0 +1,182 @@
+"""`prune_channels`: whole channels, from every layer that writes or reads them.
+
+Channels that are added to each other live and die together: of a residual stream, channel c of all
+layers that write to it, and of all that read it. It counts for what it does in all of them:
+
+1. Writers: `sum_{c,k} W[o,c,k]^2` of the filter that writes it. Readers: `sum_{o,k} W[o,c,k]^2` of
+   all filters that read it.
+2. Each divided by its mean over the channels of its layer, so that layers compare; a channel's
+   importance is the average over all that write or read it.
+
+This is the group magnitude of Fang, Ma, Song, Bi Mi, Wang, "DepGraph: Towards Any Structural
+Pruning", CVPR 2023, with layers made comparable one by one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.fx.node import Node
+
+from dspfx.budget import Budget, PruneReport, prune_to
+from dspfx.errors import PrepareError
+from dspfx.filters import filters_first
+from dspfx.gates import GatedLayer
+from dspfx.gating import analyse_prepared
+from dspfx.masks import current_reads
+from dspfx.module import PreparedModule
+from dspfx.parts import parts_of
+from dspfx.passes.liveness import Liveness, ReadLists, liveness
+from dspfx.passes.pins import pinned_classes
+from dspfx.passes.values import BoolArray, ChannelAnalysis, Mix
+from dspfx.penalty import energy
+
+LEAST = (
+    "with one channel left to every layer, and those that cannot go, {least:.2%} remains; ask for "
+    "more than that, ignore fewer layers, or let groups drop more of their channels by dspfx.prune"
+)
+
+Floats = NDArray[np.float64]
+
+
+def prune_channels(prepared: nn.Module, budget: Budget) -> PruneReport:
+    """Mask whole channels of `prepared`, the least important first, until `budget` is met.
+
+    A channel goes from all layers that write and read it at once, residual streams included, and
+    from whatever groups of filters there are: the result has no groups of its own, so it is fast
+    in any runtime. What is left is to be pruned further by groups, with `prune`: at small budgets
+    that keeps more accuracy than either alone. Groups are best found afterwards.
+
+    What is pruned already stays pruned. The masks take effect at once; fine-tune afterwards. The
+    importance of a channel is the average, over all layers that write or read it, of the energy
+    that it has in the layer over the layer's mean.
+
+    Args:
+        prepared: from `dspfx.prepare`; its masks are changed in place.
+        budget: what may remain.
+
+    Raises:
+        BudgetError: the budget cannot be reached; the message says what can. Nothing is changed.
+        PrepareError: a weight is not finite.
+        ConvertError: `prepared` does not come from `dspfx.prepare`.
+    """
+    parts = [_ChannelPart.of(part.module, part.name) for part in parts_of(prepared)]
+    return prune_to(prepared, parts, budget, LEAST)
+
+
+@dataclass(frozen=True)
+class _ChannelPart:
+    """A prepared module whose channels are ordered.
+
+    Attributes:
+        module, analysis, name: see `PrunablePart`.
+        reads: what the gated layers read at present.
+        lost: `[classes]`, the share of all channels that go when one goes and all that are less
+            important; infinite for those that stay.
+    """
+
+    module: PreparedModule
+    analysis: ChannelAnalysis
+    name: str
+    reads: dict[str, ReadLists]
+    lost: Floats
+
+    @staticmethod
+    def of(module: PreparedModule, name: str) -> "_ChannelPart":
+        analysis = analyse_prepared(module)
+        sides = list(_sides(module, analysis))
+        importance = _importance(analysis, sides)
+        going = np.flatnonzero(_removable(analysis, sides, importance))
+        lost = np.full(len(importance), np.inf)
+        order = going[np.argsort(importance[going], kind="stable")]
+        lost[order] = np.arange(1, len(order) + 1) / len(order)
+        return _ChannelPart(module, analysis, name, current_reads(module, analysis), lost)
+
+    def liveness(self, threshold: float) -> Liveness:
+        """The liveness where all channels up to `threshold` are gone."""
+        gone = self.lost <= threshold
+        reads = dict(self.reads)
+        for node, op in self.analysis.ops.items():
+            if isinstance(op, Mix) and op.gated:
+                reads[op.layer] = _without(reads[op.layer], self.analysis, node, op, gone)
+        return liveness(self.analysis, reads, round_to=self.module.config.round_to)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A layer's filters, or inputs: the channels of `value`, and their energies, `[channels]`."""
+
+    value: Node
+    energy: Floats
+    writes: bool
+    gated: bool
+
+
+def _sides(module: PreparedModule, analysis: ChannelAnalysis) -> Iterator[_Side]:
+    for node, op in analysis.ops.items():
+        layer = module.get_submodule(op.layer) if isinstance(op, Mix) else None
+        if not isinstance(op, Mix) or not isinstance(getattr(layer, "weight", None), torch.Tensor):
+            continue
+        energies = _energies(layer, op)
+        yield _Side(node, energies.sum(1), True, op.gated)
+        if not op.restored:
+            by_structure = energies.reshape(op.structural_groups, -1, energies.shape[1])
+            yield _Side(op.operands[0], by_structure.sum(1).reshape(-1), False, op.gated)
+
+
+@torch.no_grad()
+def _energies(layer: nn.Module | None, op: Mix) -> Floats:
+    """`[O, C/S]`."""
+    assert layer is not None
+    weight = layer.masked()[0] if isinstance(layer, GatedLayer) else layer.weight
+    energies: Floats = energy(filters_first(layer, weight).double()).cpu().numpy()
+    if not np.isfinite(energies).all():
+        raise PrepareError(f"{op.layer} holds NaN or infinite weights; repair them first")
+    return energies
+
+
+def _importance(analysis: ChannelAnalysis, sides: list[_Side]) -> Floats:
+    """`[classes]`, the average over all layers that write or read a class."""
+    count = int(analysis.classes.max(initial=-1)) + 1
+    importance, layers = np.zeros(count), np.zeros(count)
+    for side in sides:
+        classes = analysis.class_of(side.value)
+        own = np.bincount(classes, side.energy, count)
+        here = np.unique(classes)
+        mean = own[here].mean()
+        importance[here] += own[here] / mean if mean > 0 else 0.0
+        layers[here] += 1
+    return importance / np.maximum(layers, 1)
+
+
+def _removable(analysis: ChannelAnalysis, sides: list[_Side], importance: Floats) -> BoolArray:
+    """`[classes]`: those that can go, for all their writers or all their readers are gated.
+
+    The most important channel of each side stays, and what is pinned.
+    """
+    written, read = np.zeros(len(importance), bool), np.zeros(len(importance), bool)
+    free_writers, free_readers = written.copy(), read.copy()
+    stays = np.zeros(len(importance), bool)
+    for side in sides:
+        classes = analysis.class_of(side.value)
+        (written if side.writes else read)[classes] = True
+        if not side.gated:
+            (free_writers if side.writes else free_readers)[classes] = True
+        if len(classes):
+            stays[classes[importance[classes].argmax()]] = True
+    stays[list(pinned_classes(analysis, {}))] = True
+    removable: BoolArray = ((written & ~free_writers) | (read & ~free_readers)) & ~stays
+    return removable
+
+
+def _without(
+    reads: ReadLists, analysis: ChannelAnalysis, node: Node, op: Mix, gone: BoolArray
+) -> ReadLists:
+    """`reads` of a layer without the channels that are `gone`, written or read."""
+    row = np.where(gone[analysis.class_of(node)], -1, reads.row)
+    if op.restored:
+        return ReadLists(row, reads.lists)
+    return ReadLists(row, reads.lists & ~gone[analysis.class_of(op.operands[0])])
