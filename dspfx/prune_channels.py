@@ -31,7 +31,7 @@ from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.pins import pinned_classes
-from dspfx.passes.values import BoolArray, ChannelAnalysis, Mix
+from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
 from dspfx.penalty import energy
 
 LEAST = (
@@ -76,6 +76,7 @@ class _ChannelPart:
         reads: what the gated layers read at present.
         lost: `[classes]`, the share of all channels that go when one goes and all that are less
             important; infinite for those that stay.
+        widths: the classes of the channels that each layer writes or reads.
     """
 
     module: PreparedModule
@@ -83,6 +84,7 @@ class _ChannelPart:
     name: str
     reads: dict[str, ReadLists]
     lost: Floats
+    widths: tuple[IntArray, ...]
 
     @staticmethod
     def of(module: PreparedModule, name: str) -> "_ChannelPart":
@@ -93,11 +95,17 @@ class _ChannelPart:
         lost = np.full(len(importance), np.inf)
         order = going[np.argsort(importance[going], kind="stable")]
         lost[order] = np.arange(1, len(order) + 1) / len(order)
-        return _ChannelPart(module, analysis, name, current_reads(module, analysis), lost)
+        reads = current_reads(module, analysis)
+        widths = tuple(np.unique(analysis.class_of(side.value)) for side in sides)
+        return _ChannelPart(module, analysis, name, reads, lost, widths)
 
     def liveness(self, threshold: float) -> Liveness:
         """The liveness where all channels up to `threshold` are gone."""
         gone = self.lost <= threshold
+        for width in self.widths:  # in multiples: the most important of those that go come back
+            back = width[gone[width]]
+            missing = -int((~gone[width]).sum()) % self.module.config.round_to
+            gone[back[np.argsort(-self.lost[back], kind="stable")][:missing]] = False
         reads = dict(self.reads)
         for node, op in self.analysis.ops.items():
             if isinstance(op, Mix) and op.gated:
