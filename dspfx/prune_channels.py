@@ -14,6 +14,7 @@ Pruning", CVPR 2023, with layers made comparable one by one.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,9 +137,8 @@ def _sides(module: PreparedModule, analysis: ChannelAnalysis) -> Iterator[_Side]
 
 
 @torch.no_grad()
-def _energies(layer: nn.Module | None, op: Mix) -> Floats:
+def _energies(layer: Any, op: Mix) -> Floats:
     """`[O, C/S]`."""
-    assert layer is not None
     weight = layer.masked()[0] if isinstance(layer, GatedLayer) else layer.weight
     energies: Floats = energy(filters_first(layer, weight).double()).cpu().numpy()
     if not np.isfinite(energies).all():

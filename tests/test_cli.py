@@ -275,7 +275,8 @@ def test_bench(saved: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
     """In a process of its own, as users run it; Ctrl-C comes whenever it comes."""
-    process = dspfx_process(f"train {TINY} --checkpoint-minutes 0 --run-dir run", tmp_path)
+    long = f"{TINY} --epochs-tune 40"  # it is not to end before the signal comes
+    process = dspfx_process(f"train {long} --checkpoint-minutes 0 --run-dir run", tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not metrics.exists():
         time.sleep(0.01)
