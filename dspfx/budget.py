@@ -86,7 +86,7 @@ class Budget:
         """The fraction that may remain."""
         return next(f for f in (self.macs, self.params, self.latency) if f is not None)
 
-    def of(self, candidate: "Candidate") -> float:
+    def of(self, candidate: Candidate) -> float:
         """What of `candidate` is budgeted."""
         if self.latency is not None:
             return candidate.seconds
@@ -95,7 +95,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` did.
+    """What `prune` or `prune_channels` did.
 
     Attributes:
         budget: the fraction that was asked for.
@@ -141,7 +141,7 @@ def prune_to(
         prepared: the model.
         parts: all of it.
         budget: what may remain.
-        hint: what the least is that can remain, and what to do about it, for an error.
+        hint: for an error, why no less than `{least}` can remain, and what to do about it.
 
     Raises:
         BudgetError: the budget cannot be reached. Nothing is changed.

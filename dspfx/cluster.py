@@ -15,21 +15,17 @@ for sums of squares); the best of several random starts counts.
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dspfx.errors import PrepareError
-from dspfx.filters import filters_first, structural_groups
+from dspfx.energies import energies_of
+from dspfx.filters import structural_groups
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.parts import parts_of
-from dspfx.penalty import energy
+from dspfx.passes.values import FloatArray, IntArray
 from dspfx.wrappers import unwrapped
 
 STARTS = 16
 ITERATIONS = 50
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 def cluster_groups(prepared: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
@@ -61,24 +57,21 @@ def cluster_groups(prepared: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
 
 def _groups(name: str, layer: GatedLayer, seed: int) -> Tensor:
     """The group of every filter; filters of one structural group have only each other."""
-    with torch.no_grad():
-        energies = energy(filters_first(layer, layer.masked()[0]).double()).cpu().numpy()
-    if not np.isfinite(energies).all():
-        raise PrepareError(f"{name} holds NaN or infinite weights; repair them first")
+    energies = energies_of(name, layer)
     generator = np.random.default_rng(seed)
     count = len(layer.gate.logits)
     blocks = np.split(energies, structural_groups(layer))
     return torch.from_numpy(np.concatenate([_cluster(b, count, generator) for b in blocks]))
 
 
-def _cluster(energies: Floats, count: int, generator: np.random.Generator) -> Ints:
+def _cluster(energies: FloatArray, count: int, generator: np.random.Generator) -> IntArray:
     """The cluster, less than `count`, of every row of `energies`, `[n, C]`."""
     starts = (generator.permutation(np.arange(len(energies)) % count) for _ in range(STARTS))
     found = (_improved(energies, start, count) for start in starts)
     return max(found, key=lambda f: f[0])[1]
 
 
-def _improved(energies: Floats, group: Ints, count: int) -> tuple[float, Ints]:
+def _improved(energies: FloatArray, group: IntArray, count: int) -> tuple[float, IntArray]:
     """The energy kept by, and the clusters that `group`, `[n]`, leads to."""
     kept = -np.inf
     for _ in range(ITERATIONS):

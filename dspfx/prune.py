@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
 from dspfx.budget import Budget, PruneReport, prune_to
-from dspfx.errors import PrepareError
-from dspfx.filters import filters_first
+from dspfx.energies import energies_of
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
@@ -16,7 +14,6 @@ from dspfx.parts import parts_of
 from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
-from dspfx.penalty import energy as layer_energy
 
 LEAST = (
     "with one input channel left to each group, {least:.2%} remains; ask for more than that, use "
@@ -114,11 +111,7 @@ class _PrunablePart:
 
 
 def _prunable_layer(layer: GatedLayer, mix: Mix, droppable: bool) -> _PrunableLayer:
-    with torch.no_grad():
-        weight = filters_first(layer, layer.masked()[0]).double()
-        energy = layer_energy(weight).cpu().numpy()  # [O, C/S]
-    if not np.isfinite(energy).all():
-        raise PrepareError(f"{mix.layer} holds NaN or infinite weights; repair them first")
+    energy = energies_of(mix.layer, layer)
     group = layer.gate.assignment.cpu().numpy()
     structural, groups = mix.structural_groups, len(layer.gate.logits)
     members = np.eye(groups)[group].reshape(structural, -1, groups)  # [S, O/S, G]

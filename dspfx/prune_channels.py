@@ -14,33 +14,26 @@ Pruning", CVPR 2023, with layers made comparable one by one.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.fx.node import Node
 
 from dspfx.budget import Budget, PruneReport, prune_to
-from dspfx.errors import PrepareError
-from dspfx.filters import filters_first
-from dspfx.gates import GatedLayer
+from dspfx.energies import energies_of
 from dspfx.gating import analyse_prepared
 from dspfx.masks import current_reads
 from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.pins import pinned_classes
-from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
-from dspfx.penalty import energy
+from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
 
 LEAST = (
     "with one channel left to every layer, and those that cannot go, {least:.2%} remains; ask for "
     "more than that, ignore fewer layers, or let groups drop more of their channels by dspfx.prune"
 )
-
-Floats = NDArray[np.float64]
 
 
 def prune_channels(prepared: nn.Module, budget: Budget) -> PruneReport:
@@ -48,8 +41,7 @@ def prune_channels(prepared: nn.Module, budget: Budget) -> PruneReport:
 
     A channel goes from all layers that write and read it at once, residual streams included, and
     from whatever groups of filters there are: the result has no groups of its own, so it is fast
-    in any runtime. What is left is to be pruned further by groups, with `prune`: at small budgets
-    that keeps more accuracy than either alone. Groups are best found afterwards.
+    in any runtime. `prune` may go on from there by groups; they are best found afterwards.
 
     What is pruned already stays pruned. The masks take effect at once; fine-tune afterwards. The
     importance of a channel is the average, over all layers that write or read it, of the energy
@@ -84,7 +76,7 @@ class _ChannelPart:
     analysis: ChannelAnalysis
     name: str
     reads: dict[str, ReadLists]
-    lost: Floats
+    lost: FloatArray
     widths: tuple[IntArray, ...]
 
     @staticmethod
@@ -97,70 +89,64 @@ class _ChannelPart:
         order = going[np.argsort(importance[going], kind="stable")]
         lost[order] = np.arange(1, len(order) + 1) / len(order)
         reads = current_reads(module, analysis)
-        widths = tuple(np.unique(analysis.class_of(side.value)) for side in sides)
+        widths = tuple(np.unique(side.classes) for side in sides)
         return _ChannelPart(module, analysis, name, reads, lost, widths)
 
     def liveness(self, threshold: float) -> Liveness:
         """The liveness where all channels up to `threshold` are gone."""
         gone = self.lost <= threshold
-        for width in self.widths:  # in multiples: the most important of those that go come back
+        round_to = self.module.config.round_to
+        for width in self.widths if round_to > 1 else ():
+            # in multiples: the most important of those that go come back
             back = width[gone[width]]
-            missing = -int((~gone[width]).sum()) % self.module.config.round_to
+            missing = -int((~gone[width]).sum()) % round_to
             gone[back[np.argsort(-self.lost[back], kind="stable")][:missing]] = False
         reads = dict(self.reads)
         for node, op in self.analysis.ops.items():
             if isinstance(op, Mix) and op.gated:
                 reads[op.layer] = _without(reads[op.layer], self.analysis, node, op, gone)
-        return liveness(self.analysis, reads, round_to=self.module.config.round_to)
+        return liveness(self.analysis, reads, round_to=round_to)
 
 
 @dataclass(frozen=True)
 class _Side:
-    """A layer's filters, or inputs: the channels of `value`, and their energies, `[channels]`."""
+    """A layer's filters, or inputs: the classes of the channels, and their energies."""
 
-    value: Node
-    energy: Floats
+    classes: IntArray
+    energy: FloatArray
     writes: bool
     gated: bool
 
 
 def _sides(module: PreparedModule, analysis: ChannelAnalysis) -> Iterator[_Side]:
     for node, op in analysis.ops.items():
-        layer = module.get_submodule(op.layer) if isinstance(op, Mix) else None
-        if not isinstance(op, Mix) or not isinstance(getattr(layer, "weight", None), torch.Tensor):
+        if not isinstance(op, Mix):
             continue
-        energies = _energies(layer, op)
-        yield _Side(node, energies.sum(1), True, op.gated)
+        layer = module.get_submodule(op.layer)
+        if not isinstance(getattr(layer, "weight", None), torch.Tensor):
+            continue
+        energies = energies_of(op.layer, layer)
+        yield _Side(analysis.class_of(node), energies.sum(1), True, op.gated)
         if not op.restored:
             by_structure = energies.reshape(op.structural_groups, -1, energies.shape[1])
-            yield _Side(op.operands[0], by_structure.sum(1).reshape(-1), False, op.gated)
+            inputs = analysis.class_of(op.operands[0])
+            yield _Side(inputs, by_structure.sum(1).reshape(-1), False, op.gated)
 
 
-@torch.no_grad()
-def _energies(layer: Any, op: Mix) -> Floats:
-    """`[O, C/S]`."""
-    weight = layer.masked()[0] if isinstance(layer, GatedLayer) else layer.weight
-    energies: Floats = energy(filters_first(layer, weight).double()).cpu().numpy()
-    if not np.isfinite(energies).all():
-        raise PrepareError(f"{op.layer} holds NaN or infinite weights; repair them first")
-    return energies
-
-
-def _importance(analysis: ChannelAnalysis, sides: list[_Side]) -> Floats:
+def _importance(analysis: ChannelAnalysis, sides: list[_Side]) -> FloatArray:
     """`[classes]`, the average over all layers that write or read a class."""
     count = int(analysis.classes.max(initial=-1)) + 1
     importance, layers = np.zeros(count), np.zeros(count)
     for side in sides:
-        classes = analysis.class_of(side.value)
-        own = np.bincount(classes, side.energy, count)
-        here = np.unique(classes)
+        own = np.bincount(side.classes, side.energy, count)
+        here = np.unique(side.classes)
         mean = own[here].mean()
         importance[here] += own[here] / mean if mean > 0 else 0.0
         layers[here] += 1
     return importance / np.maximum(layers, 1)
 
 
-def _removable(analysis: ChannelAnalysis, sides: list[_Side], importance: Floats) -> BoolArray:
+def _removable(analysis: ChannelAnalysis, sides: list[_Side], importance: FloatArray) -> BoolArray:
     """`[classes]`: those that can go, for all their writers or all their readers are gated.
 
     The most important channel of each side stays, and what is pinned.
@@ -169,7 +155,7 @@ def _removable(analysis: ChannelAnalysis, sides: list[_Side], importance: Floats
     free_writers, free_readers = written.copy(), read.copy()
     stays = np.zeros(len(importance), bool)
     for side in sides:
-        classes = analysis.class_of(side.value)
+        classes = side.classes
         (written if side.writes else read)[classes] = True
         if not side.gated:
             (free_writers if side.writes else free_readers)[classes] = True

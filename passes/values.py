@@ -12,6 +12,7 @@ from torch.fx.node import Node
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 
 
 def any_along(array: BoolArray, axis: int) -> BoolArray:

@@ -54,10 +54,11 @@ def test_the_longest_prefix_below_the_threshold_is_dropped() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(self.stem(x))
 
+    torch.manual_seed(0)  # a share that is the threshold itself depends on the order of sums
     prepared = dspfx.prepare(Chain(), torch.randn(2, 3, 4, 4), config=dspfx.PrepareConfig(groups=2))
     layer = gated_layers(prepared)["conv"]
     layer.gate.assign(torch.tensor([0, 1, 0, 1, 1, 0]))
-    weight = layer.weight.detach()
+    weight = layer.weight.detach().double()  # the threshold is a share to 40 bits
     report = dspfx.prune(prepared, Budget(macs=0.6))
     assert "closest below" in report.note
     for group in (0, 1):

@@ -216,18 +216,16 @@ def _clustered(run: Run, groups: int = 4) -> nn.Module:
     return prepared
 
 
-def _masked(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
-    """A pruned copy of `prepared`."""
+def _masked(
+    prepared: nn.Module, macs: int, run: Run, prune: Callable[..., object] = dspfx.prune
+) -> nn.Module:
+    """A copy of `prepared` that `prune` has pruned."""
     pruned = copy.deepcopy(prepared)
-    dspfx.prune(pruned, dspfx.Budget(macs=macs / dense_macs(run.dense)[0]))
+    prune(pruned, dspfx.Budget(macs=macs / dense_macs(run.dense)[0]))
     return pruned
 
 
-def _without_channels(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
-    """A copy of `prepared` without whole channels, by our own importance."""
-    pruned = copy.deepcopy(prepared)
-    dspfx.prune_channels(pruned, dspfx.Budget(macs=macs / dense_macs(run.dense)[0]))
-    return pruned
+_without_channels = functools.partial(_masked, prune=dspfx.prune_channels)
 
 
 def _channels_then_groups(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
@@ -251,7 +249,7 @@ class Start:
 
 
 STARTS = {
-    "dense": Start(lambda run: copy.deepcopy(run.dense)),
+    "dense": Start(_dense),
     "sparse": Start(_sparse_learning, trains=True),
     "gated": Start(functools.partial(_prepared, groups=4)),
     "random": Start(_random),
