@@ -30,7 +30,7 @@ def run(
         if method is None:
             jobs += [Job(scenario, name, s, 0) for name in (DENSE, LONGER)]
         jobs += [Job(scenario, name, s, p) for p in pruned or PRUNED for name in method or METHODS]
-    run_missing(jobs, workers, f"python -m benchmarks.accuracy run --scenario {scenario}")
+    run_missing(jobs, workers)
 
 
 @app.command()

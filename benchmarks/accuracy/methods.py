@@ -24,6 +24,7 @@ from benchmarks.accuracy.protocol import (
     Schedule,
     cross_entropy,
     distilled,
+    noise,
     train,
 )
 from benchmarks.accuracy.scenarios import IMAGE, Scenario
@@ -32,7 +33,8 @@ from dspfx.gates import gated_layers
 from dspfx.penalty import energy
 
 SPARSE_LEARNING = 5e-4  # what Torch-Pruning's authors reproduce their CIFAR results with
-BISECTIONS = 14
+RATIOS = [step / 16 for step in range(1, 17)]  # of channels, that are tried before bisection
+BISECTIONS = 10
 # strength times steps of our own setting: the longer the penalty acts, the weaker it may be
 SHRINKAGE = 19.0
 
@@ -60,21 +62,24 @@ class Method:
     Attributes:
         start: what it starts from, for any budget; of `STARTS`.
         prune: the pruned network at a number of MACs, given the start.
+        learns: `prune` itself spends 8 epochs on learning.
         distil: fine-tuning learns from the dense network, too.
         tuned: whether there is any fine-tuning; otherwise batch norms are recalibrated.
     """
 
     start: str
     prune: Callable[[nn.Module, int, Run], nn.Module]
+    learns: bool = False
     distil: bool = False
     tuned: bool = True
 
     def tune(self, model: nn.Module, run: Run) -> None:
         """Fine-tune `model` in place."""
         if not self.tuned:
-            dspfx.recalibrate(model, run.data.train_x[:2000].split(500))
+            dspfx.recalibrate(model, run.data.train_x[:2000].cpu().split(500))
             return
-        schedule = run.scenario.tune if STARTS[self.start].trains else run.scenario.tune_longer
+        learned = self.learns or STARTS[self.start].trains
+        schedule = run.scenario.tune if learned else run.scenario.tune_longer
         loss: Loss = distilled(run.dense) if self.distil else cross_entropy
         train(model, run.data, schedule, run.generator, loss=loss)
 
@@ -99,16 +104,22 @@ def macs_of(model: nn.Module) -> int:
 
 def _channels(model: nn.Module, macs: int, importance: Any) -> nn.Module:
     """`model` without its least important channels, over all layers, at `macs` or just below."""
-    low, high, best = 0.0, 1.0, None
-    for _ in range(BISECTIONS):
-        ratio = (low + high) / 2
+
+    def at(ratio: float) -> nn.Module | None:
         pruned = copy.deepcopy(model)
         _pruner(pruned, torch_pruning.pruner.MagnitudePruner, importance, ratio).step()
-        if macs_of(pruned) > macs:
+        return pruned if macs_of(pruned) <= macs else None
+
+    # layers that would lose all channels lose none: near 1 a higher ratio leaves more
+    high, best = next((r, m) for r in RATIOS if (m := at(r)) is not None)
+    low = high - RATIOS[0]
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
+        pruned = at(ratio)
+        if pruned is None:
             low = ratio
         else:
             high, best = ratio, pruned
-    assert best is not None
     return best
 
 
@@ -160,21 +171,21 @@ def _prepared(run: Run, groups: int) -> nn.Module:
     return dspfx.prepare(run.dense, IMAGE.repeat(2, 1, 1, 1), config=config)
 
 
-def _learned(
+def _learn(
+    prepared: nn.Module,
     run: Run,
-    groups: int = 4,
     learner: type[dspfx.GroupLearner] = dspfx.GroupLearner,
     **settings: Any,
 ) -> nn.Module:
-    """Group learning as in the paper."""
-    prepared = _prepared(run, groups)
+    """Group learning in place, by default as in the paper."""
     made: list[dspfx.GroupLearner] = []
+    steps = run.data.steps(run.scenario.learn.epochs)
 
     def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
         if not made:
-            total = run.data.steps(run.scenario.learn.epochs)
+            gumbel = noise(run.generator)
             made.append(
-                learner(prepared, optimizer, total_steps=total, generator=run.generator, **settings)
+                learner(prepared, optimizer, total_steps=steps, generator=gumbel, **settings)
             )
         made[0].step(loss)
 
@@ -182,9 +193,17 @@ def _learned(
     return prepared
 
 
+def _learned(run: Run, groups: int = 4, **settings: Any) -> nn.Module:
+    return _learn(_prepared(run, groups), run, **settings)
+
+
+def _strength(run: Run) -> float:
+    """Our own strength, about 8 times the paper's here."""
+    return SHRINKAGE / run.data.steps(run.scenario.learn.epochs)
+
+
 def _learned_strongly(run: Run) -> nn.Module:
-    """Group learning with our own strength, about 8 times the paper's here."""
-    return _learned(run, strength=SHRINKAGE / run.data.steps(run.scenario.learn.epochs))
+    return _learned(run, strength=_strength(run))
 
 
 class FirstOrderLearner(dspfx.GroupLearner):
@@ -228,12 +247,22 @@ def _masked(
 _without_channels = functools.partial(_masked, prune=dspfx.prune_channels)
 
 
-def _channels_then_groups(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
-    """Half of the way, by factors, whole channels; groups are found in what is left."""
+def _half_way(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    """Half of the way, by factors, whole channels are pruned; the rest is clustered."""
     whole = dense_macs(run.dense)[0]
     pruned = _without_channels(prepared, math.isqrt(whole * macs), run)
     dspfx.cluster_groups(pruned)
-    return _masked(pruned, macs, run)
+    return pruned
+
+
+def _channels_then_groups(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    return _masked(_half_way(prepared, macs, run), macs, run)
+
+
+def _channels_then_learned(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    """Learning starts from the clusters."""
+    learned = _learn(_half_way(prepared, macs, run), run, strength=_strength(run))
+    return _masked(learned, macs, run)
 
 
 def _dense(run: Run) -> nn.Module:
@@ -257,6 +286,7 @@ STARTS = {
     "first-order": Start(functools.partial(_learned, learner=FirstOrderLearner), trains=True),
     "learned-2": Start(functools.partial(_learned, groups=2), trains=True),
     "learned-4": Start(_learned, trains=True),
+    "every-8": Start(functools.partial(_learned, logits_every=8), trains=True),
     "strong-4": Start(_learned_strongly, trains=True),
 }
 
@@ -266,11 +296,13 @@ METHODS = {
     "channels, sparse learning": Method("sparse", _group_norm),
     "whole channels": Method("gated", _without_channels),
     "channels, then clustered groups": Method("gated", _channels_then_groups),
+    "channels, then learned groups": Method("gated", _channels_then_learned, learns=True),
     "random groups": Method("random", _masked),
     "clustered groups": Method("clustered", _masked),
     "learned, first order": Method("first-order", _masked),
     "learned, 2 groups": Method("learned-2", _masked),
     "learned, 4 groups": Method("learned-4", _masked),
+    "learned, 4 groups, every 8th step": Method("every-8", _masked),
     "learned strongly, 4 groups": Method("strong-4", _masked),
     "learned, 4 groups, distilled": Method("learned-4", _masked, distil=True),
     "random groups, untrained": Method("random", _masked, tuned=False),

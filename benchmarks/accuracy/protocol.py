@@ -6,10 +6,13 @@ channels. Training images are mirrored each by chance, and shifted by up to two 
 a time. SGD with momentum 0.9, batches of 128, a cosine for every cycle; the network of the last
 epoch counts, none is chosen by its test accuracy.
 
-Training computes in `precision()`: bfloat16 by autocast on processors that have instructions for
-it, else float32. Evaluation is always in float32.
+Everything is pruned on the CPU, and trained and tested on `device()`. Training computes in
+`precision()`: bfloat16 by autocast where there are instructions for it, else float32. Evaluation is
+never in bfloat16; convolutions on CUDA keep the ten bits of TF32.
 """
 
+import contextlib
+import copy
 import functools
 import math
 import zlib
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dspfx
+from benchmarks.accuracy.graphed import Graphed
 from dspfx.data import DEBIAN_FASHION_MNIST, batches, read_idx
 
 BATCH = 128
@@ -34,7 +38,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """Images `[N, 3, 32, 32]`, normalised, and labels `[N]`."""
+    """Images `[N, 3, 32, 32]`, normalised, and labels `[N]`, on `device()`."""
 
     train_x: Tensor
     train_y: Tensor
@@ -60,6 +64,7 @@ class Schedule:
         return sum(self.cycles)
 
 
+@functools.cache
 def fashion_mnist(images: int) -> Data:
     """The first `images` training images, and all test images."""
     parts = []
@@ -68,7 +73,7 @@ def fashion_mnist(images: int) -> Data:
         labels = read_idx(DEBIAN_FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz")[:count]
         x = (F.pad(raw[:, None].float() / 255, [2] * 4) - MEAN) / DEVIATION
         parts += [x.expand(-1, 3, -1, -1), labels.long()]
-    return Data(*parts)
+    return Data(*(part.to(device()) for part in parts))
 
 
 def train(
@@ -79,32 +84,59 @@ def train(
     step: Step | None = None,
     loss: Loss | None = None,
 ) -> None:
-    """Train `model` in place."""
-    step, loss = step or plain_step, loss or cross_entropy
-    layout = _layout(model)
-    model.to(memory_format=layout).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
+    """Train `model`, which is on the CPU, in place."""
+    loss, layout = loss or cross_entropy, _layout(model)
+    with on_device(model):
+        model.to(memory_format=layout).train()  # type: ignore[call-overload]
+        optimizer = _sgd(model, schedule, fixed=step is not None)
+
+        def one(x: Tensor, y: Tensor) -> None:
+            (step or plain_step)(optimizer, functools.partial(_autocast, loss, model, x, y))
+
+        run = Graphed(one) if step is None and device().type == "cuda" else one
+        for epochs in schedule.cycles:
+            steps, done = data.steps(epochs), 0
+            for _ in range(epochs):
+                for images, y in _augmented(data, generator):
+                    _set_rate(optimizer, schedule.lr * (1 + math.cos(math.pi * done / steps)) / 2)
+                    run(images.contiguous(memory_format=layout), y)
+                    done += 1
+
+
+def _sgd(model: nn.Module, schedule: Schedule, fixed: bool) -> torch.optim.Optimizer:
+    """The optimizer; unless `fixed`, its rate on CUDA is a tensor, for graphs."""
+    graphed = device().type == "cuda" and not fixed
+    return torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
-        schedule.lr,
+        torch.tensor(schedule.lr, device=device()) if graphed else schedule.lr,
         momentum=0.9,
         weight_decay=schedule.weight_decay,
+        fused=graphed or None,
     )
-    for epochs in schedule.cycles:
-        steps = data.steps(epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = schedule.lr
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(epochs):
-            for images, y in _augmented(data, generator):
-                x = images.contiguous(memory_format=layout)
-                step(optimizer, functools.partial(_autocast, loss, model, x, y))
-                cosine.step()
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+@contextlib.contextmanager
+def on_device(model: nn.Module) -> Iterator[None]:
+    """`model` is on `device()`, and afterwards on the CPU again."""
+    model.to(device())
+    try:
+        yield
+    finally:
+        model.to("cpu")
 
 
 def accuracy(model: nn.Module, data: Data) -> float:
     """Top-1 on the test images, in percent; leaves the model in evaluation mode."""
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), on_device(model):
         right = sum(
             int((model(_last(x)).argmax(1) == y).sum())
             for x, y in batches(data.test_x, data.test_y, 500)
@@ -126,7 +158,7 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def distilled(teacher: nn.Module) -> Loss:
     """The labels' loss and that of the teacher's answers, with the defaults of dspfx."""
-    teacher.eval()
+    teacher = copy.deepcopy(teacher).to(device()).eval()
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -136,15 +168,23 @@ def distilled(teacher: nn.Module) -> Loss:
     return loss
 
 
+def device() -> torch.device:
+    """Where networks are trained and tested."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def precision() -> torch.dtype:
-    """What convolutions are trained in on this processor."""
-    able = torch.cpu.get_capabilities()
-    fast = able.get("amx_bf16") or able.get("avx512_bf16")
+    """What training computes in on this machine."""
+    if device().type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
 
 def _autocast(loss: Loss, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision() == torch.bfloat16):
+    with torch.autocast(device().type, torch.bfloat16, enabled=precision() == torch.bfloat16):
         return loss(model, x, y)
 
 
@@ -152,7 +192,7 @@ def _augmented(data: Data, generator: torch.Generator) -> Iterator[tuple[Tensor,
     """One epoch: images mirrored each by chance, every batch shifted by up to `SHIFT` pixels."""
     background = float(data.train_x.min())
     for images, y in batches(data.train_x, data.train_y, BATCH, generator):
-        mirrored = torch.rand(len(images), generator=generator) < 0.5
+        mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
         x = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         down, right = torch.randint(2 * SHIFT + 1, (2,), generator=generator).tolist()
         padded = F.pad(x, [SHIFT] * 4, value=background)
@@ -162,12 +202,18 @@ def _augmented(data: Data, generator: torch.Generator) -> Iterator[tuple[Tensor,
 def _layout(model: nn.Module) -> torch.memory_format:
     """Channels last, which is faster; with odd numbers of them, its gradients in float32 crash."""
     filters = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
-    crashes = precision() == torch.float32 and any(count % 8 for count in filters)
+    crashes = (device().type, precision()) == ("cpu", torch.float32) and any(count % 8 for count in filters)
     return torch.contiguous_format if crashes else torch.channels_last
 
 
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def noise(generator: torch.Generator) -> torch.Generator:
+    """A generator on `device()`, seeded by `generator`."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator(device()).manual_seed(seed)
 
 
 def generator(*seeds: object) -> torch.Generator:

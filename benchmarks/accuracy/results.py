@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.protocol import precision
+import torch
+
+from benchmarks.accuracy.protocol import device, precision
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "accuracy.jsonl"
 PACKAGES = ("dspfx", "torch", "torchvision", "torch-pruning")
@@ -51,10 +53,11 @@ class Result:
 
 def made_by(command: str) -> dict[str, str]:
     """How a result of `command`, made now, came about."""
+    cuda = device().type == "cuda"
     return {
         "command": command,
         **{package: version(package) for package in PACKAGES},
-        "processor": platform.processor() or platform.machine(),
+        "processor": torch.cuda.get_device_name() if cuda else platform.machine(),
         "precision": str(precision()).removeprefix("torch."),
         "date": datetime.now(UTC).date().isoformat(),
     }

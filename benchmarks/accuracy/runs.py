@@ -43,13 +43,13 @@ class Job:
         return self.scenario, self.method, self.seed, self.pruned
 
 
-def run_missing(jobs: list[Job], workers: int, command: str) -> None:
+def run_missing(jobs: list[Job], workers: int) -> None:
     """Run those of `jobs` that have no result yet, in order, each on one thread."""
     done = results.read()
     missing = [job for job in jobs if job.key not in done]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(_run, job, command) for job in missing]
+        futures = [pool.submit(_run, job) for job in missing]
         for future in tqdm(as_completed(futures), total=len(missing)):
             result = future.result()
             tqdm.write(
@@ -58,7 +58,7 @@ def run_missing(jobs: list[Job], workers: int, command: str) -> None:
             )
 
 
-def _run(job: Job, command: str) -> results.Result:
+def _run(job: Job) -> results.Result:
     torch.set_num_threads(1)
     scenario = SCENARIOS[job.scenario]
     data = fashion_mnist(scenario.images)
@@ -77,7 +77,7 @@ def _run(job: Job, command: str) -> results.Result:
         dense_macs=macs,
         parameters=_parameters(model),
         shape=shape_of(model),
-        made=results.made_by(command),
+        made=results.made_by(f"python -m benchmarks.accuracy run --scenario {job.scenario}"),
     )
     results.append(result)
     return result
