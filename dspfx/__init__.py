@@ -37,6 +37,7 @@ from dspfx.learner import GroupLearner
 from dspfx.load import load
 from dspfx.masks import get_masks, set_masks
 from dspfx.module import CompactModule, PreparedModule
+from dspfx.moments import input_moments
 from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
 from dspfx.plot import plot
 from dspfx.prepare import prepare
@@ -80,6 +81,7 @@ __all__ = [
     "distillation_loss",
     "export",
     "get_masks",
+    "input_moments",
     "load",
     "load_checkpoint",
     "plot",

@@ -13,6 +13,8 @@ Neither step lessens the energy kept, so it ends (Lloyd, "Least squares quantiza
 for sums of squares); the best of several random starts counts.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,9 @@ STARTS = 16
 ITERATIONS = 50
 
 
-def cluster_groups(prepared: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
+def cluster_groups(
+    prepared: nn.Module, *, seed: int = 0, moments: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Group the filters of every gated layer by the input channels that their energy lies in.
 
     A substitute for `GroupLearner` where nothing can be trained: no data is needed, and it takes
@@ -38,26 +42,30 @@ def cluster_groups(prepared: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
     Args:
         prepared: from `dspfx.prepare`; only the logits of its gates are changed.
         seed: of the random starts.
+        moments: from `input_moments`: energy counts by how strong its channel is.
 
     Returns:
         Name of a gated layer -> int64 `[O]`, the group of every filter.
 
     Raises:
         PrepareError: a gated weight is not finite; nothing is changed then.
+        DataError: `moments` are of another model; nothing is changed then.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
     prepared = unwrapped(prepared)
     parts_of(prepared)
     layers = gated_layers(prepared)
-    groups = {name: _groups(name, layer, seed) for name, layer in layers.items()}
+    groups = {name: _groups(name, layer, seed, moments) for name, layer in layers.items()}
     for name, group in groups.items():
         layers[name].gate.assign(group)
     return groups
 
 
-def _groups(name: str, layer: GatedLayer, seed: int) -> Tensor:
+def _groups(
+    name: str, layer: GatedLayer, seed: int, moments: Mapping[str, Tensor] | None
+) -> Tensor:
     """The group of every filter; filters of one structural group have only each other."""
-    energies = energies_of(name, layer)
+    energies = energies_of(name, layer, moments)
     generator = np.random.default_rng(seed)
     count = len(layer.gate.logits)
     blocks = np.split(energies, structural_groups(layer))

@@ -1,25 +1,45 @@
 """The energy of a layer's weights, `E[o,c] = sum_k W[o,c,k]^2`, for pruning and grouping."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dspfx.errors import PrepareError
-from dspfx.filters import filters_first
+from dspfx.errors import DataError, PrepareError
+from dspfx.filters import filters_first, structural_groups
 from dspfx.gates import GatedLayer
 from dspfx.passes.values import FloatArray
 from dspfx.penalty import energy
 
 
 @torch.no_grad()
-def energies_of(name: str, layer: nn.Module) -> FloatArray:
+def energies_of(
+    name: str, layer: nn.Module, moments: Mapping[str, Tensor] | None = None
+) -> FloatArray:
     """`[O, C/S]` of the layer that is called `name`, zero where its weight is masked.
+
+    Args:
+        name, layer: the layer.
+        moments: name -> `[C]`, what every channel's energy is multiplied by; see
+            `dspfx.input_moments`. Layers that are not among them count by their weights alone.
 
     Raises:
         PrepareError: the weight is not finite.
+        DataError: the moments are of other channels, negative or not finite.
     """
     weight = layer.masked()[0] if isinstance(layer, GatedLayer) else None
     energies: FloatArray = energy(filters_first(layer, weight).double()).cpu().numpy()
     if not np.isfinite(energies).all():
         raise PrepareError(f"{name} holds NaN or infinite weights; repair them first")
-    return energies
+    if moments is None or name not in moments:
+        return energies
+    groups, (filters, channels) = structural_groups(layer), energies.shape
+    own = moments[name].detach().double().cpu().numpy()
+    if own.shape != (groups * channels,) or not (np.isfinite(own) & (own >= 0)).all():
+        raise DataError(
+            f"the moments of {name} are not those of its {groups * channels} input channels; "
+            "measure them by dspfx.input_moments on this very model"
+        )
+    weighted: FloatArray = energies * own.reshape(groups, channels).repeat(filters // groups, 0)
+    return weighted

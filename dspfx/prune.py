@@ -1,19 +1,20 @@
 """`prune`: one threshold for the whole network, found by bisection on costs alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from dspfx.budget import Budget, PruneReport, prune_to
 from dspfx.energies import energies_of
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
-from dspfx.parts import parts_of
+from dspfx.parts import Part, parts_of
 from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
-from dspfx.passes.values import BoolArray, ChannelAnalysis, IntArray, Mix
+from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
 
 LEAST = (
     "with one input channel left to each group, {least:.2%} remains; ask for more than that, use "
@@ -21,7 +22,13 @@ LEAST = (
 )
 
 
-def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
+def prune(
+    prepared: nn.Module,
+    budget: Budget,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    drop_filters: bool = True,
+) -> PruneReport:
     """Mask `prepared` down to `budget`, by the energy of its weights and its groups.
 
     For every group of filters of a gated layer, the channel energies `e[g,c]`, the sum over the
@@ -35,12 +42,20 @@ def prune(prepared: nn.Module, budget: Budget) -> PruneReport:
     several processes train the model, each of them prunes it: equal weights give equal masks, and
     of a budget of latency it is the first process's measurements that count.
 
+    Args:
+        prepared: from `dspfx.prepare`; its masks are changed in place.
+        budget: what may remain.
+        moments: from `input_moments`: energy counts by how strong its channel is.
+        drop_filters: whether whole filters are dropped, too, as in the paper. Without, the
+            channels of a residual stream are left to `prune_channels`.
+
     Raises:
         BudgetError: the budget cannot be reached; the message says what can. Nothing is changed.
         PrepareError: a gated weight is not finite.
+        DataError: `moments` are of another model.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    parts = [_PrunablePart.of(part.module, part.name) for part in parts_of(prepared)]
+    parts = [_PrunablePart.of(part, moments, drop_filters) for part in parts_of(prepared)]
     return prune_to(prepared, parts, budget, LEAST)
 
 
@@ -83,16 +98,17 @@ class _PrunablePart:
     name: str
 
     @staticmethod
-    def of(module: PreparedModule, name: str) -> "_PrunablePart":
-        analysis = analyse_prepared(module)
-        droppable = droppable_layers(analysis)
-        gated = gated_layers(module)
-        layers = {
-            op.layer: _prunable_layer(gated[op.layer], op, op.layer in droppable)
-            for op in analysis.ops.values()
-            if isinstance(op, Mix) and op.gated
-        }
-        return _PrunablePart(module, analysis, layers, name)
+    def of(part: Part, moments: Mapping[str, Tensor] | None, drop_filters: bool) -> "_PrunablePart":
+        analysis = analyse_prepared(part.module)
+        droppable = droppable_layers(analysis) if drop_filters else frozenset()
+        gated = gated_layers(part.module)
+        layers = {}
+        for op in analysis.ops.values():
+            if isinstance(op, Mix) and op.gated:
+                layer = gated[op.layer]
+                energy = energies_of(part.full_name(op.layer), layer, moments)
+                layers[op.layer] = _prunable_layer(layer, op, energy, op.layer in droppable)
+        return _PrunablePart(part.module, analysis, layers, part.name)
 
     def liveness(self, beta: float) -> Liveness:
         """The liveness at threshold `beta`."""
@@ -110,8 +126,9 @@ class _PrunablePart:
         return liveness(self.analysis, reads, round_to=round_to)
 
 
-def _prunable_layer(layer: GatedLayer, mix: Mix, droppable: bool) -> _PrunableLayer:
-    energy = energies_of(mix.layer, layer)
+def _prunable_layer(
+    layer: GatedLayer, mix: Mix, energy: FloatArray, droppable: bool
+) -> _PrunableLayer:
     group = layer.gate.assignment.cpu().numpy()
     structural, groups = mix.structural_groups, len(layer.gate.logits)
     members = np.eye(groups)[group].reshape(structural, -1, groups)  # [S, O/S, G]

@@ -7,17 +7,17 @@ layers that write to it, and of all that read it. It counts for what it does in 
    all filters that read it.
 2. Each divided by its mean over the channels of its layer, so that layers compare; a channel's
    importance is the average over all that write or read it.
+3. Given the moments of inputs, `W[o,c,k]^2 E[x_c^2]` stands for `W[o,c,k]^2`.
 
 This is the group magnitude of Fang, Ma, Song, Bi Mi, Wang, "DepGraph: Towards Any Structural
 Pruning", CVPR 2023, with layers made comparable one by one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.node import Node
 
 from dspfx.budget import Budget, PruneReport, prune_to
@@ -25,7 +25,7 @@ from dspfx.energies import energies_of
 from dspfx.gating import analyse_prepared
 from dspfx.masks import current_reads
 from dspfx.module import PreparedModule
-from dspfx.parts import parts_of
+from dspfx.parts import Part, parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.pins import pinned_classes
 from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
@@ -36,7 +36,9 @@ LEAST = (
 )
 
 
-def prune_channels(prepared: nn.Module, budget: Budget) -> PruneReport:
+def prune_channels(
+    prepared: nn.Module, budget: Budget, *, moments: Mapping[str, Tensor] | None = None
+) -> PruneReport:
     """Mask whole channels of `prepared`, the least important first, until `budget` is met.
 
     A channel goes from all layers that write and read it at once, residual streams included, and
@@ -50,13 +52,15 @@ def prune_channels(prepared: nn.Module, budget: Budget) -> PruneReport:
     Args:
         prepared: from `dspfx.prepare`; its masks are changed in place.
         budget: what may remain.
+        moments: from `input_moments`: what a layer reads counts by how strong it is.
 
     Raises:
         BudgetError: the budget cannot be reached; the message says what can. Nothing is changed.
         PrepareError: a weight is not finite.
+        DataError: `moments` are of another model.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    parts = [_ChannelPart.of(part.module, part.name) for part in parts_of(prepared)]
+    parts = [_ChannelPart.of(part, moments) for part in parts_of(prepared)]
     return prune_to(prepared, parts, budget, LEAST)
 
 
@@ -80,9 +84,9 @@ class _ChannelPart:
     widths: tuple[IntArray, ...]
 
     @staticmethod
-    def of(module: PreparedModule, name: str) -> "_ChannelPart":
-        analysis = analyse_prepared(module)
-        sides = list(_sides(module, analysis))
+    def of(part: Part, moments: Mapping[str, Tensor] | None) -> "_ChannelPart":
+        module, analysis = part.module, analyse_prepared(part.module)
+        sides = list(_sides(part, analysis, moments))
         importance = _importance(analysis, sides)
         going = np.flatnonzero(_removable(analysis, sides, importance))
         lost = np.full(len(importance), np.inf)
@@ -90,7 +94,7 @@ class _ChannelPart:
         lost[order] = np.arange(1, len(order) + 1) / len(order)
         reads = current_reads(module, analysis)
         widths = tuple(np.unique(side.classes) for side in sides)
-        return _ChannelPart(module, analysis, name, reads, lost, widths)
+        return _ChannelPart(module, analysis, part.name, reads, lost, widths)
 
     def liveness(self, threshold: float) -> Liveness:
         """The liveness where all channels up to `threshold` are gone."""
@@ -118,14 +122,16 @@ class _Side:
     gated: bool
 
 
-def _sides(module: PreparedModule, analysis: ChannelAnalysis) -> Iterator[_Side]:
+def _sides(
+    part: Part, analysis: ChannelAnalysis, moments: Mapping[str, Tensor] | None
+) -> Iterator[_Side]:
     for node, op in analysis.ops.items():
         if not isinstance(op, Mix):
             continue
-        layer = module.get_submodule(op.layer)
-        if not isinstance(getattr(layer, "weight", None), torch.Tensor):
+        layer = part.module.get_submodule(op.layer)
+        if not isinstance(getattr(layer, "weight", None), Tensor):
             continue
-        energies = energies_of(op.layer, layer)
+        energies = energies_of(part.full_name(op.layer), layer, moments)
         yield _Side(analysis.class_of(node), energies.sum(1), True, op.gated)
         if not op.restored:
             by_structure = energies.reshape(op.structural_groups, -1, energies.shape[1])

@@ -1,17 +1,15 @@
 """`recalibrate`: the running statistics of batch norms, anew from a few batches."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dspfx.errors import DataError
-from dspfx.module import CompactModule, PreparedModule, TwoModeModule
+from dspfx.moments import Moments, observe, only_training
 from dspfx.processes import Processes
 from dspfx.wrappers import unwrapped
 
@@ -48,69 +46,28 @@ def recalibrate(
     """
     processes = Processes.of(model, process_group)
     model = unwrapped(model)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    found = {norm: _Moments() for norm in norms}
-    with torch.no_grad(), _only_norms_train(model, norms), ExitStack() as hooks:
-        for norm in norms:
-            hooks.enter_context(norm.register_forward_pre_hook(found[norm].see, with_kwargs=True))
-        count = 0
-        for batch in batches:
-            call(batch) if call is not None else _call(model, batch)
-            count += 1
-    count = _of_all(processes, found, count)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    found = {norm: _of_batch_norm(norm) for norm in norms if norm.running_mean is not None}
+    with only_training(model, found.keys()), _statistics_kept(found):
+        count = observe(model, found, batches, call, processes)
     if count == 0:
         raise DataError("there is no batch to recalibrate with; give at least one")
     seen = {norm: moments for norm, moments in found.items() if moments.count}
-    if norms and not seen:
+    if found and not seen:
         raise DataError(
             "the batches reached no batch norm of the model; let call=... call the model that "
             "recalibrate is given, or what it holds"
         )
-    for moments in seen.values():
-        if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.squares).all()):
-            raise DataError("the batches lead to values that are not finite; look for bad ones")
     for norm, moments in seen.items():
         _take_over(norm, moments, count)
 
 
-@dataclass
-class _Moments:
-    """Count, mean `[C]` and sum of squared deviations `[C]` of all that a batch norm has seen."""
-
-    count: int = 0
-    mean: Any = 0.0
-    squares: Any = 0.0
-
-    def see(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        """Take one more input, `[N, C, ...]`, into account (Chan, Golub, LeVeque, 1979)."""
-        x = args[0] if args else kwargs["input"]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        every_but_channels = [d for d in range(x.dim()) if d != 1]
-        variance, mean = torch.var_mean(x, dim=every_but_channels, correction=0)
-        variance, mean, count = variance.double(), mean.double(), x.numel() // x.shape[1]
-        shift, whole = mean - self.mean, self.count + count
-        self.squares = self.squares + variance * count + shift**2 * (self.count * count / whole)
-        self.mean = self.mean + shift * (count / whole)
-        self.count = whole
-
-
-def _of_all(processes: Processes, found: Mapping[_BatchNorm, _Moments], batches: int) -> int:
-    """Let each of `found` be that of all processes; the number of batches of them all."""
-    if processes.alone or not found:
-        return batches
-    for norm, moments in found.items():
-        assert norm.running_mean is not None
-        zero = torch.zeros_like(norm.running_mean, dtype=torch.float64)
-        counts = processes.sum(zero + moments.count)
-        mean = processes.sum(zero + moments.count * moments.mean) / counts.clamp(min=1)
-        shift = moments.count * (mean - moments.mean) ** 2
-        moments.squares = processes.sum(zero + moments.squares + shift)
-        moments.mean, moments.count = mean, int(counts[0])
-    return int(processes.sum(zero + batches)[0])
+def _of_batch_norm(norm: _BatchNorm) -> Moments:
+    return Moments(1, torch.zeros_like(cast(Tensor, norm.running_mean), dtype=torch.float64))
 
 
 @torch.no_grad()
-def _take_over(norm: _BatchNorm, moments: _Moments, batches: int) -> None:
+def _take_over(norm: _BatchNorm, moments: Moments, batches: int) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     norm.running_mean.copy_(moments.mean)
@@ -120,44 +77,12 @@ def _take_over(norm: _BatchNorm, moments: _Moments, batches: int) -> None:
 
 
 @contextmanager
-def _only_norms_train(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """All in evaluation mode, except `norms`; modes and statistics are afterwards as before."""
-    modes = {module: module.training for module in model.modules()}
+@torch.no_grad()
+def _statistics_kept(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """The statistics of `norms` are afterwards what they were."""
     buffers = [(b, b.clone()) for norm in norms for b in norm._buffers.values() if b is not None]
-    _set_modes({module: module in norms for module in modes})
     try:
         yield
     finally:
-        _set_modes(modes)
         for buffer, saved in buffers:
             buffer.copy_(saved)
-
-
-def _set_modes(modes: dict[nn.Module, bool]) -> None:
-    for module, mode in modes.items():
-        if isinstance(module, TwoModeModule):
-            module.train(mode)  # it has a graph for either
-    for module, mode in modes.items():
-        module.training = mode
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch[: _inputs(model)])
-    else:
-        model(batch)
-
-
-def _inputs(model: nn.Module) -> int | None:
-    """How many positional inputs to give: the required ones, or else one; None for any number."""
-    if isinstance(model, PreparedModule | CompactModule):
-        return len(model.example_inputs)
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p for p in parameters if p.kind in kinds]
-    required = sum(p.default is p.empty for p in positional)
-    return min(max(1, required), len(positional))

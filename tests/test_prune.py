@@ -1,5 +1,6 @@
 """`prune`: budgets met, the rule of the threshold, and budgets that cannot be."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,20 @@ def test_filters_are_dropped_only_where_a_sum_follows() -> None:
         f"layer{i}.0.downsample.0" for i in range(2, 5)
     }
     assert not any(n.endswith("conv1") for n in droppable)
+
+
+def test_filters_are_dropped_only_if_wanted() -> None:
+    dropping = prepared_model()
+    keeping = copy.deepcopy(dropping)
+    dspfx.prune(dropping, Budget(macs=0.4))
+    assert not all(mask.any(1).all() for mask in dspfx.get_masks(dropping).values())
+    report = dspfx.prune(keeping, Budget(macs=0.4), drop_filters=False)
+    assert 0.36 <= report.achieved <= 0.4
+    assert all(
+        mask.any(1).all()
+        for name, mask in dspfx.get_masks(keeping).items()
+        if name.endswith("conv2")
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.5, float("nan")])

@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: of a network this small, launching kernels is most of the work."""
+"""A training step as a CUDA graph: of so small a network most of the work is to launch kernels."""
 
 from collections.abc import Callable
 

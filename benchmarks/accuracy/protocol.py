@@ -202,7 +202,9 @@ def _augmented(data: Data, generator: torch.Generator) -> Iterator[tuple[Tensor,
 def _layout(model: nn.Module) -> torch.memory_format:
     """Channels last, which is faster; with odd numbers of them, its gradients in float32 crash."""
     filters = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
-    crashes = (device().type, precision()) == ("cpu", torch.float32) and any(count % 8 for count in filters)
+    crashes = (device().type, precision()) == ("cpu", torch.float32) and any(
+        count % 8 for count in filters
+    )
     return torch.contiguous_format if crashes else torch.channels_last
 
 
