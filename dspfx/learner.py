@@ -49,8 +49,9 @@ class GroupLearner:
         total_steps: T, how often `step` will be called.
         temperature: tau of the soft assignment `softmax(logits / tau + Gumbel noise)`.
         logits_lr: learning rate of the logits (Adam).
-        logits_every: look ahead and update the logits at every n-th step only; the steps
-            between cost one forward and backward instead of two.
+        logits_every: look ahead and update the logits at every n-th step only, then at n times
+            `logits_lr`, so that groups form as fast; the steps between cost one forward and
+            backward instead of two.
         generator: of the Gumbel noise, on the model's device; torch's own by default.
         process_group: the processes that train the model together, in `DistributedDataParallel`;
             by default those of that wrapper, if `prepared` is or holds one, else all. They
@@ -92,7 +93,7 @@ class GroupLearner:
         self._check_generator()
         self.penalties = {name: LayerPenalty.of(layer) for name, layer in self.layers.items()}
         logits = [layer.gate.logits for layer in self.layers.values()]
-        self.logits_optimizer = torch.optim.Adam(logits, lr=logits_lr, eps=1e-12)
+        self.logits_optimizer = torch.optim.Adam(logits, lr=logits_lr * logits_every, eps=1e-12)
 
     def step(
         self,

@@ -255,6 +255,8 @@ def test_logits_every_looks_ahead_less_often() -> None:
     assert len(calls) == 6
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(logits)]
     assert moved == [True, False, False, True]
+    # the first step of Adam is as long as its rate
+    assert float((logits[1] - logits[0]).abs().max()) == pytest.approx(3 * SETTINGS["logits_lr"])
 
 
 def test_the_present_rate_of_the_layers_own_group_counts() -> None:

@@ -6,13 +6,14 @@ import torch
 import typer
 
 from benchmarks.accuracy.latency import measure
-from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.methods import METHODS, UNTRAINED
 from benchmarks.accuracy.runs import DENSE, LONGER, Job, run_missing
 from benchmarks.accuracy.scenarios import SCENARIOS
 from benchmarks.accuracy.tables import write
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Accuracy against peers.")
 PRUNED = (50, 65, 80, 90, 95)
+PRUNED_UNTRAINED = (30, 50)
 SEEDS = (0, 1, 2)
 
 
@@ -21,15 +22,18 @@ def run(
     scenario: Annotated[str, typer.Option(help=", ".join(SCENARIOS))] = "resnet20",
     method: Annotated[list[str] | None, typer.Option(help="only these")] = None,
     pruned: Annotated[list[int] | None, typer.Option(help="percent of the gated MACs")] = None,
+    untrained: Annotated[bool, typer.Option(help="only batch norms are recalibrated")] = False,
     seed: Annotated[list[int] | None, typer.Option(help="only these")] = None,
     workers: Annotated[int, typer.Option(help="jobs at a time, one thread each")] = 2,
 ) -> None:
     """Train what has no result yet; a second call goes on where the first was stopped."""
+    names = method or [m for m in METHODS if (m in UNTRAINED) == untrained]
+    budgets = pruned or (PRUNED_UNTRAINED if untrained else PRUNED)
     jobs = []
     for s in seed or SEEDS:
-        if method is None:
+        if method is None and not untrained:
             jobs += [Job(scenario, name, s, 0) for name in (DENSE, LONGER)]
-        jobs += [Job(scenario, name, s, p) for p in pruned or PRUNED for name in method or METHODS]
+        jobs += [Job(scenario, name, s, p) for p in budgets for name in names]
     run_missing(jobs, workers)
 
 

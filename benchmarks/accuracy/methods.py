@@ -6,6 +6,7 @@ same multiply-accumulates. What trains before it prunes does so for 8 epochs and
 """
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -247,6 +248,28 @@ def _masked(
 _without_channels = functools.partial(_masked, prune=dspfx.prune_channels)
 
 
+def _moments(prepared: nn.Module, run: Run) -> dict[str, Tensor]:
+    return dspfx.input_moments(prepared, run.data.train_x[:1000].cpu().split(250))
+
+
+def _without_channels_calibrated(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    """By what channels do to the inputs of layers, too."""
+    prune = functools.partial(dspfx.prune_channels, moments=_moments(prepared, run))
+    return _masked(prepared, macs, run, prune)
+
+
+def _regrouped(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    """Groups are clustered in the present weights and inputs; no filters are dropped by them."""
+    clustered = copy.deepcopy(prepared)
+    dspfx.cluster_groups(clustered, moments=_moments(clustered, run))
+    return _masked(clustered, macs, run, functools.partial(dspfx.prune, drop_filters=False))
+
+
+def _channels_then_regrouped(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    middle = math.isqrt(dense_macs(run.dense)[0] * macs)
+    return _regrouped(_without_channels_calibrated(prepared, middle, run), macs, run)
+
+
 def _half_way(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
     """Half of the way, by factors, whole channels are pruned; the rest is clustered."""
     whole = dense_macs(run.dense)[0]
@@ -295,16 +318,33 @@ METHODS = {
     "channels, magnitude, distilled": Method("dense", _magnitude, distil=True),
     "channels, sparse learning": Method("sparse", _group_norm),
     "whole channels": Method("gated", _without_channels),
+    "whole channels, calibrated": Method("gated", _without_channels_calibrated),
     "channels, then clustered groups": Method("gated", _channels_then_groups),
+    "channels, then clustered groups, calibrated": Method("gated", _channels_then_regrouped),
     "channels, then learned groups": Method("gated", _channels_then_learned, learns=True),
     "random groups": Method("random", _masked),
     "clustered groups": Method("clustered", _masked),
+    "clustered groups, calibrated": Method("gated", _regrouped),
     "learned, first order": Method("first-order", _masked),
     "learned, 2 groups": Method("learned-2", _masked),
     "learned, 4 groups": Method("learned-4", _masked),
+    "learned, 4 groups, regrouped": Method("learned-4", _regrouped),
     "learned, 4 groups, every 8th step": Method("every-8", _masked),
     "learned strongly, 4 groups": Method("strong-4", _masked),
     "learned, 4 groups, distilled": Method("learned-4", _masked, distil=True),
-    "random groups, untrained": Method("random", _masked, tuned=False),
-    "clustered groups, untrained": Method("clustered", _masked, tuned=False),
 }
+UNTRAINED = {
+    f"{name}, untrained": dataclasses.replace(METHODS[name], tuned=False)
+    for name in (
+        "channels, magnitude",
+        "whole channels",
+        "whole channels, calibrated",
+        "channels, then clustered groups, calibrated",
+        "random groups",
+        "clustered groups",
+        "clustered groups, calibrated",
+        "learned, 4 groups",
+        "learned, 4 groups, regrouped",
+    )
+}
+METHODS |= UNTRAINED

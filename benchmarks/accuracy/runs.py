@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import dspfx
 from benchmarks.accuracy import results
-from benchmarks.accuracy.methods import METHODS, STARTS, Run, dense_macs, macs_of
+from benchmarks.accuracy.methods import METHODS, STARTS, UNTRAINED, Run, dense_macs, macs_of
 from benchmarks.accuracy.protocol import Data, accuracy, fashion_mnist, generator, train
 from benchmarks.accuracy.scenarios import SCENARIOS, Scenario
 from benchmarks.accuracy.shapes import shape_of
@@ -77,7 +77,10 @@ def _run(job: Job) -> results.Result:
         dense_macs=macs,
         parameters=_parameters(model),
         shape=shape_of(model),
-        made=results.made_by(f"python -m benchmarks.accuracy run --scenario {job.scenario}"),
+        made=results.made_by(
+            f"python -m benchmarks.accuracy run --scenario {job.scenario}"
+            + " --untrained" * (job.method in UNTRAINED)
+        ),
     )
     results.append(result)
     return result

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from benchmarks.accuracy import results
 from benchmarks.accuracy.latency import LATENCY
-from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.methods import METHODS, UNTRAINED
 from benchmarks.accuracy.results import Result
 from benchmarks.accuracy.runs import DENSE, LONGER
 from benchmarks.accuracy.scenarios import SCENARIOS
@@ -35,6 +35,8 @@ epochs. The network of the last epoch counts.
 *Pruned* are so many percent of the MACs of the layers that have gates, of the whole model a little
 less. Channels are pruned by Torch-Pruning, over all layers at once. *Learned* groups have the
 paper's settings, *learned strongly* a stronger penalty, the stronger the fewer steps there are.
+*Calibrated* methods know the inputs of layers from 1,000 training images (`dspfx.input_moments`);
+*regrouped*: once the network has learned, its filters are clustered anew.
 Tables have the mean, the standard deviation and the number of seeds.
 """
 
@@ -48,11 +50,11 @@ def write() -> None:
     sections = []
     for name, scenario in SCENARIOS.items():
         cells = _cells(r for r in found if r.scenario == name)
-        if not cells:
+        if not cells.keys() & {(m, p) for m in METHODS for _, p in cells}:
             continue
         sections.append(f"## {scenario.title}\n\n{_section(name, cells)}")
         if name == "resnet20":
-            _into_readme(_table(cells, [m for m in METHODS if "untrained" not in m]))
+            _into_readme(_table(cells, [m for m in METHODS if m not in UNTRAINED]))
     PAGE.write_text(re.sub(r"\n{3,}", "\n\n", f"{_heading()}\n\n" + "\n\n".join(sections) + "\n"))
 
 
@@ -64,12 +66,12 @@ def _cells(found: Iterable[Result]) -> Cells:
 
 
 def _section(name: str, cells: Cells) -> str:
-    trained = [m for m in METHODS if "untrained" not in m]
+    trained = [m for m in METHODS if m not in UNTRAINED]
     parts = [_dense_line(cells), _table(cells, trained)]
-    if any("untrained" in method for method, _ in cells):
+    if any(method in UNTRAINED for method, _ in cells):
         parts += ["Not trained after pruning; batch norms are recalibrated:"]
-        parts += [_table(cells, [m for m in METHODS if m not in trained])]
-    if len({pruned for _, pruned in cells}) > 2:
+        parts += [_table(cells, list(UNTRAINED))]
+    if len({pruned for method, pruned in cells if method in trained}) > 2:
         _picture(name, cells, trained)
         parts.append(f"![accuracy over MACs](pictures/accuracy_{name}.png)")
     return "\n\n".join(parts)
@@ -177,7 +179,11 @@ def _batch(name: str) -> int:
 def _heading() -> str:
     made = [dict(r.made) for r in results.read().values()]
     versions = sorted(
-        {f"torch {m['torch']}, Torch-Pruning {m['torch-pruning']}, {m['precision']}" for m in made}
+        {
+            f"torch {m['torch']}, Torch-Pruning {m['torch-pruning']}, {m['precision']} on "
+            f"{m['processor']}"
+            for m in made
+        }
     )
     dates = sorted(m["date"] for m in made)
     return (
