@@ -38,6 +38,7 @@ def test_public_names() -> None:
         "prepare",
         "prune",
         "prune_channels",
+        "input_moments",
         "recalibrate",
         "report",
         "save",
