@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from tabulate import tabulate
 
 from benchmarks.accuracy import results
@@ -126,14 +128,15 @@ def _picture(name: str, cells: Cells, methods: list[str]) -> None:
             panel.axhline(level, color="0.6", linewidth=1, linestyle=":", label="dense")
         panel.set_ylabel("top-1 on the test images, %")
         panel.grid(color="0.92")
-    for index, method in enumerate(methods):
+    shown = [m for m in methods if any(m == method for method, _ in cells)]
+    colors = colormaps["tab20"].resampled(len(shown))
+    for index, method in enumerate(shown):
         found = sorted((p, rs) for (m, p), rs in cells.items() if m == method)
-        if not found:
-            continue
+        peer = METHODS[method].start in ("dense", "sparse")
         style = {
-            "color": f"C{index % 10}",
-            "marker": "s" if method.startswith("channels") else "o",
-            "linestyle": "--" if method.startswith("channels") else "-",
+            "color": colors(index),
+            "marker": "s" if peer else "o",
+            "linestyle": "--" if peer else "-",
             "markersize": 4,
             "linewidth": 1.4,
         }
@@ -152,6 +155,8 @@ def _picture(name: str, cells: Cells, methods: list[str]) -> None:
         if points:
             panels[1].plot(*zip(*points, strict=True), label=method, **style)
     panels[0].set_xscale("log")
+    panels[0].xaxis.set_major_formatter(ScalarFormatter())
+    panels[0].xaxis.set_minor_formatter(ScalarFormatter())
     panels[0].set_xlabel("MACs of one image, millions")
     panels[0].legend(fontsize=8)
     if latency:
