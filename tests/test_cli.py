@@ -38,12 +38,14 @@ def invoke(*words: str) -> tuple[int, str, str]:
 
 
 def dspfx_process(words: str, folder: Path) -> subprocess.Popen:
+    """Runs `dspfx`; Ctrl-C reaches it, also where shells let jobs in the background ignore it."""
     return subprocess.Popen(
         [sys.executable, "-m", "dspfx", *words.split()],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509, no threads
     )
 
 
