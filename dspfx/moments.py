@@ -21,14 +21,12 @@ from dspfx.passes.values import Mix
 from dspfx.processes import Processes
 from dspfx.wrappers import unwrapped
 
-Call = Callable[[Any], object]
-
 
 def input_moments(
     prepared: nn.Module,
     batches: Iterable[Any],
     *,
-    call: Call | None = None,
+    call: Callable[[Any], object] | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """How strong the input channels of every convolution and linear layer are.
@@ -123,7 +121,7 @@ def observe(
     model: nn.Module,
     found: Mapping[Any, Moments],
     batches: Iterable[Any],
-    call: Call | None,
+    call: Callable[[Any], object] | None,
     processes: Processes,
 ) -> int:
     """Run `model` on `batches`; how many there were, in all processes.

@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dspfx.passes.grouped_masks import GroupedMask
+from dspfx.passes.values import FloatArray
 from dspfx.units import change, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-FloatArray = npt.NDArray[np.float64]
 
 # of the palette of Okabe and Ito, which colour-blind readers can tell apart
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import Budget
-from dspfx.filters import as_weight, structural_groups
+from dspfx.filters import spread, structural_groups
 from dspfx.gates import GatedLayer, gated_layers
 from helpers import randomise, unchanged
 
@@ -53,8 +53,7 @@ def weighted(prepared: nn.Module, moments: dict[str, Tensor]) -> nn.Module:
 def _by_channel(layer: GatedLayer, roots: Tensor) -> Tensor:
     filters, channels = layer.gate.mask.shape
     groups = structural_groups(layer)
-    rows = roots.reshape(groups, channels).repeat_interleave(filters // groups, 0)
-    return as_weight(layer, rows.reshape(*rows.shape, *[1] * (layer.weight.dim() - 2)))
+    return spread(layer, roots.reshape(groups, channels).repeat_interleave(filters // groups, 0))
 
 
 def test_they_are_the_mean_squares_of_all_values_together() -> None:

@@ -260,31 +260,38 @@ def _without_channels_calibrated(prepared: nn.Module, macs: int, run: Run) -> nn
 
 def _regrouped(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
     """Groups are clustered in the present weights and inputs; no filters are dropped by them."""
-    clustered = copy.deepcopy(prepared)
-    dspfx.cluster_groups(clustered, moments=_moments(clustered, run))
-    return _masked(clustered, macs, run, functools.partial(dspfx.prune, drop_filters=False))
+    moments = _moments(prepared, run)
+
+    def prune(pruned: nn.Module, budget: dspfx.Budget) -> None:
+        dspfx.cluster_groups(pruned, moments=moments)
+        dspfx.prune(pruned, budget, drop_filters=False)
+
+    return _masked(prepared, macs, run, prune)
+
+
+def _half_way(macs: int, run: Run) -> int:
+    """The MACs that are half of the way to `macs`, by factors."""
+    return math.isqrt(dense_macs(run.dense)[0] * macs)
 
 
 def _channels_then_regrouped(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
-    middle = math.isqrt(dense_macs(run.dense)[0] * macs)
-    return _regrouped(_without_channels_calibrated(prepared, middle, run), macs, run)
+    narrow = _without_channels_calibrated(prepared, _half_way(macs, run), run)
+    return _regrouped(narrow, macs, run)
 
 
-def _half_way(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
-    """Half of the way, by factors, whole channels are pruned; the rest is clustered."""
-    whole = dense_macs(run.dense)[0]
-    pruned = _without_channels(prepared, math.isqrt(whole * macs), run)
-    dspfx.cluster_groups(pruned)
-    return pruned
+def _narrow_and_clustered(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
+    narrow = _without_channels(prepared, _half_way(macs, run), run)
+    dspfx.cluster_groups(narrow)
+    return narrow
 
 
 def _channels_then_groups(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
-    return _masked(_half_way(prepared, macs, run), macs, run)
+    return _masked(_narrow_and_clustered(prepared, macs, run), macs, run)
 
 
 def _channels_then_learned(prepared: nn.Module, macs: int, run: Run) -> nn.Module:
     """Learning starts from the clusters."""
-    learned = _learn(_half_way(prepared, macs, run), run, strength=_strength(run))
+    learned = _learn(_narrow_and_clustered(prepared, macs, run), run, strength=_strength(run))
     return _masked(learned, macs, run)
 
 

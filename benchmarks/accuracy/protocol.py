@@ -88,12 +88,13 @@ def train(
     loss, layout = loss or cross_entropy, _layout(model)
     with on_device(model):
         model.to(memory_format=layout).train()  # type: ignore[call-overload]
-        optimizer = _sgd(model, schedule, fixed=step is not None)
+        graphed = step is None and device().type == "cuda"
+        optimizer = _sgd(model, schedule, graphed)
 
         def one(x: Tensor, y: Tensor) -> None:
             (step or plain_step)(optimizer, functools.partial(_autocast, loss, model, x, y))
 
-        run = Graphed(one) if step is None and device().type == "cuda" else one
+        run = Graphed(one) if graphed else one
         for epochs in schedule.cycles:
             steps, done = data.steps(epochs), 0
             for _ in range(epochs):
@@ -103,9 +104,8 @@ def train(
                     done += 1
 
 
-def _sgd(model: nn.Module, schedule: Schedule, fixed: bool) -> torch.optim.Optimizer:
-    """The optimizer; unless `fixed`, its rate on CUDA is a tensor, for graphs."""
-    graphed = device().type == "cuda" and not fixed
+def _sgd(model: nn.Module, schedule: Schedule, graphed: bool) -> torch.optim.Optimizer:
+    """The optimizer; for a graph its rate is a tensor."""
     return torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         torch.tensor(schedule.lr, device=device()) if graphed else schedule.lr,

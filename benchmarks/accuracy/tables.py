@@ -52,7 +52,7 @@ def write() -> None:
     sections = []
     for name, scenario in SCENARIOS.items():
         cells = _cells(r for r in found if r.scenario == name)
-        if not cells.keys() & {(m, p) for m in METHODS for _, p in cells}:
+        if not any(method in METHODS for method, _ in cells):
             continue
         sections.append(f"## {scenario.title}\n\n{_section(name, cells)}")
         if name == "resnet20":
@@ -128,7 +128,8 @@ def _picture(name: str, cells: Cells, methods: list[str]) -> None:
             panel.axhline(level, color="0.6", linewidth=1, linestyle=":", label="dense")
         panel.set_ylabel("top-1 on the test images, %")
         panel.grid(color="0.92")
-    shown = [m for m in methods if any(m == method for method, _ in cells)]
+    known = {method for method, _ in cells}
+    shown = [method for method in methods if method in known]
     colors = colormaps["tab20"].resampled(len(shown))
     for index, method in enumerate(shown):
         found = sorted((p, rs) for (m, p), rs in cells.items() if m == method)
