@@ -32,6 +32,7 @@ from dspfx.errors import (
 )
 from dspfx.export import export
 from dspfx.finetune import CyclicFinetune
+from dspfx.gradual import GradualPruning
 from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
 from dspfx.load import load
@@ -61,6 +62,7 @@ __all__ = [
     "DspfxWarning",
     "EquivalenceError",
     "ExportError",
+    "GradualPruning",
     "GroupLearner",
     "LearnError",
     "LoadError",

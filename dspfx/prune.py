@@ -60,7 +60,7 @@ def prune(
 
 
 @dataclass(frozen=True)
-class _PrunableLayer:
+class PrunableLayer:
     """The sorted energies of one layer, from which any threshold gives read lists.
 
     Attributes:
@@ -94,7 +94,7 @@ class _PrunablePart:
 
     module: PreparedModule
     analysis: ChannelAnalysis
-    layers: dict[str, _PrunableLayer]
+    layers: dict[str, PrunableLayer]
     name: str
 
     @staticmethod
@@ -128,7 +128,7 @@ class _PrunablePart:
 
 def _prunable_layer(
     layer: GatedLayer, mix: Mix, energy: FloatArray, droppable: bool
-) -> _PrunableLayer:
+) -> PrunableLayer:
     group = layer.gate.assignment.cpu().numpy()
     structural, groups = mix.structural_groups, len(layer.gate.logits)
     members = np.eye(groups)[group].reshape(structural, -1, groups)  # [S, O/S, G]
@@ -136,7 +136,7 @@ def _prunable_layer(
     channels = np.einsum("sog,soc->sgc", members, by_structure)
     filters = _lost(energy.sum(1)) if droppable else np.full(mix.filters, np.inf)
     alive = layer.gate.alive.cpu().numpy()
-    return _PrunableLayer(mix, group, _lost(channels), filters, alive)
+    return PrunableLayer(mix, group, _lost(channels), filters, alive)
 
 
 def _above(lost: np.ndarray, beta: float, round_to: int) -> BoolArray:

@@ -86,34 +86,42 @@ class _ChannelPart:
     @staticmethod
     def of(part: Part, moments: Mapping[str, Tensor] | None) -> "_ChannelPart":
         module, analysis = part.module, analyse_prepared(part.module)
-        sides = list(_sides(part, analysis, moments))
-        importance = _importance(analysis, sides)
-        going = np.flatnonzero(_removable(analysis, sides, importance))
+        both = list(sides(part, analysis, moments))
+        importance = _importance(analysis, both)
+        going = np.flatnonzero(removable(analysis, both, importance))
         lost = np.full(len(importance), np.inf)
         order = going[np.argsort(importance[going], kind="stable")]
         lost[order] = np.arange(1, len(order) + 1) / len(order)
         reads = current_reads(module, analysis)
-        widths = tuple(np.unique(side.classes) for side in sides)
+        widths = tuple(np.unique(side.classes) for side in both)
         return _ChannelPart(module, analysis, part.name, reads, lost, widths)
 
     def liveness(self, threshold: float) -> Liveness:
         """The liveness where all channels up to `threshold` are gone."""
-        gone = self.lost <= threshold
         round_to = self.module.config.round_to
-        for width in self.widths if round_to > 1 else ():
-            # in multiples: the most important of those that go come back
-            back = width[gone[width]]
-            missing = -int((~gone[width]).sum()) % round_to
-            gone[back[np.argsort(-self.lost[back], kind="stable")][:missing]] = False
+        gone = classes_gone(self.lost, threshold, self.widths, round_to)
         reads = dict(self.reads)
         for node, op in self.analysis.ops.items():
             if isinstance(op, Mix) and op.gated:
-                reads[op.layer] = _without(reads[op.layer], self.analysis, node, op, gone)
+                reads[op.layer] = without(reads[op.layer], self.analysis, node, op, gone)
         return liveness(self.analysis, reads, round_to=round_to)
 
 
+def classes_gone(
+    lost: FloatArray, threshold: float, widths: tuple[IntArray, ...], round_to: int
+) -> BoolArray:
+    """`[classes]`: those with `lost` up to `threshold`, fewer where widths shall be multiples."""
+    gone: BoolArray = lost <= threshold
+    for width in widths if round_to > 1 else ():
+        # the most important of those that go come back
+        back = width[gone[width]]
+        missing = -int((~gone[width]).sum()) % round_to
+        gone[back[np.argsort(-lost[back], kind="stable")][:missing]] = False
+    return gone
+
+
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """A layer's filters, or inputs: the classes of the channels, and their energies."""
 
     classes: IntArray
@@ -122,9 +130,10 @@ class _Side:
     gated: bool
 
 
-def _sides(
+def sides(
     part: Part, analysis: ChannelAnalysis, moments: Mapping[str, Tensor] | None
-) -> Iterator[_Side]:
+) -> Iterator[Side]:
+    """Both sides of every call of a layer that has a weight."""
     for node, op in analysis.ops.items():
         if not isinstance(op, Mix):
             continue
@@ -132,14 +141,14 @@ def _sides(
         if not isinstance(getattr(layer, "weight", None), Tensor):
             continue
         energies = energies_of(part.full_name(op.layer), layer, moments)
-        yield _Side(analysis.class_of(node), energies.sum(1), True, op.gated)
+        yield Side(analysis.class_of(node), energies.sum(1), True, op.gated)
         if not op.restored:
             by_structure = energies.reshape(op.structural_groups, -1, energies.shape[1])
             inputs = analysis.class_of(op.operands[0])
-            yield _Side(inputs, by_structure.sum(1).reshape(-1), False, op.gated)
+            yield Side(inputs, by_structure.sum(1).reshape(-1), False, op.gated)
 
 
-def _importance(analysis: ChannelAnalysis, sides: list[_Side]) -> FloatArray:
+def _importance(analysis: ChannelAnalysis, sides: list[Side]) -> FloatArray:
     """`[classes]`, the average over all layers that write or read a class."""
     count = int(analysis.classes.max(initial=-1)) + 1
     importance, layers = np.zeros(count), np.zeros(count)
@@ -152,7 +161,7 @@ def _importance(analysis: ChannelAnalysis, sides: list[_Side]) -> FloatArray:
     return importance / np.maximum(layers, 1)
 
 
-def _removable(analysis: ChannelAnalysis, sides: list[_Side], importance: FloatArray) -> BoolArray:
+def removable(analysis: ChannelAnalysis, sides: list[Side], importance: FloatArray) -> BoolArray:
     """`[classes]`: those that can go, for all their writers or all their readers are gated.
 
     The most important channel of each side stays, and what is pinned.
@@ -172,7 +181,7 @@ def _removable(analysis: ChannelAnalysis, sides: list[_Side], importance: FloatA
     return removable
 
 
-def _without(
+def without(
     reads: ReadLists, analysis: ChannelAnalysis, node: Node, op: Mix, gone: BoolArray
 ) -> ReadLists:
     """`reads` of a layer without the channels that are `gone`, written or read."""

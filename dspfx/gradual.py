@@ -1,0 +1,190 @@
+"""`GradualPruning`: prunes while the network trains, what the loss would miss least for its cost.
+
+1. Every step adds to the sensitivities of channels and of groups, see `dspfx.sensitivity`.
+2. A few dozen times, what has the least sensitivity for the MACs (or parameters) that would be
+   saved is dropped, whole channels and inputs of groups in one order, until the present budget is
+   met. It falls geometrically: after the share u of all prunings, `kept^u` remains.
+3. What was seen before a pruning counts less and less afterwards.
+
+After Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML 2021, arXiv
+2108.00708, who drop one channel at a time, and channels alone.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dspfx.budget import Budget, PruneReport, prune_to
+from dspfx.errors import BudgetError, LearnError
+from dspfx.parts import parts_of
+from dspfx.processes import Processes
+from dspfx.sensitive_parts import sensitive_parts
+from dspfx.sensitivity import Sensitivity
+from dspfx.wrappers import unwrapped
+
+LEAST = (
+    "with one channel left to every layer and one input to every group, {least:.2%} remains; ask "
+    "for more than that or ignore fewer layers"
+)
+SETTINGS = ("total_steps", "begin", "end", "prunings", "decay", "groups")
+
+
+class GradualPruning:
+    """Prunes a prepared model step by step while your own loop trains it.
+
+        pruning = dspfx.GradualPruning(prepared, dspfx.Budget(macs=0.1),
+                                       total_steps=epochs * len(loader))
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss(prepared(x), y).backward()
+            pruning.step()      # behind the backward pass: it looks at the gradients
+            optimizer.step()
+
+    Channels and inputs of groups go in one order: the mean square of the loss's derivative by a
+    factor in front of them, over the MACs that they cost at present. Groups are those that the
+    model has when this is constructed, learned or from `cluster_groups`; without either a layer is
+    one group. What is pruned already stays pruned. Inputs of layers that are frozen, or whose
+    weight is computed from others, all stay: nothing is known of them.
+
+    Args:
+        prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
+        budget: what may remain in the end, of MACs or of parameters.
+        total_steps: T, how often `step` will be called at most.
+        begin: the share of them after which pruning begins.
+        end: the share of them after which it is done; the rest trains what remains.
+        prunings: how often something is dropped in between.
+        decay: what the sums of sensitivities are multiplied by at every pruning.
+        groups: whether groups drop inputs by themselves. Without, only whole channels go, which is
+            fast in any runtime.
+        process_group: the processes that train the model together; see `GroupLearner`. It is the
+            sensitivities of the first one that count.
+
+    Attributes:
+        steps_done: how often `step` was called.
+        report: of the latest pruning, see `dspfx.PruneReport`; None before the first.
+
+    Raises:
+        BudgetError: the budget cannot be reached, or is one of latency.
+        LearnError: a setting out of range.
+        ConvertError: `prepared` does not come from `dspfx.prepare`.
+    """
+
+    def __init__(
+        self,
+        prepared: nn.Module,
+        budget: Budget,
+        *,
+        total_steps: int,
+        begin: float = 0.05,
+        end: float = 0.4,
+        prunings: int = 40,
+        decay: float = 0.7,
+        groups: bool = True,
+        process_group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        if budget.latency is not None:
+            raise BudgetError("gradual pruning needs a budget of MACs or of parameters")
+        if total_steps < 1 or prunings < 1:
+            raise LearnError("total_steps and prunings must be at least 1")
+        if not 0 <= begin <= end <= 1:
+            raise LearnError(f"0 <= begin <= end <= 1 must hold, got {begin} and {end}")
+        if not 0 <= decay <= 1:
+            raise LearnError(f"decay must be in [0, 1], got {decay}")
+        self.budget = budget
+        self.total_steps, self.begin, self.end = total_steps, begin, end
+        self.prunings, self.decay, self.groups = prunings, decay, groups
+        self.steps_done = 0
+        self.report: PruneReport | None = None
+        self.processes = Processes.of(prepared, process_group)
+        self.prepared = unwrapped(prepared)
+        self.parts = parts_of(self.prepared)
+        self.sensitivities = [Sensitivity(part.module) for part in self.parts]
+        self._started = self._trial()
+
+    def step(self) -> None:
+        """Look at the gradients, and prune if it is time to.
+
+        Call it between the backward pass and the step of the optimizer, with gradients that are
+        complete, unscaled and not clipped. Gradients that are not finite are passed over.
+
+        Raises:
+            LearnError: all steps are done.
+        """
+        if self.steps_done >= self.total_steps:
+            raise LearnError(
+                f"all {self.total_steps} steps are done; construct a GradualPruning with the "
+                "total_steps you need"
+            )
+        before = self._prunings_at(self.steps_done)
+        self.steps_done += 1
+        now = self._prunings_at(self.steps_done)
+        if before == self.prunings:
+            return
+        for sensitivity in self.sensitivities:
+            sensitivity.update()
+        if now > before:
+            self._prune(now / self.prunings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's own state; plain values and tensors."""
+        return {
+            "settings": {name: getattr(self, name) for name in SETTINGS},
+            "steps_done": self.steps_done,
+            "started": self._started,
+            "sums": [v.clone() for s in self.sensitivities for v in s.values()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the run went on that `state` comes from; load the model's state first.
+
+        Raises:
+            LearnError: `state` is of another model, or of a run with other settings. Nothing is
+                changed then.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise LearnError(f"this is no state of a GradualPruning: it has {', '.join(state)}")
+        for name, value in own["settings"].items():
+            if state["settings"][name] != value:
+                raise LearnError(
+                    f"the state was saved with {name}={state['settings'][name]}, this one has "
+                    f"{value}; construct it with the settings of the run that is resumed"
+                )
+        if [v.shape for v in own["sums"]] != [v.shape for v in state["sums"]]:
+            raise LearnError("this is the state of a GradualPruning for another model")
+        self.steps_done, self._started = state["steps_done"], state["started"]
+        values = [v for s in self.sensitivities for v in s.values()]
+        for value, saved in zip(values, state["sums"], strict=True):
+            value.copy_(saved)
+
+    def _prunings_at(self, steps: int) -> int:
+        """How many prunings are due after so many steps."""
+        first, last = self.begin * self.total_steps, self.end * self.total_steps
+        if steps >= last:
+            return self.prunings
+        return max(0, int((steps - first) / (last - first) * self.prunings))
+
+    def _prune(self, share: float) -> None:
+        sums = [v for s in self.sensitivities for v in s.values()]
+        self.processes.broadcast(sums)
+        kept = self._started ** (1 - share) * self.budget.fraction**share
+        parts = sensitive_parts(self.parts, self.sensitivities, self.budget, self.groups)
+        self.report = prune_to(self.prepared, parts, _at(self.budget, kept), LEAST)
+        for sensitivity in self.sensitivities:
+            sensitivity.decay(self.decay)
+
+    def _trial(self) -> float:
+        """What fraction there is at present; raises if the budget cannot be reached."""
+        trial = copy.deepcopy(self.prepared)
+        parts = sensitive_parts(parts_of(trial), self.sensitivities, self.budget, self.groups)
+        started = prune_to(trial, parts, _at(self.budget, 1.0), LEAST).achieved
+        prune_to(trial, parts, self.budget, LEAST)
+        return max(started, self.budget.fraction)
+
+
+def _at(budget: Budget, fraction: float) -> Budget:
+    fraction = min(fraction, 1.0)
+    return Budget(macs=fraction) if budget.macs is not None else Budget(params=fraction)

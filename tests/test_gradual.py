@@ -1,0 +1,380 @@
+"""`GradualPruning`: what the loss says about channels and groups, and what goes for it."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_properties import inputs, prepare
+from torch import Tensor, nn
+
+import dspfx
+from dspfx import Budget
+from dspfx.filters import spread, structural_groups
+from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gating import analyse_prepared
+from dspfx.passes.values import Mix
+from dspfx.sensitivity import Sensitivity
+from dspfx.trees import leaves
+from helpers import assert_equal, randomise, unchanged
+from random_networks import networks
+
+X = torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Layers(nn.Module):
+    """A stream that two layers write to and three read, one of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.inner = nn.Conv2d(8, 6, 3, padding=1, groups=2)
+        self.outer = nn.Conv2d(6, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 6, 2, groups=2)
+        self.side = nn.Conv2d(8, 6, 2, padding=1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        x = x + self.outer(torch.tanh(self.inner(x)))
+        return self.head(torch.tanh(self.up(x) + self.side(x)).mean((2, 3)))
+
+
+def layers(groups: int = 2) -> dspfx.PreparedModule:
+    torch.manual_seed(0)
+    model = randomise(Layers()).double()
+    prepared = dspfx.prepare(model, X, config=dspfx.PrepareConfig(groups=groups))
+    dspfx.cluster_groups(prepared)
+    return prepared
+
+
+def loss(model: nn.Module, x: Tensor = X) -> Tensor:
+    """Any scalar that every output has a part in."""
+    out: Tensor = model(x)
+    return (out.flatten(1) * torch.arange(1.0, 1 + out[0].numel(), dtype=out.dtype)).sin().sum()
+
+
+def train(
+    model: nn.Module, pruning: dspfx.GradualPruning, steps: int, x: Callable[[int], Tensor]
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(model, x(step)).backward()
+        pruning.step()
+        optimizer.step()
+
+
+def drawn(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(X.shape, generator=generator, dtype=torch.float64)
+
+
+# -- sensitivity -----------------------------------------------------------------------------------
+
+
+def factors_in_front(prepared: dspfx.PreparedModule) -> Tensor:
+    """A factor for every coupling class, with which every layer multiplies what it reads."""
+    analysis = analyse_prepared(prepared)
+    factors = torch.ones(int(analysis.classes.max()) + 1, dtype=torch.float64, requires_grad=True)
+    for op in analysis.ops.values():
+        if isinstance(op, Mix):
+            classes = torch.from_numpy(analysis.class_of(op.operands[0]))
+
+            def hook(layer: nn.Module, args: Any, classes: Tensor = classes) -> Any:
+                trailing = [1] * (args[0].dim() - 2)
+                return args[0] * factors[classes].reshape(-1, *trailing)
+
+            prepared.get_submodule(op.layer).register_forward_pre_hook(hook)
+    return factors
+
+
+def test_channels_are_derived_by_a_factor_in_front_of_all_that_reads_them() -> None:
+    prepared = layers()
+    factors, sensitivity = factors_in_front(prepared), Sensitivity(prepared)
+    expected = torch.zeros_like(factors)
+    for step in range(3):
+        prepared.zero_grad()
+        (slopes,) = torch.autograd.grad(loss(prepared, drawn(step)), factors)
+        expected += slopes.square()
+        loss(prepared, drawn(step)).backward()
+        sensitivity.update()
+    assert (expected > 0).sum() == 3 + 8 + 6 + 6
+    assert_equal(expected, sensitivity.classes)
+
+
+def test_groups_are_derived_by_a_factor_in_front_of_what_they_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared = layers()
+    sensitivity = Sensitivity(prepared)
+    loss(prepared).backward()
+    sensitivity.update()
+    factors: dict[nn.Module, Tensor] = {}
+    plain = GatedLayer.masked
+
+    def multiplied(self: GatedLayer, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        structural, (filters, _) = structural_groups(self), self.gate.mask.shape
+        own = torch.arange(filters) // (filters // structural)
+        weight, bias = plain(self, weight)
+        return weight * spread(self, factors[self][own, self.gate.assignment]), bias
+
+    monkeypatch.setattr(GatedLayer, "masked", multiplied)
+    for name, layer in gated_layers(prepared).items():
+        factors[layer] = torch.ones_like(sensitivity.groups[name], requires_grad=True)
+    loss(prepared).backward()
+    assert sensitivity.groups.keys() == {"inner", "outer", "up", "side"}
+    for name, layer in gated_layers(prepared).items():
+        assert factors[layer].grad is not None
+        assert_equal(factors[layer].grad.square(), sensitivity.groups[name])
+
+
+def test_gradients_that_are_not_finite_are_passed_over() -> None:
+    prepared = layers()
+    sensitivity = Sensitivity(prepared)
+    loss(prepared).backward()
+    sensitivity.update()
+    before = [values.clone() for values in sensitivity.values()]
+    prepared.get_submodule("side").weight.grad[0, 0] = torch.inf
+    sensitivity.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, sensitivity.values(), strict=True))
+
+
+# -- what goes -------------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Two hidden channels' worth of layers without any stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1, bias=False)
+        self.second = nn.Conv2d(4, 5, 3, bias=False)
+        self.last = nn.Conv2d(5, 2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def test_the_least_sensitivity_for_its_cost_goes_first() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    prepared = dspfx.prepare(Chain().double(), x, config=dspfx.PrepareConfig(groups=1))
+    # MACs: 4*3*25 = 300, 5*4*9*9 = 1620, 2*5*9 = 90
+    loss(prepared, x).backward()
+    weights = {n: layer.weight for n, layer in prepared.named_modules() if hasattr(layer, "weight")}
+    slopes = {n: (w * w.grad).detach().sum((0, 2, 3)).square() for n, w in weights.items()}
+    first = [(float(s) / (75 + 405), "first", c) for c, s in enumerate(slopes["second"])]
+    second = [(float(s) / (324 + 18), "second", c) for c, s in enumerate(slopes["last"])]
+    # the same channels, dropped by the one group of the layer, without the filter that writes them
+    second_reads = [(float(s) / 405, "first", c) for c, s in enumerate(slopes["second"])]
+    last_reads = [(float(s) / 18, "second", c) for c, s in enumerate(slopes["last"])]
+    order = sorted([*first, *second, *second_reads, *last_reads])
+    pruning = dspfx.GradualPruning(prepared, Budget(macs=0.85), total_steps=1, end=1, prunings=1)
+    pruning.step()
+    masks = dspfx.get_masks(prepared)
+    _, where, channel = order[0]
+    gone = masks["second"].any(0) if where == "first" else masks["last"].any(0)
+    assert gone.tolist() == [c != channel for c in range(len(gone))]
+    assert pruning.report is not None
+    assert pruning.report.achieved <= 0.85
+
+
+def test_it_falls_geometrically_between_begin_and_end() -> None:
+    prepared = layers()
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.25), total_steps=20, begin=0.2, end=0.6, prunings=4
+    )
+    kept = []
+    for step in range(20):
+        prepared.zero_grad()
+        loss(prepared, drawn(step)).backward()
+        pruning.step()
+        kept.append(1.0 if pruning.report is None else pruning.report.budget)
+    assert kept[:5] == [1.0] * 5
+    expected = [0.25 ** (n / 4) for n in (1, 1, 2, 2, 3, 3, 4)]
+    assert kept[5:12] == pytest.approx(expected)
+    assert kept[12:] == [pytest.approx(0.25)] * 8
+    assert pruning.report is not None
+    assert 0.2 < pruning.report.achieved <= 0.25
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_resnets_are_pruned_and_converted(groups: bool) -> None:
+    torch.manual_seed(0)
+    model = randomise(torchvision.models.resnet18(num_classes=10)).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    prepared = dspfx.prepare(model, x)
+    dspfx.cluster_groups(prepared)
+    prepared.train()
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.2), total_steps=8, begin=0, end=0.5, prunings=4, groups=groups
+    )
+    train(prepared, pruning, 8, lambda _: x)
+    assert pruning.report is not None
+    assert 0.18 < pruning.report.achieved <= 0.2
+    masks = dspfx.get_masks(prepared)
+    several = [len(torch.unique(m[m.any(1)], dim=0)) > 1 for m in masks.values()]
+    assert any(several) == groups
+    assert dspfx.convert(prepared)(x).shape == (2, 10)
+
+
+def test_what_is_pruned_stays_so_with_other_groups() -> None:
+    prepared = layers()
+    dspfx.prune(prepared, Budget(macs=0.7))
+    before = dspfx.get_masks(prepared)
+    for layer in gated_layers(prepared).values():
+        layer.gate.assign(torch.arange(len(layer.gate.mask)) % 2)
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.3), total_steps=4, begin=0, end=1, prunings=2
+    )
+    train(prepared, pruning, 4, drawn)
+    after = dspfx.get_masks(prepared)
+    assert not any((after[name] & ~before[name]).any() for name in before)
+    assert pruning.report is not None
+    assert pruning.report.achieved <= 0.3
+
+
+def test_parameters_can_be_budgeted() -> None:
+    prepared = layers()
+    pruning = dspfx.GradualPruning(prepared, Budget(params=0.5), total_steps=4, end=1, prunings=2)
+    train(prepared, pruning, 4, drawn)
+    found = dspfx.report(prepared)
+    assert found.after.parameters <= 0.5 * found.before.parameters
+
+
+def test_widths_are_rounded() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    config = dspfx.PrepareConfig(round_to=8)
+    prepared = dspfx.prepare(torchvision.models.resnet18(num_classes=10), x, config=config)
+    prepared.train()
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.4), total_steps=2, end=1, prunings=1, groups=False
+    )
+    train(prepared, pruning, 2, lambda _: x)
+    convolutions = [m for m in dspfx.convert(prepared).modules() if isinstance(m, nn.Conv2d)]
+    assert all(m.out_channels % 8 == 0 for m in convolutions)
+
+
+def test_frozen_layers_and_what_they_read_stay() -> None:
+    prepared = layers()
+    for name in ("inner", "side"):
+        prepared.get_submodule(name).weight.requires_grad_(False)
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.8), total_steps=2, begin=0, end=1, prunings=2
+    )
+    for step in range(2):
+        prepared.zero_grad()
+        loss(prepared, drawn(step)).backward()
+        pruning.step()
+    masks = dspfx.get_masks(prepared)
+    assert masks["inner"].any(0).all()  # the stream, which two frozen layers read
+    side = masks["side"]
+    assert side[side.any(1)].all()
+    assert not all(mask.all() for mask in masks.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(model=networks(), fraction=st.floats(0.05, 1.0), groups=st.booleans())
+def test_pruned_random_networks_are_converted(
+    model: nn.Module, fraction: float, groups: bool
+) -> None:
+    prepared = prepare(model, 2)
+    if prepared is None:
+        return
+    dspfx.cluster_groups(prepared)
+    try:
+        pruning = dspfx.GradualPruning(
+            prepared, Budget(macs=fraction), total_steps=3, end=1, prunings=3, groups=groups
+        )
+    except dspfx.BudgetError:
+        return
+    before = dspfx.get_masks(prepared)
+    for step in range(3):
+        prepared.zero_grad()
+        x = inputs(model, step)
+        sum(out.sin().sum() for out in leaves(prepared(x))).backward()
+        try:
+            pruning.step()
+        except dspfx.BudgetError:
+            return
+        after = dspfx.get_masks(prepared)
+        assert not any((after[name] & ~before[name]).any() for name in before)
+        before = after
+    assert pruning.report is not None
+    assert pruning.report.achieved <= fraction
+    x = inputs(model, 9)
+    assert_equal(prepared.eval()(x), dspfx.convert(prepared)(x))
+
+
+# -- around it -------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit() -> None:
+    def made() -> tuple[dspfx.PreparedModule, dspfx.GradualPruning]:
+        prepared = layers()
+        return prepared, dspfx.GradualPruning(
+            prepared, Budget(macs=0.3), total_steps=10, end=0.8, prunings=5
+        )
+
+    whole, pruning = made()
+    train(whole, pruning, 10, drawn)
+    model, begun = made()
+    train(model, begun, 4, drawn)
+    saved = copy.deepcopy((model.state_dict(), begun.state_dict()))
+    resumed, pruning = made()
+    resumed.load_state_dict(saved[0])
+    pruning.load_state_dict(saved[1])
+    train(resumed, pruning, 6, lambda step: drawn(step + 4))
+    assert pruning.steps_done == 10
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_states_of_others_are_refused() -> None:
+    state = dspfx.GradualPruning(layers(), Budget(macs=0.5), total_steps=10).state_dict()
+    pruning = dspfx.GradualPruning(layers(), Budget(macs=0.5), total_steps=11)
+    with pytest.raises(dspfx.LearnError, match="total_steps=10"):
+        pruning.load_state_dict(state)
+    with pytest.raises(dspfx.LearnError, match="no state of a GradualPruning"):
+        pruning.load_state_dict({})
+    with pytest.raises(dspfx.LearnError, match="another model"):
+        dspfx.GradualPruning(layers(3), Budget(macs=0.5), total_steps=10).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"total_steps": 0}, "at least 1"),
+        ({"prunings": 0}, "at least 1"),
+        ({"begin": 0.5, "end": 0.4}, "begin <= end"),
+        ({"decay": 1.5}, "decay must be in"),
+    ],
+)
+def test_settings_out_of_range(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(dspfx.LearnError, match=message):
+        dspfx.GradualPruning(layers(), Budget(macs=0.5), **{"total_steps": 10, **wrong})
+
+
+def test_a_budget_that_cannot_be_is_refused_at_once() -> None:
+    prepared = layers()
+    with unchanged(prepared):
+        with pytest.raises(dspfx.BudgetError, match="one channel left to every layer"):
+            dspfx.GradualPruning(prepared, Budget(macs=1e-5), total_steps=10)
+        with pytest.raises(dspfx.BudgetError, match="of MACs or of parameters"):
+            dspfx.GradualPruning(prepared, Budget(latency=0.5), total_steps=10)
+    with pytest.raises(dspfx.ConvertError):
+        dspfx.GradualPruning(nn.Conv2d(3, 3, 1), Budget(macs=0.5), total_steps=10)
+
+
+def test_it_ends() -> None:
+    prepared = layers()
+    pruning = dspfx.GradualPruning(prepared, Budget(macs=0.9), total_steps=1)
+    train(prepared, pruning, 1, drawn)
+    with pytest.raises(dspfx.LearnError, match="all 1 steps are done"):
+        pruning.step()
