@@ -64,6 +64,7 @@ class GradualPruning:
 
     Attributes:
         steps_done: how often `step` was called.
+        prunings_done: how many of the prunings were due since.
         report: of the latest pruning, see `dspfx.PruneReport`; None before the first.
 
     Raises:
@@ -96,7 +97,7 @@ class GradualPruning:
         self.budget = budget
         self.total_steps, self.begin, self.end = total_steps, begin, end
         self.prunings, self.decay, self.groups = prunings, decay, groups
-        self.steps_done = 0
+        self.steps_done = self.prunings_done = 0
         self.report: PruneReport | None = None
         self.processes = Processes.of(prepared, process_group)
         self.prepared = unwrapped(prepared)
@@ -118,27 +119,28 @@ class GradualPruning:
                 f"all {self.total_steps} steps are done; construct a GradualPruning with the "
                 "total_steps you need"
             )
-        before = self._prunings_at(self.steps_done)
         self.steps_done += 1
-        now = self._prunings_at(self.steps_done)
-        if before == self.prunings:
+        if self.prunings_done == self.prunings:
             return
         for sensitivity in self.sensitivities:
             sensitivity.update()
-        if now > before:
-            self._prune(now / self.prunings)
+        due = self._prunings_due()
+        if due > self.prunings_done:
+            self._prune(due / self.prunings)
+            self.prunings_done = due
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state; plain values and tensors."""
         return {
             "settings": {name: getattr(self, name) for name in SETTINGS},
             "steps_done": self.steps_done,
+            "prunings_done": self.prunings_done,
             "started": self._started,
             "sums": [v.clone() for s in self.sensitivities for v in s.values()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the run went on that `state` comes from; load the model's state first.
+        """Go on where the run went on that `state` comes from; load the model by itself.
 
         Raises:
             LearnError: `state` is of another model, or of a run with other settings. Nothing is
@@ -155,17 +157,20 @@ class GradualPruning:
                 )
         if [v.shape for v in own["sums"]] != [v.shape for v in state["sums"]]:
             raise LearnError("this is the state of a GradualPruning for another model")
-        self.steps_done, self._started = state["steps_done"], state["started"]
+        self.steps_done, self.prunings_done = state["steps_done"], state["prunings_done"]
+        self._started = state["started"]
         values = [v for s in self.sensitivities for v in s.values()]
         for value, saved in zip(values, state["sums"], strict=True):
             value.copy_(saved)
 
-    def _prunings_at(self, steps: int) -> int:
-        """How many prunings are due after so many steps."""
+    def _prunings_due(self) -> int:
+        """How many there should have been by now."""
         first, last = self.begin * self.total_steps, self.end * self.total_steps
-        if steps >= last:
+        if self.steps_done >= last:
             return self.prunings
-        return max(0, int((steps - first) / (last - first) * self.prunings))
+        if self.steps_done < first:
+            return 0
+        return int((self.steps_done - first) / (last - first) * self.prunings)
 
     def _prune(self, share: float) -> None:
         sums = [v for s in self.sensitivities for v in s.values()]

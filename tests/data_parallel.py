@@ -392,6 +392,24 @@ def case_pruned_by_the_first() -> Any:
     return dspfx.get_masks(ddp), ddp(X[0]).detach()
 
 
+def case_gradually() -> Any:
+    """Every process prunes by what the first one has seen."""
+    model = normed()
+    ddp = wrap(model)
+    optimizer = sgd(model.parameters())
+    budget = dspfx.Budget(macs=0.5)
+    pruning = dspfx.GradualPruning(ddp, budget, total_steps=STEPS, begin=0, end=1, prunings=STEPS)
+    if dist.get_rank() == 1:
+        pruning.sensitivities[0].classes += torch.rand(len(pruning.sensitivities[0].classes))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss(ddp, step)().backward()
+        pruning.step()
+        optimizer.step()
+    assert pruning.report is not None
+    return dspfx.get_masks(ddp), pruning.report.achieved
+
+
 def case_latency() -> Any:
     """The first process measures; here each would find something else."""
     rank, calls = dist.get_rank(), itertools.count()

@@ -203,6 +203,20 @@ def test_it_falls_geometrically_between_begin_and_end() -> None:
     assert 0.2 < pruning.report.achieved <= 0.25
 
 
+@pytest.mark.parametrize(("at", "step"), [(0.0, 1), (0.5, 2), (1.0, 4)])
+def test_all_may_go_at_once(at: float, step: int) -> None:
+    prepared = layers()
+    pruning = dspfx.GradualPruning(prepared, Budget(macs=0.4), total_steps=4, begin=at, end=at)
+    done = []
+    for number in range(4):
+        loss(prepared, drawn(number)).backward()
+        pruning.step()
+        done.append(pruning.prunings_done)
+    assert done == [0] * (step - 1) + [40] * (5 - step)
+    assert pruning.report is not None
+    assert pruning.report.budget == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("groups", [True, False])
 def test_resnets_are_pruned_and_converted(groups: bool) -> None:
     torch.manual_seed(0)

@@ -201,6 +201,12 @@ def test_masks_that_one_process_has_set(outcomes: list[dict[str, Any]]) -> None:
     assert torch.equal(output, output_too)
 
 
+def test_all_prune_by_what_the_first_process_has_seen(outcomes: list[dict[str, Any]]) -> None:
+    (masks, achieved), other = (outcome["gradually"] for outcome in outcomes)
+    assert 0.3 < achieved <= 0.5
+    assert_same([masks, achieved], list(other))
+
+
 def test_the_first_process_measures(outcomes: list[dict[str, Any]]) -> None:
     one, other = (outcome["latency"] for outcome in outcomes)
     assert_same(one, other)

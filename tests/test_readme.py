@@ -46,7 +46,7 @@ def test_public_names() -> None:
         "set_masks",
     ]
     values = ["Budget", "CompactModule", "GroupLearner", "PrepareConfig", "PreparedModule"]
-    values += ["CostModel", "CyclicFinetune", "DspfxWarning", "FEWEST_WEIGHTS"]
+    values += ["CostModel", "CyclicFinetune", "DspfxWarning", "FEWEST_WEIGHTS", "GradualPruning"]
     reports = ["PruneReport", "Report"]
     errors = [name for name in dir(dspfx.errors) if name.endswith("Error")]
     assert sorted(dspfx.__all__) == sorted(verbs + values + reports + errors)

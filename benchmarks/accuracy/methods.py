@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import dspfx
 from benchmarks.accuracy.protocol import (
     Data,
-    Loss,
     Schedule,
     cross_entropy,
     distilled,
@@ -64,6 +63,7 @@ class Method:
         start: what it starts from, for any budget; of `STARTS`.
         prune: the pruned network at a number of MACs, given the start.
         learns: `prune` itself spends 8 epochs on learning.
+        higher_rate: its first 8 epochs have the rate that learning has.
         distil: fine-tuning learns from the dense network, too.
         tuned: whether there is any fine-tuning; otherwise batch norms are recalibrated.
     """
@@ -71,6 +71,7 @@ class Method:
     start: str
     prune: Callable[[nn.Module, int, Run], nn.Module]
     learns: bool = False
+    higher_rate: bool = False
     distil: bool = False
     tuned: bool = True
 
@@ -79,10 +80,14 @@ class Method:
         if not self.tuned:
             dspfx.recalibrate(model, run.data.train_x[:2000].cpu().split(500))
             return
-        learned = self.learns or STARTS[self.start].trains
-        schedule = run.scenario.tune if learned else run.scenario.tune_longer
-        loss: Loss = distilled(run.dense) if self.distil else cross_entropy
-        train(model, run.data, schedule, run.generator, loss=loss)
+        scenario, loss = run.scenario, distilled(run.dense) if self.distil else cross_entropy
+        schedules = [scenario.tune_longer]
+        if self.higher_rate:
+            schedules = [scenario.learn, scenario.tune]
+        elif self.learns or STARTS[self.start].trains:
+            schedules = [scenario.tune]
+        for schedule in schedules:
+            train(model, run.data, schedule, run.generator, loss=loss)
 
 
 def dense_macs(model: nn.Module) -> tuple[int, int]:
@@ -295,6 +300,25 @@ def _channels_then_learned(prepared: nn.Module, macs: int, run: Run) -> nn.Modul
     return _masked(learned, macs, run)
 
 
+def _gradually(prepared: nn.Module, macs: int, run: Run, groups: bool = True) -> nn.Module:
+    """8 epochs at the rate of learning, in which the network is pruned by what the loss says."""
+    pruned = copy.deepcopy(prepared)
+    made: list[dspfx.GradualPruning] = []
+    budget = dspfx.Budget(macs=macs / dense_macs(run.dense)[0])
+    steps = run.data.steps(run.scenario.learn.epochs)
+
+    def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+        if not made:
+            made.append(dspfx.GradualPruning(pruned, budget, total_steps=steps, groups=groups))
+        optimizer.zero_grad()
+        loss().backward()
+        made[0].step()
+        optimizer.step()
+
+    train(pruned, run.data, run.scenario.learn, run.generator, step)
+    return pruned
+
+
 def _dense(run: Run) -> nn.Module:
     return copy.deepcopy(run.dense)
 
@@ -324,7 +348,12 @@ METHODS = {
     "channels, magnitude": Method("dense", _magnitude),
     "channels, magnitude, distilled": Method("dense", _magnitude, distil=True),
     "channels, sparse learning": Method("sparse", _group_norm),
+    "channels, magnitude, higher rate": Method("dense", _magnitude, higher_rate=True),
     "whole channels": Method("gated", _without_channels),
+    "whole channels, gradually": Method(
+        "gated", functools.partial(_gradually, groups=False), learns=True
+    ),
+    "channels and groups, gradually": Method("clustered", _gradually, learns=True),
     "whole channels, calibrated": Method("gated", _without_channels_calibrated),
     "channels, then clustered groups": Method("gated", _channels_then_groups),
     "channels, then clustered groups, calibrated": Method("gated", _channels_then_regrouped),

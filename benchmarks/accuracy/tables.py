@@ -38,7 +38,9 @@ epochs. The network of the last epoch counts.
 less. Channels are pruned by Torch-Pruning, over all layers at once. *Learned* groups have the
 paper's settings, *learned strongly* a stronger penalty, the stronger the fewer steps there are.
 *Calibrated* methods know the inputs of layers from 1,000 training images (`dspfx.input_moments`);
-*regrouped*: once the network has learned, its filters are clustered anew.
+*regrouped*: once the network has learned, its filters are clustered anew. *Higher rate*: the first
+8 epochs of fine-tuning have the rate that learning has. *Gradually*: in these 8 epochs
+`dspfx.GradualPruning` prunes, by what the loss says of channels and of groups.
 Tables have the mean, the standard deviation and the number of seeds.
 """
 
