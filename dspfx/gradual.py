@@ -12,6 +12,7 @@ After Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -132,7 +133,10 @@ class GradualPruning:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state; plain values and tensors."""
         return {
-            "settings": {name: getattr(self, name) for name in SETTINGS},
+            "settings": {
+                "budget": asdict(self.budget),
+                **{name: getattr(self, name) for name in SETTINGS},
+            },
             "steps_done": self.steps_done,
             "prunings_done": self.prunings_done,
             "started": self._started,

@@ -357,6 +357,9 @@ def test_states_of_others_are_refused() -> None:
         pruning.load_state_dict(state)
     with pytest.raises(dspfx.LearnError, match="no state of a GradualPruning"):
         pruning.load_state_dict({})
+    other = dspfx.GradualPruning(layers(), Budget(macs=0.4), total_steps=10)
+    with pytest.raises(dspfx.LearnError, match=r"saved with budget=.*0\.5"):
+        other.load_state_dict(state)
     with pytest.raises(dspfx.LearnError, match="another model"):
         dspfx.GradualPruning(layers(3), Budget(macs=0.5), total_steps=10).load_state_dict(state)
 
