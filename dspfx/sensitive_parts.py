@@ -11,7 +11,7 @@ import numpy as np
 from torch.fx.node import Node
 
 from dspfx.budget import Budget
-from dspfx.gates import gated_layers
+from dspfx.gates import FilterGate, gated_layers
 from dspfx.masks import present_liveness
 from dspfx.module import PreparedModule
 from dspfx.parts import Part
@@ -28,7 +28,7 @@ class SensitivePart:
 
     Attributes:
         module, analysis, name: see `PrunablePart`.
-        masks: bool `[O, C/S]` of the gated layers at present.
+        masks: bool `[O, C/S]` at present, of the gated layers whose groups are not uniform.
         layers: the order of the inputs of groups.
         lost: `[classes]`, the order of whole channels; infinite for those that stay.
         widths: the classes of the channels that each layer writes or reads.
@@ -54,8 +54,10 @@ class SensitivePart:
 
     def _reads(self, name: str, threshold: float) -> ReadLists:
         layer = self.layers[name]
-        wanted = layer.reads(threshold, self.module.config.round_to).mask(layer.mix)
-        return ReadLists.masked(layer.mix, wanted & self.masks[name])
+        wanted = layer.reads(threshold, self.module.config.round_to)
+        if name not in self.masks:
+            return wanted
+        return ReadLists.masked(layer.mix, wanted.mask(layer.mix) & self.masks[name])
 
 
 def sensitive_parts(
@@ -68,7 +70,8 @@ def sensitive_parts(
     ]
     scores = [a for part in made for a in (part.lost, *_channels(part))]
     everything = np.concatenate([a.ravel() for a in scores])
-    order = np.argsort(everything, kind="stable")[: int(np.isfinite(everything).sum())]
+    going = np.flatnonzero(np.isfinite(everything) & (everything >= 0))
+    order = going[np.argsort(everything[going], kind="stable")]
     everything[order] = np.arange(1, len(order) + 1) / max(len(order), 1)
     ends = np.cumsum([a.size for a in scores])[:-1]
     for array, ranks in zip(scores, np.split(everything, ends), strict=True):
@@ -86,8 +89,9 @@ def _unordered(part: Part, sensitivity: Sensitivity, macs: bool, groups: bool) -
     both = list(sides(part, analysis, None))
     own = sensitivity.classes.cpu().numpy()
     cost = np.zeros(len(own))
-    costs: dict[str, FloatArray] = {}  # [O, C], of a gated layer
+    costs: dict[str, FloatArray] = {}  # [S, G, C/S], of a gated layer
     mixes: dict[str, Mix] = {}
+    gated = gated_layers(part.module)
     for node, op in analysis.ops.items():
         if not isinstance(op, Mix):
             continue
@@ -99,21 +103,22 @@ def _unordered(part: Part, sensitivity: Sensitivity, macs: bool, groups: bool) -
             cost += np.bincount(inputs, matrix.sum(0) * each, len(own))
         if op.gated:
             mixes[op.layer] = op
-            costs.setdefault(op.layer, np.zeros(matrix.shape))
-            costs[op.layer] += matrix * float(each)
+            readers = _readers(_by_structure(op, matrix), gated[op.layer].gate)
+            costs.setdefault(op.layer, np.zeros(readers.shape))
+            costs[op.layer] += each * readers
     may_go = removable(analysis, both, own) & ~sensitivity.unseen.cpu().numpy() & (cost > 0)
     lost = np.full(len(own), np.inf)
     lost[may_go] = own[may_go] / cost[may_go]
     masks, layers = {}, {}
-    for name, layer in gated_layers(part.module).items():
-        masks[name] = layer.gate.mask.cpu().numpy()
-        op = mixes[name]
+    for name, layer in gated.items():
+        op, gate, mask = mixes[name], layer.gate, layer.gate.mask.cpu().numpy()
         seen = groups and name not in sensitivity.unseen_layers
-        values = sensitivity.groups[name].cpu().numpy()
-        assignment = layer.gate.assignment.cpu().numpy()
-        channels = _scores(op, values, costs[name], assignment, seen)
-        alive = layer.gate.alive.cpu().numpy()
-        layers[name] = PrunableLayer(op, assignment, channels, np.full(op.filters, np.inf), alive)
+        scores = _scores(sensitivity.groups[name].cpu().numpy(), costs[name], seen)
+        scores[_readers(mask.reshape(op.structural_groups, -1, mask.shape[1]), gate) == 0] = -1.0
+        group, filters = gate.assignment.cpu().numpy(), np.full(op.filters, np.inf)
+        layers[name] = PrunableLayer(op, group, scores, filters, gate.alive.cpu().numpy())
+        if not np.array_equal(layers[name].reads(0.0, 1).mask(op), mask):
+            masks[name] = mask
     widths = tuple(np.unique(side.classes) for side in both)
     return SensitivePart(part.module, analysis, part.name, masks, layers, lost, widths)
 
@@ -126,19 +131,33 @@ def _alive(live: Liveness, node: Node, op: Mix) -> BoolArray:
     return alive
 
 
-def _scores(
-    op: Mix, values: FloatArray, costs: FloatArray, assignment: IntArray, seen: bool
-) -> FloatArray:
+def _by_structure(op: Mix, matrix: BoolArray) -> BoolArray:
+    """`[S, O/S, C/S]`: of a matrix `[O, C]` what the structural groups read of their own."""
+    structural = op.structural_groups
+    own = np.arange(structural)
+    split = matrix.reshape(structural, op.filters // structural, structural, -1)
+    return split[own, :, own]
+
+
+def _readers(reads: BoolArray, gate: FilterGate) -> FloatArray:
+    """`[S, G, C/S]`: how many filters of a group read a channel; `reads` is `[S, O/S, C/S]`."""
+    group = gate.assignment.cpu().numpy().reshape(len(reads), -1)
+    return np.array(
+        [
+            [rows[own == g].sum(0) for g in range(len(gate.logits))]
+            for rows, own in zip(reads, group, strict=True)
+        ],
+        float,
+    )
+
+
+def _scores(values: FloatArray, costs: FloatArray, seen: bool) -> FloatArray:
     """`[S, G, C/S]`: sensitivity over cost; infinite for the best of a group, and all not seen."""
-    structural, groups, width = values.shape
-    members = np.eye(groups)[assignment].reshape(structural, -1, groups)
-    split = costs.reshape(structural, -1, structural, width)
-    by_structure = split[np.arange(structural), :, np.arange(structural)]  # [S, O/S, C/S]
-    cost = np.einsum("sog,soc->sgc", members, by_structure)
     scores = np.full(values.shape, np.inf)
     if not seen:
         return scores
-    scores[cost > 0] = values[cost > 0] / cost[cost > 0]
-    best = np.where(cost > 0, values, -1.0).argmax(-1)
+    known = costs > 0
+    scores[known] = values[known] / costs[known]
+    best = np.where(known, values, -1.0).argmax(-1)
     np.put_along_axis(scores, best[..., None], np.inf, -1)
     return scores

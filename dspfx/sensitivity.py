@@ -120,6 +120,6 @@ def _slopes(layer: nn.Module) -> Tensor | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.grad is None or is_weighted(layer):
         return None
-    slopes = filters_first(layer, weight.double() * weight.grad.double())
-    slopes = slopes.reshape(*slopes.shape[:2], -1).sum(2)
+    slopes = filters_first(layer, weight * weight.grad)  # large: in double precision when summed
+    slopes = slopes.reshape(*slopes.shape[:2], -1).sum(2, dtype=torch.float64)
     return slopes.reshape(structural_groups(layer), -1, slopes.shape[1])
