@@ -4,7 +4,7 @@ Costs are marginal, at what is alive at present: of a coupling class, what all l
 writing and reading it; of a channel of a group, what the group's filters spend on reading it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,41 +86,50 @@ def _channels(part: SensitivePart) -> list[FloatArray]:
 def _unordered(part: Part, sensitivity: Sensitivity, macs: bool, groups: bool) -> SensitivePart:
     """A part with scores in place of the order."""
     analysis, live = present_liveness(part.module)
+    gates = {name: layer.gate for name, layer in gated_layers(part.module).items()}
+    mixes = {op.layer: op for op in analysis.ops.values() if isinstance(op, Mix) and op.gated}
     both = list(sides(part, analysis, None))
-    own = sensitivity.classes.cpu().numpy()
-    cost = np.zeros(len(own))
-    costs: dict[str, FloatArray] = {}  # [S, G, C/S], of a gated layer
-    mixes: dict[str, Mix] = {}
-    gated = gated_layers(part.module)
-    for node, op in analysis.ops.items():
-        if not isinstance(op, Mix):
-            continue
-        each = op.taps * op.positions if macs else op.taps
-        matrix = _alive(live, node, op)
-        cost += np.bincount(analysis.class_of(node), matrix.sum(1) * each, len(own))
-        if not op.restored:
-            inputs = analysis.class_of(op.operands[0])
-            cost += np.bincount(inputs, matrix.sum(0) * each, len(own))
-        if op.gated:
-            mixes[op.layer] = op
-            readers = _readers(_by_structure(op, matrix), gated[op.layer].gate)
-            costs.setdefault(op.layer, np.zeros(readers.shape))
-            costs[op.layer] += each * readers
-    may_go = removable(analysis, both, own) & ~sensitivity.unseen.cpu().numpy() & (cost > 0)
-    lost = np.full(len(own), np.inf)
-    lost[may_go] = own[may_go] / cost[may_go]
+    cost, group_costs = _costs(analysis, live, gates, macs)
+    values = sensitivity.classes.cpu().numpy()
+    seen = ~sensitivity.unseen.cpu().numpy()
+    going = removable(analysis, both, values) & seen & (cost > 0)
+    lost = np.full(len(values), np.inf)
+    lost[going] = values[going] / cost[going]
     masks, layers = {}, {}
-    for name, layer in gated.items():
-        op, gate, mask = mixes[name], layer.gate, layer.gate.mask.cpu().numpy()
-        seen = groups and name not in sensitivity.unseen_layers
-        scores = _scores(sensitivity.groups[name].cpu().numpy(), costs[name], seen)
+    for name, gate in gates.items():
+        of_groups = sensitivity.groups[name].cpu().numpy()
+        scores = np.full(of_groups.shape, np.inf)
+        if groups and name not in sensitivity.unseen_layers:
+            scores = _scores(of_groups, group_costs[name])
+        op, mask, group = mixes[name], gate.mask.cpu().numpy(), gate.assignment.cpu().numpy()
         scores[_readers(mask.reshape(op.structural_groups, -1, mask.shape[1]), gate) == 0] = -1.0
-        group, filters = gate.assignment.cpu().numpy(), np.full(op.filters, np.inf)
+        filters = np.full(op.filters, np.inf)
         layers[name] = PrunableLayer(op, group, scores, filters, gate.alive.cpu().numpy())
         if not np.array_equal(layers[name].reads(0.0, 1).mask(op), mask):
             masks[name] = mask
     widths = tuple(np.unique(side.classes) for side in both)
     return SensitivePart(part.module, analysis, part.name, masks, layers, lost, widths)
+
+
+def _costs(
+    analysis: ChannelAnalysis, live: Liveness, gates: Mapping[str, FilterGate], macs: bool
+) -> tuple[FloatArray, dict[str, FloatArray]]:
+    """MACs, or parameters: of the coupling classes, and `[S, G, C/S]` of every gated layer."""
+    count = int(analysis.classes.max(initial=-1)) + 1
+    classes, groups = np.zeros(count), dict[str, FloatArray]()
+    for node, op in analysis.ops.items():
+        if not isinstance(op, Mix):
+            continue
+        each = op.taps * op.positions if macs else op.taps
+        alive = _alive(live, node, op)
+        classes += np.bincount(analysis.class_of(node), alive.sum(1) * each, count)
+        if not op.restored:
+            inputs = analysis.class_of(op.operands[0])
+            classes += np.bincount(inputs, alive.sum(0) * each, count)
+        if op.gated:
+            own = each * _readers(_by_structure(op, alive), gates[op.layer])
+            groups[op.layer] = own + groups.get(op.layer, np.zeros(own.shape))
+    return classes, groups
 
 
 def _alive(live: Liveness, node: Node, op: Mix) -> BoolArray:
@@ -151,12 +160,10 @@ def _readers(reads: BoolArray, gate: FilterGate) -> FloatArray:
     )
 
 
-def _scores(values: FloatArray, costs: FloatArray, seen: bool) -> FloatArray:
-    """`[S, G, C/S]`: sensitivity over cost; infinite for the best of a group, and all not seen."""
-    scores = np.full(values.shape, np.inf)
-    if not seen:
-        return scores
+def _scores(values: FloatArray, costs: FloatArray) -> FloatArray:
+    """`[S, G, C/S]`: sensitivity over cost; infinite for the best of a group."""
     known = costs > 0
+    scores = np.full(values.shape, np.inf)
     scores[known] = values[known] / costs[known]
     best = np.where(known, values, -1.0).argmax(-1)
     np.put_along_axis(scores, best[..., None], np.inf, -1)
