@@ -29,6 +29,7 @@ from dspfx.collapse import REMEDY, suspects
 from dspfx.errors import DspfxWarning, LearnError
 from dspfx.masks import get_masks
 from dspfx.prune import prune
+from dspfx.resumed import check_kind, check_settings
 
 PROGRESS = ("epoch", "step_in_epoch", "cycle", "best_score", "best_epoch", "history")
 
@@ -196,14 +197,8 @@ class CyclicFinetune:
             LearnError: `state` is of another model, or of a run with other settings. Nothing is
                 changed then.
         """
-        if state.keys() != self.state_dict().keys():
-            raise LearnError(f"this is no state of a CyclicFinetune: it has {', '.join(state)}")
-        for name, value in self._settings().items():
-            if state["settings"][name] != value:
-                raise LearnError(
-                    f"the state was saved with {name}={state['settings'][name]}, this one has "
-                    f"{value}; construct it with the settings of the run that is resumed"
-                )
+        check_kind(self.state_dict(), state, "CyclicFinetune")
+        check_settings(self._settings(), state["settings"], "this one")
         best, own = state["best"], self.prepared.state_dict()
         if best and {n: t.shape for n, t in best.items()} != {n: t.shape for n, t in own.items()}:
             raise LearnError("this is the state of a CyclicFinetune for another model")

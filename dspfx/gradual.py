@@ -22,6 +22,7 @@ from dspfx.budget import Budget, PruneReport, prune_to
 from dspfx.errors import BudgetError, LearnError
 from dspfx.parts import parts_of
 from dspfx.processes import Processes
+from dspfx.resumed import check_kind, check_settings
 from dspfx.sensitive_parts import sensitive_parts
 from dspfx.sensitivity import Sensitivity
 from dspfx.wrappers import unwrapped
@@ -151,14 +152,8 @@ class GradualPruning:
                 changed then.
         """
         own = self.state_dict()
-        if own.keys() != state.keys():
-            raise LearnError(f"this is no state of a GradualPruning: it has {', '.join(state)}")
-        for name, value in own["settings"].items():
-            if state["settings"][name] != value:
-                raise LearnError(
-                    f"the state was saved with {name}={state['settings'][name]}, this one has "
-                    f"{value}; construct it with the settings of the run that is resumed"
-                )
+        check_kind(own, state, "GradualPruning")
+        check_settings(own["settings"], state["settings"], "this one")
         if [v.shape for v in own["sums"]] != [v.shape for v in state["sums"]]:
             raise LearnError("this is the state of a GradualPruning for another model")
         self.steps_done, self.prunings_done = state["steps_done"], state["prunings_done"]

@@ -25,6 +25,7 @@ from dspfx.lookahead import Buffers, looking_ahead, trained_parameters, trial_st
 from dspfx.losses import BatchTask, Losses
 from dspfx.penalty import LayerPenalty, energy
 from dspfx.processes import Processes
+from dspfx.resumed import check_kind, check_settings
 from dspfx.wrappers import check_whole, plain_optimizer, unwrapped
 
 BLOCK = 2**18  # elements of the matrices [O, C] that are worked on at a time
@@ -183,18 +184,12 @@ class GroupLearner:
                 of the two has a generator of its own. Nothing is changed then.
         """
         own = self.state_dict()
-        if own.keys() != state.keys():
-            raise LearnError(f"this is no state of a GroupLearner: it has {', '.join(state)}")
+        check_kind(own, state, "GroupLearner")
         if own["logits"] != state["logits"]:
             raise LearnError(
                 "this is the state of a GroupLearner for another model or other groups"
             )
-        for name, value in own["settings"].items():
-            if value != state["settings"][name]:
-                raise LearnError(
-                    f"the state was saved with {name}={state['settings'][name]}, this learner has "
-                    f"{value}; construct it with the settings of the run that is resumed"
-                )
+        check_settings(own["settings"], state["settings"], "this learner")
         if (self.generator is None) != (state["generator"] is None):
             who = "this learner" if self.generator is None else "the state"
             raise LearnError(f"{who} has no generator of its own; construct both alike")
