@@ -19,7 +19,7 @@ from dspfx.passes.liveness import Liveness
 from dspfx.passes.values import ChannelAnalysis
 from dspfx.processes import Processes
 
-BISECTIONS = 40
+FINEST = 2.0**-40  # thresholds are not told apart any further
 CLOSE_ENOUGH = 0.005
 
 
@@ -37,6 +37,10 @@ class PrunablePart(Protocol):
     @property
     def name(self) -> str:
         """Its own, in the model."""
+
+    @property
+    def resolution(self) -> float:
+        """What thresholds must be apart to make a difference; zero if that is not known."""
 
     def liveness(self, threshold: float) -> Liveness:
         """What is left alive at `threshold`."""
@@ -160,7 +164,8 @@ def prune_to(
         return Candidate(lives, together(costs), seconds)
 
     dense = Candidate((), before, sum(table.predict() for table in tables))
-    threshold, found = _bisect(candidate, budget, budget.of(dense), hint)
+    resolution = max(min(part.resolution for part in parts), FINEST)
+    threshold, found = _bisect(candidate, resolution, budget, budget.of(dense), hint)
     achieved = budget.of(found) / budget.of(dense)
     for part, live in zip(parts, found.lives, strict=True):
         apply_reads(part.module, part.analysis, live)
@@ -186,9 +191,13 @@ def _tables(parts: Sequence[PrunablePart], processes: Processes) -> list[Latency
 
 
 def _bisect(
-    candidate: Callable[[float], Candidate], budget: Budget, dense: float, hint: str
+    candidate: Callable[[float], Candidate],
+    resolution: float,
+    budget: Budget,
+    dense: float,
+    hint: str,
 ) -> tuple[float, Candidate]:
-    """The smallest threshold, to 2^-40, that is within the budget; `dense` is the whole."""
+    """The smallest threshold, to `resolution`, that is within the budget; `dense` is the whole."""
     limit = budget.fraction * dense
     low, best = 0.0, candidate(0.0)
     if budget.of(best) <= limit:
@@ -199,7 +208,7 @@ def _bisect(
         raise BudgetError(
             f"the budget of {budget.fraction:.2%} cannot be reached: {hint.format(least=least)}"
         )
-    for _ in range(BISECTIONS):
+    while high - low > resolution:
         middle = (low + high) / 2
         found = candidate(middle)
         if budget.of(found) <= limit:

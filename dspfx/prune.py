@@ -96,6 +96,7 @@ class _PrunablePart:
     analysis: ChannelAnalysis
     layers: dict[str, PrunableLayer]
     name: str
+    resolution: float = 0.0
 
     @staticmethod
     def of(part: Part, moments: Mapping[str, Tensor] | None, drop_filters: bool) -> "_PrunablePart":

@@ -82,12 +82,13 @@ class _ChannelPart:
     reads: dict[str, ReadLists]
     lost: FloatArray
     widths: tuple[IntArray, ...]
+    resolution: float = 0.0
 
     @staticmethod
     def of(part: Part, moments: Mapping[str, Tensor] | None) -> "_ChannelPart":
         module, analysis = part.module, analyse_prepared(part.module)
-        both = list(sides(part, analysis, moments))
-        importance = _importance(analysis, both)
+        both = list(sides(part, analysis))
+        importance = _importance(part, analysis, both, moments)
         going = np.flatnonzero(removable(analysis, both, importance))
         lost = np.full(len(importance), np.inf)
         order = going[np.argsort(importance[going], kind="stable")]
@@ -122,43 +123,50 @@ def classes_gone(
 
 @dataclass(frozen=True)
 class Side:
-    """A layer's filters, or inputs: the classes of the channels, and their energies."""
+    """The filters of a layer that has a weight, or its inputs: the classes of the channels."""
 
+    mix: Mix
     classes: IntArray
-    energy: FloatArray
     writes: bool
-    gated: bool
 
 
-def sides(
-    part: Part, analysis: ChannelAnalysis, moments: Mapping[str, Tensor] | None
-) -> Iterator[Side]:
+def sides(part: Part, analysis: ChannelAnalysis) -> Iterator[Side]:
     """Both sides of every call of a layer that has a weight."""
     for node, op in analysis.ops.items():
         if not isinstance(op, Mix):
             continue
-        layer = part.module.get_submodule(op.layer)
-        if not isinstance(getattr(layer, "weight", None), Tensor):
+        if not isinstance(getattr(part.module.get_submodule(op.layer), "weight", None), Tensor):
             continue
-        energies = energies_of(part.full_name(op.layer), layer, moments)
-        yield Side(analysis.class_of(node), energies.sum(1), True, op.gated)
+        yield Side(op, analysis.class_of(node), writes=True)
         if not op.restored:
-            by_structure = energies.reshape(op.structural_groups, -1, energies.shape[1])
-            inputs = analysis.class_of(op.operands[0])
-            yield Side(inputs, by_structure.sum(1).reshape(-1), False, op.gated)
+            yield Side(op, analysis.class_of(op.operands[0]), writes=False)
 
 
-def _importance(analysis: ChannelAnalysis, sides: list[Side]) -> FloatArray:
+def _importance(
+    part: Part, analysis: ChannelAnalysis, sides: list[Side], moments: Mapping[str, Tensor] | None
+) -> FloatArray:
     """`[classes]`, the average over all layers that write or read a class."""
+    energies = {side.mix.layer: _energies(part, side.mix, moments) for side in sides}
     count = int(analysis.classes.max(initial=-1)) + 1
     importance, layers = np.zeros(count), np.zeros(count)
     for side in sides:
-        own = np.bincount(side.classes, side.energy, count)
+        written, read = energies[side.mix.layer]
+        own = np.bincount(side.classes, written if side.writes else read, count)
         here = np.unique(side.classes)
         mean = own[here].mean()
         importance[here] += own[here] / mean if mean > 0 else 0.0
         layers[here] += 1
     return importance / np.maximum(layers, 1)
+
+
+def _energies(
+    part: Part, mix: Mix, moments: Mapping[str, Tensor] | None
+) -> tuple[FloatArray, FloatArray]:
+    """Of what a layer writes, `[O]`, and of what it reads, `[C]`."""
+    layer = part.module.get_submodule(mix.layer)
+    energies = energies_of(part.full_name(mix.layer), layer, moments)
+    by_structure = energies.reshape(mix.structural_groups, -1, energies.shape[1])
+    return energies.sum(1), by_structure.sum(1).reshape(-1)
 
 
 def removable(analysis: ChannelAnalysis, sides: list[Side], importance: FloatArray) -> BoolArray:
@@ -172,7 +180,7 @@ def removable(analysis: ChannelAnalysis, sides: list[Side], importance: FloatArr
     for side in sides:
         classes = side.classes
         (written if side.writes else read)[classes] = True
-        if not side.gated:
+        if not side.mix.gated:
             (free_writers if side.writes else free_readers)[classes] = True
         if len(classes):
             stays[classes[importance[classes].argmax()]] = True

@@ -5,7 +5,7 @@ writing and reading it; of a channel of a group, what the group's filters spend 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch.fx.node import Node
@@ -32,6 +32,7 @@ class SensitivePart:
         layers: the order of the inputs of groups.
         lost: `[classes]`, the order of whole channels; infinite for those that stay.
         widths: the classes of the channels that each layer writes or reads.
+        resolution: half the share of one.
     """
 
     module: PreparedModule
@@ -41,6 +42,7 @@ class SensitivePart:
     layers: dict[str, PrunableLayer]
     lost: FloatArray
     widths: tuple[IntArray, ...]
+    resolution: float = 0.0
 
     def liveness(self, threshold: float) -> Liveness:
         """The liveness where all that comes before `threshold` in the order is gone."""
@@ -76,7 +78,7 @@ def sensitive_parts(
     ends = np.cumsum([a.size for a in scores])[:-1]
     for array, ranks in zip(scores, np.split(everything, ends), strict=True):
         array[...] = ranks.reshape(array.shape)
-    return made
+    return [replace(part, resolution=0.5 / max(len(order), 1)) for part in made]
 
 
 def _channels(part: SensitivePart) -> list[FloatArray]:
@@ -88,7 +90,7 @@ def _unordered(part: Part, sensitivity: Sensitivity, macs: bool, groups: bool) -
     analysis, live = present_liveness(part.module)
     gates = {name: layer.gate for name, layer in gated_layers(part.module).items()}
     mixes = {op.layer: op for op in analysis.ops.values() if isinstance(op, Mix) and op.gated}
-    both = list(sides(part, analysis, None))
+    both = list(sides(part, analysis))
     cost, group_costs = _costs(analysis, live, gates, macs)
     values = sensitivity.classes.cpu().numpy()
     seen = ~sensitivity.unseen.cpu().numpy()

@@ -90,8 +90,9 @@ class Sensitivity:
                 by_class.index_add_(0, classes, slopes.sum(1).reshape(-1).to(classes.device))
             if reader.members is not None:
                 by_group[name] = torch.einsum("sgo,soc->sgc", reader.members, slopes)
-        found = [by_class, *by_group.values()]
-        if not all(bool(torch.isfinite(values).all()) for values in found):
+        found = by_class, *by_group.values()
+        finite = [values.isfinite().all().to(self.classes.device) for values in found]
+        if not bool(torch.stack(finite).all()):  # a GPU is waited for here, and only once
             return
         self.unseen, self.unseen_layers = unseen, unseen_layers
         self.classes += by_class.square()

@@ -300,22 +300,33 @@ def _channels_then_learned(prepared: nn.Module, macs: int, run: Run) -> nn.Modul
     return _masked(learned, macs, run)
 
 
-def _gradually(prepared: nn.Module, macs: int, run: Run, groups: bool = True) -> nn.Module:
-    """8 epochs at the rate of learning, in which the network is pruned by what the loss says."""
-    pruned = copy.deepcopy(prepared)
+def _gradually(
+    prepared: nn.Module,
+    macs: int,
+    run: Run,
+    *,
+    schedule: Schedule | None = None,
+    distil: bool = False,
+    end: float = 0.4,
+    pruning: type[dspfx.GradualPruning] = dspfx.GradualPruning,
+    **settings: Any,
+) -> nn.Module:
+    """Pruned by what the loss says, by default in 8 epochs at the rate of learning."""
+    pruned, schedule = copy.deepcopy(prepared), schedule or run.scenario.learn
     made: list[dspfx.GradualPruning] = []
     budget = dspfx.Budget(macs=macs / dense_macs(run.dense)[0])
-    steps = run.data.steps(run.scenario.learn.epochs)
+    steps = run.data.steps(schedule.epochs)
 
     def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
         if not made:
-            made.append(dspfx.GradualPruning(pruned, budget, total_steps=steps, groups=groups))
+            made.append(pruning(pruned, budget, total_steps=steps, end=end, **settings))
         optimizer.zero_grad()
         loss().backward()
         made[0].step()
         optimizer.step()
 
-    train(pruned, run.data, run.scenario.learn, run.generator, step)
+    loss = distilled(run.dense) if distil else None
+    train(pruned, run.data, schedule, run.generator, step, loss, special=math.ceil(end * steps))
     return pruned
 
 
@@ -337,6 +348,7 @@ STARTS = {
     "gated": Start(functools.partial(_prepared, groups=4)),
     "random": Start(_random),
     "clustered": Start(_clustered),
+    "clustered-2": Start(functools.partial(_clustered, groups=2)),
     "first-order": Start(functools.partial(_learned, learner=FirstOrderLearner), trains=True),
     "learned-2": Start(functools.partial(_learned, groups=2), trains=True),
     "learned-4": Start(_learned, trains=True),
@@ -349,11 +361,19 @@ METHODS = {
     "channels, magnitude, distilled": Method("dense", _magnitude, distil=True),
     "channels, sparse learning": Method("sparse", _group_norm),
     "channels, magnitude, higher rate": Method("dense", _magnitude, higher_rate=True),
+    "channels, magnitude, higher rate, distilled": Method(
+        "dense", _magnitude, higher_rate=True, distil=True
+    ),
     "whole channels": Method("gated", _without_channels),
     "whole channels, gradually": Method(
         "gated", functools.partial(_gradually, groups=False), learns=True
     ),
+    "channels and random groups, gradually": Method("random", _gradually, learns=True),
     "channels and groups, gradually": Method("clustered", _gradually, learns=True),
+    "channels and 2 groups, gradually": Method("clustered-2", _gradually, learns=True),
+    "channels and groups, gradually, distilled": Method(
+        "clustered", functools.partial(_gradually, distil=True), learns=True, distil=True
+    ),
     "whole channels, calibrated": Method("gated", _without_channels_calibrated),
     "channels, then clustered groups": Method("gated", _channels_then_groups),
     "channels, then clustered groups, calibrated": Method("gated", _channels_then_regrouped),

@@ -83,29 +83,36 @@ def train(
     generator: torch.Generator,
     step: Step | None = None,
     loss: Loss | None = None,
+    special: int | None = None,
 ) -> None:
-    """Train `model`, which is on the CPU, in place."""
+    """Train `model`, which is on the CPU, in place.
+
+    `step` is for the first `special` steps, by default for all; the rest are plain.
+    """
     loss, layout = loss or cross_entropy, _layout(model)
     with on_device(model):
         model.to(memory_format=layout).train()  # type: ignore[call-overload]
-        graphed = step is None and device().type == "cuda"
-        optimizer = _sgd(model, schedule, graphed)
+        optimizer = _sgd(model, schedule, graphed=step is None or special is not None)
 
-        def one(x: Tensor, y: Tensor) -> None:
-            (step or plain_step)(optimizer, functools.partial(_autocast, loss, model, x, y))
+        def one(step: Step, x: Tensor, y: Tensor) -> None:
+            step(optimizer, functools.partial(_autocast, loss, model, x, y))
 
-        run = Graphed(one) if graphed else one
+        plain = functools.partial(one, plain_step)
+        own = functools.partial(one, step) if step else plain
+        run = Graphed(plain) if device().type == "cuda" else plain
+        left = 0 if step is None else data.steps(schedule.epochs) if special is None else special
         for epochs in schedule.cycles:
             steps, done = data.steps(epochs), 0
             for _ in range(epochs):
                 for images, y in _augmented(data, generator):
                     _set_rate(optimizer, schedule.lr * (1 + math.cos(math.pi * done / steps)) / 2)
-                    run(images.contiguous(memory_format=layout), y)
-                    done += 1
+                    (own if left > 0 else run)(images.contiguous(memory_format=layout), y)
+                    done, left = done + 1, left - 1
 
 
 def _sgd(model: nn.Module, schedule: Schedule, graphed: bool) -> torch.optim.Optimizer:
     """The optimizer; for a graph its rate is a tensor."""
+    graphed = graphed and device().type == "cuda"
     return torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         torch.tensor(schedule.lr, device=device()) if graphed else schedule.lr,
