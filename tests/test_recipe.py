@@ -113,12 +113,9 @@ class KilledError(BaseException):
     """As if the process had been killed: nothing in the library catches it."""
 
 
-@pytest.mark.parametrize("every", [2, 5])
-def test_a_run_goes_on_from_any_checkpoint(
-    whole: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
-) -> None:
+def run_in_lives(recipe: Recipe, folder: Path, every: int, patch: pytest.MonkeyPatch) -> None:
     """Killed just before, and just after, every so many checkpoints, in turns."""
-    saves, save, folder = itertools.count(1), training.save_checkpoint, tmp_path / "run"
+    saves, save = itertools.count(1), training.save_checkpoint
 
     def save_and_die(*args: Any, **kwargs: Any) -> None:
         number = next(saves)
@@ -129,20 +126,45 @@ def test_a_run_goes_on_from_any_checkpoint(
             save(*args, **kwargs)
         raise KilledError
 
-    monkeypatch.setattr(training, "save_checkpoint", save_and_die)
+    patch.setattr(training, "save_checkpoint", save_and_die)
     lives = 0
     while True:
         lives += 1
         assert lives < 40
         try:
-            run(TINY, folder, resume=lives > 1, machine=EVERY_STEP)
+            run(recipe, folder, resume=lives > 1, machine=EVERY_STEP)
             break
         except KilledError:
             pass
+    patch.undo()
     assert lives > 2
-    assert metrics(folder) == metrics(whole[0])
-    ours, theirs = ((f / "model.safetensors").read_bytes() for f in (folder, whole[0]))
-    assert ours == theirs
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_run_goes_on_from_any_checkpoint(
+    whole: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    run_in_lives(TINY, tmp_path / "run", every, monkeypatch)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+@pytest.mark.parametrize("method", ["gradual", "channels"])
+def test_pruned_while_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    recipe = dataclasses.replace(TINY, method=method, learn=Schedule(3, 0.05))
+    outcome = run(recipe, tmp_path / "whole", machine=Machine("cpu"))
+    found = [line for line in metrics(tmp_path / "whole") if line.get("event") == "prune"]
+    assert [line["cycle"] for line in found] == [0]
+    assert 0.3 < found[0]["kept"] <= 0.4
+    assert outcome.report.after.macs == found[0]["macs"]
+    assert outcome.pruned == found[0]["test"]
+    # groups share a layer's inputs out; without, all filters of a layer read the same ones
+    groups = [layer.inputs[1] for layer in outcome.report.layers]
+    assert any(len(set(inputs)) > 1 for inputs in groups) == (method == "gradual")
+    if method == "gradual":
+        run_in_lives(recipe, tmp_path / "run", 4, monkeypatch)
+        assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_killed_process_goes_on_bit_for_bit(whole: tuple[Path, Outcome], tmp_path: Path) -> None:
@@ -311,6 +333,8 @@ def test_settings_out_of_range() -> None:
         {"tune": Schedule(1, float("inf"))},
         {"learn": Schedule(1, 0.1, weight_decay=-1.0)},
         {"strength": -1.0},
+        {"method": "magnitude"},
+        {"method": "gradual", "learn": Schedule(0, 0.1)},
         {"strength": float("nan")},
         {"prune_more": 1.5},
         {"temperature": float("inf")},

@@ -55,13 +55,16 @@ def train(
     ] = None,
     epochs_dense: Annotated[int | None, _option(TRAINING, "Before pruning; 0 for none.")] = None,
     epochs_learn: Annotated[
-        int | None, _option(TRAINING, "Of group learning; 0 to cluster the weights instead.")
+        int | None,
+        _option(
+            TRAINING, "Of group learning, or gradual pruning; 0 to cluster the weights instead."
+        ),
     ] = None,
     epochs_tune: Annotated[
         int | None, _option(TRAINING, "Of fine-tuning; 0 to recalibrate batch norms instead.")
     ] = None,
     lr_dense: Annotated[float | None, _option(TRAINING, "Learning rate before pruning.")] = None,
-    lr_learn: Annotated[float | None, _option(TRAINING, "Learning rate of group learning.")] = None,
+    lr_learn: Annotated[float | None, _option(TRAINING, "Learning rate in these.")] = None,
     lr_tune: Annotated[float | None, _option(TRAINING, "Learning rate of fine-tuning.")] = None,
     weight_decay: Annotated[float | None, _option(TRAINING, "In all phases.")] = None,
     cycles: Annotated[int | None, _option(TRAINING, "Of fine-tuning.")] = None,
@@ -81,6 +84,14 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, _option(TRAINING, "Of everything random (default 0).")] = None,
+    method: Annotated[
+        str | None,
+        _option(
+            PRUNING,
+            "learned: groups are learned, then pruned. gradual: channels and groups go while the "
+            "network trains, by what the loss says. channels: likewise, whole channels only.",
+        ),
+    ] = None,
     groups: Annotated[int | None, _option(PRUNING, "Per layer.")] = None,
     keep_macs: Annotated[float | None, _option(PRUNING, "Fraction of the MACs to keep.")] = None,
     strength: Annotated[float | None, _option(PRUNING, "Of the group learning.")] = None,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dspfx.distill import distillation_loss
 from dspfx.finetune import CyclicFinetune
+from dspfx.gradual import GradualPruning
 from dspfx.learner import GroupLearner
 from dspfx.recipe.networks import classification_loss, logits_of
 from dspfx.recipe.settings import Recipe, Schedule
@@ -56,6 +57,10 @@ class Phase(ABC):
     def step(self, loss: Callable[[], Tensor]) -> Tensor:
         """One step on the loss of a batch, which is returned."""
 
+    def before_update(self) -> None:
+        """When the gradients are known."""
+        return
+
     def after_step(self) -> None:
         """When a step is done, and counted."""
         return
@@ -72,6 +77,7 @@ class Phase(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
+        self.before_update()
         self.optimizer.step()
         return value.detach()
 
@@ -110,8 +116,40 @@ class Learn(Phase):
         return self.learner.step(loss)
 
 
+class Prune(Phase):
+    """Goes on training while the network is pruned, by what the loss says."""
+
+    name = "learn"
+
+    def __init__(self, recipe: Recipe, prepared: nn.Module, steps: int, team: Team) -> None:
+        super().__init__(recipe.learn, prepared, steps, team)
+        self.pruning = gradual_pruning(recipe, self.wrapped, recipe.learn.epochs * steps)
+
+    def objects(self) -> dict[str, Any]:
+        """See `Phase.objects`."""
+        return {**super().objects(), "pruning": self.pruning}
+
+    def before_update(self) -> None:
+        """See `Phase.before_update`."""
+        self.pruning.step()
+
+    def step(self, loss: Callable[[], Tensor]) -> Tensor:
+        """See `Phase.step`."""
+        return self._plain_step(loss)
+
+
+def gradual_pruning(recipe: Recipe, prepared: nn.Module, steps: int) -> GradualPruning:
+    """What prunes in the second phase, which takes so many `steps`.
+
+    Raises:
+        BudgetError: the budget cannot be reached.
+    """
+    groups = recipe.method == "gradual"
+    return GradualPruning(prepared, recipe.budget, total_steps=steps, groups=groups)
+
+
 class Tune(Phase):
-    """Prunes, and trains what is left, in cycles; with a teacher's answers if there is one."""
+    """Prunes what is not yet, and trains the rest, in cycles; with a teacher's answers if any."""
 
     name = "tune"
 
@@ -135,7 +173,7 @@ class Tune(Phase):
             cycles=recipe.cycles,
             epochs=recipe.tune.epochs,
             steps_per_epoch=steps,
-            prune_more=recipe.prune_more,
+            prune_more=0.0 if recipe.gradual else recipe.prune_more,
             reference=reference,
         )
 

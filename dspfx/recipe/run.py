@@ -22,7 +22,7 @@ from dspfx.recipe.comparison import compare
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.networks import check
 from dspfx.recipe.outcome import Outcome
-from dspfx.recipe.phases import Dense, Learn, Tune
+from dspfx.recipe.phases import Dense, Learn, Prune, Tune, gradual_pruning
 from dspfx.recipe.settings import Recipe
 from dspfx.recipe.sources import Source, in_batches, open_source
 from dspfx.recipe.team import Team, team
@@ -139,7 +139,11 @@ class _Steps:
     def rehearse(self, model: nn.Module) -> None:
         """Find out what cannot work before hours are spent."""
         check(model, self.example, self.source.classes)
-        prune(self._prepare(model), self.recipe.budget)
+        prepared = self._prepare(model)
+        if self.recipe.gradual:
+            gradual_pruning(self.recipe, prepared, steps=1)
+        else:
+            prune(prepared, self.recipe.budget)
 
     def go(self, model: nn.Module, training: Training) -> Outcome:
         """All phases, or what is left of them."""
@@ -172,12 +176,15 @@ class _Steps:
     def _learn(self, prepared: nn.Module, training: Training) -> None:
         if training.is_past("learn"):
             return
-        if not self.recipe.learn.epochs:
+        if self.recipe.gradual or not self.recipe.learn.epochs:
             self.say("finding groups in the weights")
             cluster_groups(prepared, seed=self.recipe.seed)
-            return
-        self._announce("learning groups", self.recipe.learn.epochs)
-        training.train(Learn(self.recipe, prepared, self.steps, self.own))
+        if self.recipe.gradual:
+            self._announce("pruning while it trains", self.recipe.learn.epochs)
+            training.train(Prune(self.recipe, prepared, self.steps, self.own))
+        elif self.recipe.learn.epochs:
+            self._announce("learning groups", self.recipe.learn.epochs)
+            training.train(Learn(self.recipe, prepared, self.steps, self.own))
 
     def _tune(self, model: nn.Module, prepared: nn.Module, training: Training) -> None:
         if not self.recipe.tune.epochs:
@@ -186,7 +193,8 @@ class _Steps:
             return
         teacher = model.eval().requires_grad_(False) if self.recipe.distill else None
         reference = training.facts.get("dense_validation")
-        self._announce("pruning and fine-tuning", self.recipe.tune.epochs)
+        doing = "fine-tuning" if self.recipe.gradual else "pruning and fine-tuning"
+        self._announce(doing, self.recipe.tune.epochs)
         tune = Tune(
             self.recipe, prepared, self.steps, self.own, teacher=teacher, reference=reference
         )
@@ -194,10 +202,12 @@ class _Steps:
 
         def at_start(epoch: int) -> None:
             nonlocal told
-            found = tune.finetune.report
+            found, cycle = tune.finetune.report, tune.finetune.cycle
+            if cycle and self.recipe.gradual:
+                return  # nothing is pruned any more
             if found is not None and found is not told:
                 told = found
-                self._pruned(found, tune.finetune.cycle, prepared, training)
+                self._pruned(found, cycle, prepared, training)
 
         training.train(tune, at_start)
         if self.recipe.validation and tune.finetune.best_score is not None:

@@ -11,6 +11,7 @@ from dspfx.errors import RecipeError
 from dspfx.records import from_json
 
 PRECISIONS = ("float32", "bfloat16")
+METHODS = ("learned", "gradual", "channels")
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,17 @@ class Recipe:
         dense, learn, tune: the three phases. With no epochs to learn groups in,
             `dspfx.cluster_groups` finds them; with none to fine-tune in, batch norms are
             recalibrated.
+        method: what goes, and when. `learned`: groups are learned in the second phase, and pruned
+            by their energies before each cycle of the third. `gradual`: channels and inputs of
+            clustered groups go in the course of the second phase, by what the loss says, see
+            `dspfx.GradualPruning`. `channels`: likewise, whole channels only.
         groups: per layer.
         keep_macs: the fraction of the multiply-accumulates that may remain.
         strength: of the group learning, see `dspfx.GroupLearner`.
         logits_every: see `dspfx.GroupLearner`.
         ignore: see `dspfx.PrepareConfig`.
-        cycles, prune_more: of the fine-tuning, see `dspfx.CyclicFinetune`.
+        cycles, prune_more: of the fine-tuning, see `dspfx.CyclicFinetune`; what was pruned
+            gradually is not pruned any more there.
         distill: fine-tune with the answers of the dense network, see `dspfx.distillation_loss`.
         temperature, distill_weight: of the distillation.
         batch: images per step, in all processes together.
@@ -84,6 +90,7 @@ class Recipe:
     dense: Schedule = field(default_factory=lambda: Schedule(20, 0.1, warm_up=0.3))
     learn: Schedule = field(default_factory=lambda: Schedule(15, 0.05))
     tune: Schedule = field(default_factory=lambda: Schedule(20, 0.05))
+    method: str = "learned"
     groups: int = 4
     keep_macs: float = 0.35
     strength: float = 2e-3
@@ -101,14 +108,19 @@ class Recipe:
     def __post_init__(self) -> None:
         Budget(macs=self.keep_macs)
         PrepareConfig(groups=self.groups)
-        for phase in ("dense", "learn", "tune"):
-            schedule = getattr(self, phase)
-            if schedule.epochs < 0 or not 0 < schedule.lr < math.inf:
-                raise RecipeError(f"{phase}: epochs and learning rate must be positive")
-            if not (0 <= schedule.weight_decay < math.inf and 0 <= schedule.warm_up < 1):
-                raise RecipeError(
-                    f"{phase}: the weight decay must not be negative, the warm-up is a share"
-                )
+        self._check_choices()
+        self._check_numbers()
+        self._check_phases()
+
+    def _check_choices(self) -> None:
+        for name, known in (("precision", PRECISIONS), ("method", METHODS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise RecipeError(f"{name} is one of {', '.join(known)}: {value}")
+        if self.pretrained and self.weights is not None:
+            raise RecipeError("start from pretrained weights, or from those in a file, not both")
+
+    def _check_numbers(self) -> None:
         for name in ("batch", "cycles", "image_size", "images", "logits_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -119,17 +131,33 @@ class Recipe:
                 raise RecipeError(f"{name} must be a fraction in [0, 1), got {value}")
         if not 0 <= self.strength < math.inf:
             raise RecipeError(f"strength must not be negative, got {self.strength}")
+        if not (0 <= self.distill_weight <= 1 and 0 < self.temperature < math.inf):
+            raise RecipeError("distill_weight is in [0, 1], the temperature is positive")
+
+    def _check_phases(self) -> None:
+        for phase in ("dense", "learn", "tune"):
+            schedule = getattr(self, phase)
+            if schedule.epochs < 0 or not 0 < schedule.lr < math.inf:
+                raise RecipeError(f"{phase}: epochs and learning rate must be positive")
+            if not (0 <= schedule.weight_decay < math.inf and 0 <= schedule.warm_up < 1):
+                raise RecipeError(
+                    f"{phase}: the weight decay must not be negative, the warm-up is a share"
+                )
         if self.tune.epochs and self.cycles > self.tune.epochs:
             raise RecipeError(
                 f"{self.cycles} cycles do not fit into {self.tune.epochs} epochs of fine-tuning; "
                 "ask for fewer cycles"
             )
-        if self.precision not in PRECISIONS:
-            raise RecipeError(f"precision is one of {', '.join(PRECISIONS)}: {self.precision}")
-        if not (0 <= self.distill_weight <= 1 and 0 < self.temperature < math.inf):
-            raise RecipeError("distill_weight is in [0, 1], the temperature is positive")
-        if self.pretrained and self.weights is not None:
-            raise RecipeError("start from pretrained weights, or from those in a file, not both")
+        if self.gradual and not self.learn.epochs:
+            raise RecipeError(
+                f"the method {self.method} prunes while the network trains: give its second phase "
+                "epochs, or take the method learned, which clusters the weights instead"
+            )
+
+    @property
+    def gradual(self) -> bool:
+        """Whether the second phase prunes."""
+        return self.method != "learned"
 
     @property
     def budget(self) -> Budget:
