@@ -3,7 +3,7 @@
 import fcntl
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -69,6 +69,14 @@ def read(path: Path = RESULTS) -> dict[tuple[str, str, int, int], Result]:
         return {}
     results = [Result(**json.loads(line)) for line in path.read_text().splitlines()]
     return {result.key: result for result in results}
+
+
+def widely_tried(found: Iterable[Result]) -> set[str]:
+    """The methods with results at three budgets or more: enough for a line, and to be timed."""
+    budgets: dict[str, set[int]] = {}
+    for result in found:
+        budgets.setdefault(result.method, set()).add(result.pruned)
+    return {method for method, tried in budgets.items() if len(tried) >= 3}
 
 
 def append(result: Result, path: Path = RESULTS) -> None:

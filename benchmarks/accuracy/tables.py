@@ -41,7 +41,9 @@ paper's settings, *learned strongly* a stronger penalty, the stronger the fewer 
 *regrouped*: once the network has learned, its filters are clustered anew. *Higher rate*: the first
 8 epochs of fine-tuning have the rate that learning has. *Gradually*: in these 8 epochs
 `dspfx.GradualPruning` prunes, by what the loss says of channels and of groups.
-Tables have the mean, the standard deviation and the number of seeds.
+Groups are clustered there before it begins, or all at random. *Distilled*: with the dense network's
+answers. Tables have the mean, the standard deviation and the number of seeds; pictures have what
+was tried at three budgets or more.
 """
 
 Cells = dict[tuple[str, int], list[Result]]  # by method and percentage, one for each seed
@@ -58,7 +60,7 @@ def write() -> None:
             continue
         sections.append(f"## {scenario.title}\n\n{_section(name, cells)}")
         if name == "resnet20":
-            _into_readme(_table(cells, [m for m in METHODS if m not in UNTRAINED]))
+            _into_readme(_table(cells, _widely_tried(cells)))
     PAGE.write_text(re.sub(r"\n{3,}", "\n\n", f"{_heading()}\n\n" + "\n\n".join(sections) + "\n"))
 
 
@@ -69,14 +71,19 @@ def _cells(found: Iterable[Result]) -> Cells:
     return cells
 
 
+def _widely_tried(cells: Cells) -> list[str]:
+    tried = results.widely_tried(result for found in cells.values() for result in found)
+    return [method for method in METHODS if method in tried]
+
+
 def _section(name: str, cells: Cells) -> str:
-    trained = [m for m in METHODS if m not in UNTRAINED]
+    trained, tried = [m for m in METHODS if m not in UNTRAINED], _widely_tried(cells)
     parts = [_dense_line(cells), _table(cells, trained)]
     if any(method in UNTRAINED for method, _ in cells):
         parts += ["Not trained after pruning; batch norms are recalibrated:"]
         parts += [_table(cells, list(UNTRAINED))]
-    if len({pruned for method, pruned in cells if method in trained}) > 2:
-        _picture(name, cells, trained)
+    if tried:
+        _picture(name, cells, tried)
         parts.append(f"![accuracy over MACs](pictures/accuracy_{name}.png)")
     return "\n\n".join(parts)
 
@@ -120,7 +127,7 @@ def _text(found: list[Result]) -> str:
 def _picture(name: str, cells: Cells, methods: list[str]) -> None:
     """Accuracy over MACs and, where latencies were measured, over these."""
     latency = _latencies(name)
-    figure = Figure(figsize=(11 if latency else 6, 4.6), layout="constrained")
+    figure = Figure(figsize=(11 if latency else 6.5, 6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if latency else 1, squeeze=False)[0]
     dense = [r.accuracy for r in cells.get((DENSE, 0), [])]
@@ -130,10 +137,8 @@ def _picture(name: str, cells: Cells, methods: list[str]) -> None:
             panel.axhline(level, color="0.6", linewidth=1, linestyle=":", label="dense")
         panel.set_ylabel("top-1 on the test images, %")
         panel.grid(color="0.92")
-    known = {method for method, _ in cells}
-    shown = [method for method in methods if method in known]
-    colors = colormaps["tab20"].resampled(len(shown))
-    for index, method in enumerate(shown):
+    colors = colormaps["tab10" if len(methods) <= 10 else "tab20"]
+    for index, method in enumerate(methods):
         found = sorted((p, rs) for (m, p), rs in cells.items() if m == method)
         peer = METHODS[method].start in ("dense", "sparse")
         style = {
@@ -161,7 +166,7 @@ def _picture(name: str, cells: Cells, methods: list[str]) -> None:
     panels[0].xaxis.set_major_formatter(ScalarFormatter())
     panels[0].xaxis.set_minor_formatter(ScalarFormatter())
     panels[0].set_xlabel("MACs of one image, millions")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     if latency:
         panels[1].set_xlabel(f"milliseconds, batch of {_batch(name)}, fastest runtime")
     figure.savefig(PICTURES / f"accuracy_{name}.png", dpi=130)
