@@ -26,7 +26,10 @@ def demo(
     groups: Annotated[int, typer.Option(help="groups per layer")] = 4,
     keep_macs: Annotated[float, typer.Option(help="fraction of the MACs to keep")] = 0.35,
     epochs_dense: Annotated[int | None, typer.Option(min=1, help="before pruning")] = None,
-    epochs_learn: Annotated[int | None, typer.Option(min=1, help="of group learning")] = None,
+    method: Annotated[str, typer.Option(help="gradual, channels or learned")] = "gradual",
+    epochs_learn: Annotated[
+        int | None, typer.Option(min=1, help="of gradual pruning, or group learning")
+    ] = None,
     epochs_tune: Annotated[int | None, typer.Option(min=1, help="after pruning")] = None,
     strength: Annotated[float | None, typer.Option(help="of the group learning")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="training images to use")] = None,

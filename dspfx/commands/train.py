@@ -57,7 +57,7 @@ def train(
     epochs_learn: Annotated[
         int | None,
         _option(
-            TRAINING, "Of group learning, or gradual pruning; 0 to cluster the weights instead."
+            TRAINING, "Of gradual pruning, or group learning; 0 to cluster the weights instead."
         ),
     ] = None,
     epochs_tune: Annotated[
@@ -88,8 +88,9 @@ def train(
         str | None,
         _option(
             PRUNING,
-            "learned: groups are learned, then pruned. gradual: channels and groups go while the "
-            "network trains, by what the loss says. channels: likewise, whole channels only.",
+            "gradual (default): channels and groups go while the network trains, by what the loss "
+            "says. channels: likewise, whole channels only. learned: groups are learned, then "
+            "pruned.",
         ),
     ] = None,
     groups: Annotated[int | None, _option(PRUNING, "Per layer.")] = None,
@@ -126,7 +127,7 @@ def train(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Train, learn groups, prune, fine-tune and convert a network; --resume goes on.
+    """Train, prune, fine-tune and convert a network; --resume goes on.
 
     Settings come from --preset, or from the preset that is called as the data; options change
     single ones. All of a run is in its folder: config.json, metrics.jsonl, checkpoint.pt,

@@ -1,4 +1,4 @@
-"""The whole road: train, learn groups, prune, fine-tune, convert, save, report."""
+"""The whole road: train, prune, fine-tune, convert, save, report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

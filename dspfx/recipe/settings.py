@@ -11,7 +11,7 @@ from dspfx.errors import RecipeError
 from dspfx.records import from_json
 
 PRECISIONS = ("float32", "bfloat16")
-METHODS = ("learned", "gradual", "channels")
+METHODS = ("gradual", "channels", "learned")
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Recipe:
         validation: the share of these that is not trained on, and chooses the best weights.
         pretrained: start from the weights that torchvision or timm offers.
         weights: start from the weights in this file, of safetensors or `torch.save`.
-        dense, learn, tune: the three phases. With no epochs to learn groups in,
-            `dspfx.cluster_groups` finds them; with none to fine-tune in, batch norms are
-            recalibrated.
-        method: what goes, and when. `learned`: groups are learned in the second phase, and pruned
-            by their energies before each cycle of the third. `gradual`: channels and inputs of
-            clustered groups go in the course of the second phase, by what the loss says, see
-            `dspfx.GradualPruning`. `channels`: likewise, whole channels only.
+        dense, learn, tune: the three phases. With no epochs in the second, `dspfx.cluster_groups`
+            finds groups, which are pruned by their energies; with none to fine-tune in, batch norms
+            are recalibrated.
+        method: what goes, and when. `gradual`: channels and inputs of clustered groups go in the
+            course of the second phase, by what the loss says, see `dspfx.GradualPruning`.
+            `channels`: likewise, whole channels only. `learned`: groups are learned in the second
+            phase, and pruned by their energies before each cycle of the third, as in the paper.
         groups: per layer.
         keep_macs: the fraction of the multiply-accumulates that may remain.
         strength: of the group learning, see `dspfx.GroupLearner`.
@@ -90,7 +90,7 @@ class Recipe:
     dense: Schedule = field(default_factory=lambda: Schedule(20, 0.1, warm_up=0.3))
     learn: Schedule = field(default_factory=lambda: Schedule(15, 0.05))
     tune: Schedule = field(default_factory=lambda: Schedule(20, 0.05))
-    method: str = "learned"
+    method: str = "gradual"
     groups: int = 4
     keep_macs: float = 0.35
     strength: float = 2e-3
@@ -148,16 +148,11 @@ class Recipe:
                 f"{self.cycles} cycles do not fit into {self.tune.epochs} epochs of fine-tuning; "
                 "ask for fewer cycles"
             )
-        if self.gradual and not self.learn.epochs:
-            raise RecipeError(
-                f"the method {self.method} prunes while the network trains: give its second phase "
-                "epochs, or take the method learned, which clusters the weights instead"
-            )
 
     @property
     def gradual(self) -> bool:
         """Whether the second phase prunes."""
-        return self.method != "learned"
+        return self.method != "learned" and self.learn.epochs > 0
 
     @property
     def budget(self) -> Budget:
