@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import Budget
+from dspfx.budget import prune_to
 from dspfx.filters import spread, structural_groups
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
+from dspfx.parts import parts_of
+from dspfx.passes.cost import layer_costs, total
 from dspfx.passes.values import Mix
+from dspfx.sensitive_parts import sensitive_parts
 from dspfx.sensitivity import Sensitivity
 from dspfx.trees import leaves
 from helpers import assert_equal, randomise, unchanged
@@ -201,6 +205,25 @@ def test_it_falls_geometrically_between_begin_and_end() -> None:
     assert kept[12:] == [pytest.approx(0.25)] * 8
     assert pruning.report is not None
     assert 0.2 < pruning.report.achieved <= 0.25
+
+
+@pytest.mark.parametrize("fraction", [0.97, 0.8, 0.5, 0.3, 0.15])
+def test_no_more_goes_than_must(fraction: float) -> None:
+    prepared, budget = layers(), Budget(macs=fraction)
+    sensitivity = Sensitivity(prepared)
+    loss(prepared).backward()
+    sensitivity.update()
+    (part,) = sensitive_parts(parts_of(prepared), [sensitivity], budget, groups=True)
+    share = 2 * part.resolution  # of one of all that can go
+
+    def macs(threshold: float) -> int:
+        live = part.liveness(threshold)
+        return total(layer_costs(part.analysis, live), part.analysis).macs
+
+    left = [macs((number + 0.5) * share) for number in range(round(1 / share) + 1)]
+    limit = fraction * total(layer_costs(part.analysis), part.analysis).macs
+    found = prune_to(prepared, [part], budget, "")
+    assert found.after.macs == max(count for count in left if count <= limit)
 
 
 @pytest.mark.parametrize(("at", "step"), [(0.0, 1), (0.5, 2), (1.0, 4)])
