@@ -47,8 +47,8 @@ class GradualPruning:
 
     Channels and inputs of groups go in one order: the mean square of the loss's derivative by a
     factor in front of them, over the MACs that they cost at present. Groups are those that the
-    model has when this is constructed, learned or from `cluster_groups`; without either a layer is
-    one group. What is pruned already stays pruned. Inputs of layers that are frozen, or whose
+    model has at the first step, learned or from `cluster_groups`; without either a layer is one
+    group. What is pruned already stays pruned. Inputs of layers that are frozen, or whose
     weight is computed from others, all stay: nothing is known of them.
 
     Args:
@@ -100,6 +100,7 @@ class GradualPruning:
         self.total_steps, self.begin, self.end = total_steps, begin, end
         self.prunings, self.decay, self.groups = prunings, decay, groups
         self.steps_done = self.prunings_done = 0
+        self._going = False  # a model may be loaded until then
         self.report: PruneReport | None = None
         self.processes = Processes.of(prepared, process_group)
         self.prepared = unwrapped(prepared)
@@ -121,6 +122,10 @@ class GradualPruning:
                 f"all {self.total_steps} steps are done; construct a GradualPruning with the "
                 "total_steps you need"
             )
+        if not self._going:
+            for sensitivity in self.sensitivities:
+                sensitivity.take_groups()
+        self._going = True
         self.steps_done += 1
         if self.prunings_done == self.prunings:
             return
@@ -157,7 +162,7 @@ class GradualPruning:
         if [v.shape for v in own["sums"]] != [v.shape for v in state["sums"]]:
             raise LearnError("this is the state of a GradualPruning for another model")
         self.steps_done, self.prunings_done = state["steps_done"], state["prunings_done"]
-        self._started = state["started"]
+        self._started, self._going = state["started"], False
         values = [v for s in self.sensitivities for v in s.values()]
         for value, saved in zip(values, state["sums"], strict=True):
             value.copy_(saved)

@@ -74,6 +74,7 @@ class _ChannelPart:
         lost: `[classes]`, the share of all channels that go when one goes and all that are less
             important; infinite for those that stay.
         widths: the classes of the channels that each layer writes or reads.
+        resolution: see `PrunablePart`.
     """
 
     module: PreparedModule
@@ -146,7 +147,8 @@ def _importance(
     part: Part, analysis: ChannelAnalysis, sides: list[Side], moments: Mapping[str, Tensor] | None
 ) -> FloatArray:
     """`[classes]`, the average over all layers that write or read a class."""
-    energies = {side.mix.layer: _energies(part, side.mix, moments) for side in sides}
+    mixes = {side.mix.layer: side.mix for side in sides}
+    energies = {name: _energies(part, mix, moments) for name, mix in mixes.items()}
     count = int(analysis.classes.max(initial=-1)) + 1
     importance, layers = np.zeros(count), np.zeros(count)
     for side in sides:

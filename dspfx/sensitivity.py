@@ -29,14 +29,10 @@ from dspfx.weighted import is_weighted
 
 @dataclass(frozen=True)
 class _Reader:
-    """A layer, the coupling classes `[C]` of what each of its calls reads, and its groups.
-
-    `members` is `[S, G, O/S]`, one where a filter is in a group; None without a gate.
-    """
+    """A layer, and the coupling classes `[C]` of what each of its calls reads."""
 
     layer: nn.Module
     classes: tuple[Tensor, ...]
-    members: Tensor | None
 
 
 class Sensitivity:
@@ -67,12 +63,23 @@ class Sensitivity:
         self._readers: dict[str, _Reader] = {}
         for name, classes in read.items():
             layer = module.get_submodule(name)
-            members = _members(layer) if isinstance(layer, GatedLayer) else None
-            self._readers[name] = _Reader(layer, tuple(classes), members)
-            if members is not None:
-                structural, groups, _ = members.shape
-                channels = filters_first(layer).shape[1]
-                self.groups[name] = members.new_zeros(structural, groups, channels)
+            self._readers[name] = _Reader(layer, tuple(classes))
+            if isinstance(layer, GatedLayer):
+                shape = (
+                    structural_groups(layer),
+                    len(layer.gate.logits),
+                    filters_first(layer).shape[1],
+                )
+                self.groups[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._members: dict[str, Tensor] = {}
+        self.take_groups()
+
+    def take_groups(self) -> None:
+        """Go on with the groups that the filters are in now."""
+        for name in self.groups:
+            layer = self._readers[name].layer
+            assert isinstance(layer, GatedLayer)
+            self._members[name] = _members(layer)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -88,8 +95,8 @@ class Sensitivity:
                 continue
             for classes in reader.classes:
                 by_class.index_add_(0, classes, slopes.sum(1).reshape(-1).to(classes.device))
-            if reader.members is not None:
-                by_group[name] = torch.einsum("sgo,soc->sgc", reader.members, slopes)
+            if name in self.groups:
+                by_group[name] = torch.einsum("sgo,soc->sgc", self._members[name], slopes)
         found = by_class, *by_group.values()
         finite = [values.isfinite().all().to(self.classes.device) for values in found]
         if not bool(torch.stack(finite).all()):  # a GPU is waited for here, and only once
@@ -110,7 +117,7 @@ class Sensitivity:
 
 
 def _members(layer: GatedLayer) -> Tensor:
-    """Float64 `[S, G, O/S]`."""
+    """Float64 `[S, G, O/S]`, one where a filter is in a group."""
     groups, _ = layer.gate.logits.shape
     one_hot = nn.functional.one_hot(layer.gate.assignment, groups).double()  # [O, G]
     return one_hot.reshape(structural_groups(layer), -1, groups).transpose(1, 2)

@@ -175,9 +175,11 @@ def test_files_without_a_name_beside_them(saved: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in err
 
 
-def test_prune_writes_what_it_says(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("passes", [0, 10])
+def test_prune_writes_what_it_says(saved: Path, tmp_path: Path, passes: int) -> None:
     path = tmp_path / "small.safetensors"
     words = f"prune cifar-resnet8 --keep-macs 0.6 --weights {saved / 'weights.pt'} --data digits"
+    words += f" --passes {passes} --images 100"
     code, text, err = invoke(*words.split(), "-o", str(path), "--json")
     assert code == 0, err
     found = json.loads(text)

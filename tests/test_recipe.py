@@ -149,11 +149,17 @@ def test_a_run_goes_on_from_any_checkpoint(
     assert_same_run(tmp_path / "run", whole[0])
 
 
-@pytest.mark.parametrize("method", ["gradual", "channels"])
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("gradual", {"distill": True, "precision": "bfloat16"}),
+        ("channels", {"tune": Schedule(0, 0.05)}),
+    ],
+)
 def test_pruned_while_it_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, more: dict[str, Any]
 ) -> None:
-    recipe = dataclasses.replace(TINY, method=method, learn=Schedule(3, 0.05))
+    recipe = dataclasses.replace(TINY, method=method, learn=Schedule(3, 0.05), **more)
     outcome = run(recipe, tmp_path / "whole", machine=Machine("cpu"))
     found = [line for line in metrics(tmp_path / "whole") if line.get("event") == "prune"]
     assert [line["cycle"] for line in found] == [0]
@@ -235,6 +241,7 @@ def test_what_cannot_work_is_found_before_anything_is_written(tmp_path: Path) ->
         ({"model": "lraspp_mobilenet_v3_large"}, dspfx.RecipeError, "only classifiers"),
         ({"weights": str(tmp_path / "none.pt")}, dspfx.RecipeError, "no weights"),
         ({"keep_macs": 0.001, "cycles": 1}, dspfx.BudgetError, "0.1"),
+        ({"keep_macs": 0.001, "method": "gradual"}, dspfx.BudgetError, "one channel left"),
         ({"data": str(tmp_path), "folder": "elsewhere"}, dspfx.DataError, "leave out --folder"),
     ):
         with pytest.raises(error, match=message):
@@ -335,6 +342,7 @@ def test_settings_out_of_range() -> None:
         {"learn": Schedule(1, 0.1, weight_decay=-1.0)},
         {"strength": -1.0},
         {"method": "magnitude"},
+        {"method": "channels", "learn": Schedule(0, 0.1)},
         {"strength": float("nan")},
         {"prune_more": 1.5},
         {"temperature": float("inf")},

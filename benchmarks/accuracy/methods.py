@@ -35,6 +35,7 @@ from dspfx.penalty import energy
 SPARSE_LEARNING = 5e-4  # what Torch-Pruning's authors reproduce their CIFAR results with
 RATIOS = [step / 16 for step in range(1, 17)]  # of channels, that are tried before bisection
 BISECTIONS = 10
+PASSES, SAMPLE = 40, 32  # backward passes, and their images, where nothing is trained
 # strength times steps of our own setting: the longer the penalty acts, the weaker it may be
 SHRINKAGE = 19.0
 
@@ -330,6 +331,22 @@ def _gradually(
     return pruned
 
 
+def _by_the_loss(prepared: nn.Module, macs: int, run: Run, groups: bool = True) -> nn.Module:
+    """Gradually, by the gradients of some batches, but without a step of any optimizer."""
+    pruned = copy.deepcopy(prepared).train()
+    budget = dspfx.Budget(macs=macs / dense_macs(run.dense)[0])
+    pruning = dspfx.GradualPruning(
+        pruned, budget, total_steps=PASSES, begin=0.2, end=1.0, prunings=PASSES // 2, groups=groups
+    )
+    x, y = run.data.train_x[:2000].cpu(), run.data.train_y[:2000].cpu()
+    for _ in range(PASSES):
+        some = torch.randperm(len(y), generator=run.generator)[:SAMPLE]
+        pruned.zero_grad()
+        cross_entropy(pruned, x[some], y[some]).backward()
+        pruning.step()
+    return pruned
+
+
 def _dense(run: Run) -> nn.Module:
     return copy.deepcopy(run.dense)
 
@@ -402,5 +419,11 @@ UNTRAINED = {
         "learned, 4 groups",
         "learned, 4 groups, regrouped",
     )
+}
+UNTRAINED |= {
+    "whole channels, by the loss, untrained": Method(
+        "gated", functools.partial(_by_the_loss, groups=False), tuned=False
+    ),
+    "channels and groups, by the loss, untrained": Method("clustered", _by_the_loss, tuned=False),
 }
 METHODS |= UNTRAINED

@@ -31,7 +31,7 @@ def demo(
         int | None, typer.Option(min=1, help="of gradual pruning, or group learning")
     ] = None,
     epochs_tune: Annotated[int | None, typer.Option(min=1, help="after pruning")] = None,
-    strength: Annotated[float | None, typer.Option(help="of the group learning")] = None,
+    strength: Annotated[float | None, typer.Option(help="of learned groups")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="training images to use")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     threads: Threads = None,

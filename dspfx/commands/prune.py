@@ -1,12 +1,16 @@
 """`dspfx prune`: a smaller network without training."""
 
+import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from dspfx.budget import Budget
+from dspfx.budget import Budget, PruneReport
 from dspfx.cluster import cluster_groups
 from dspfx.commands import subjects
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
@@ -14,17 +18,18 @@ from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.errors import BudgetError, ExportError
 from dspfx.export import SUFFIXES, export
+from dspfx.gradual import GradualPruning
 from dspfx.prepare import prepare
 from dspfx.prune import prune as prune_to
 from dspfx.recalibrate import recalibrate
-from dspfx.recipe.networks import check, right_answers
+from dspfx.recipe.networks import check, classification_loss, right_answers
 from dspfx.recipe.settings import Recipe
 from dspfx.recipe.sources import Source, in_batches, open_source
 from dspfx.records import to_json
 from dspfx.report import report
 from dspfx.save import save
 
-BATCH = 64
+BATCH, SAMPLE = 64, 32  # images to recalibrate with, and to ask for gradients, at a time
 
 
 def prune(
@@ -54,11 +59,19 @@ def prune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Recalibrate batch norms on these images, and measure the accuracy: digits, "
-            "fashion-mnist, cifar10 or a folder with train and val."
+            help="Images whose loss decides what goes, batch norms are recalibrated on, and the "
+            "accuracy is measured with: digits, fashion-mnist, cifar10 or a folder with train and "
+            "val."
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=2, help="Images to recalibrate with.")] = 1024,
+    images: Annotated[int, typer.Option(min=2, help="Training images to use of them.")] = 1024,
+    passes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help=f"Batches of {SAMPLE} whose gradients decide what goes; 0 for the weights alone.",
+        ),
+    ] = 40,
     classes: subjects.Classes = None,
     channels: subjects.Channels = None,
     image_size: subjects.ImageSize = None,
@@ -72,10 +85,11 @@ def prune(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Prune a trained network by its weights alone, without training.
+    """Prune a trained network without training it.
 
-    Filters are grouped by clustering, channels chosen by energy. With --data, batch norms are
-    recalibrated on training images, and the accuracy is measured.
+    Filters are grouped by clustering. With --data, the gradients of the loss on training images
+    decide which channels and inputs of groups go, batch norms are recalibrated, and the accuracy is
+    measured; without, inputs of groups go by the weights alone.
     """
     with session(debug=debug, as_json=as_json, threads=threads) as own:
         if keep_macs is None and keep_params is None:
@@ -114,13 +128,15 @@ def prune(
             accuracies["dense"] = _accuracy(subject.dense, source)
         prepared = prepare(subject.dense, example, config=config)
         cluster_groups(prepared, seed=seed)
-        pruned = prune_to(prepared, budget)
-        say(str(pruned))
-        if source is not None:
+        if source is None:
+            pruned = prune_to(prepared, budget)
+        else:
+            some = source.numbers["train"][:images]
+            pruned = _pruned(prepared, budget, source, in_batches(some, SAMPLE), passes)
             accuracies["pruned"] = _accuracy(prepared, source)
-            numbers = source.numbers["train"][:images]
-            recalibrate(prepared, source.batches("train", in_batches(numbers, BATCH)))
+            recalibrate(prepared, source.batches("train", in_batches(some, BATCH)))
             accuracies["recalibrated"] = _accuracy(prepared, source)
+        say(str(pruned))
         compact = convert(prepared)
         if path.suffix == ".safetensors":
             save(compact, path)
@@ -132,6 +148,27 @@ def prune(
         text = "\n".join([str(found), *lines, f"written: {path}"])
         plain: dict[str, Any] = {"file": str(path), "pruned": to_json(pruned)}
         own.give(text, {**plain, "accuracy": accuracies, "report": found.to_dict()})
+
+
+def _pruned(
+    prepared: nn.Module, budget: Budget, source: Source, batches: list[Tensor], passes: int
+) -> PruneReport:
+    """By the gradients of some batches, without a step of any optimizer; or by the weights."""
+    if not passes:
+        return prune_to(prepared, budget)
+    pruning = GradualPruning(
+        prepared, budget, total_steps=passes, begin=0.2, end=1.0, prunings=math.ceil(passes / 2)
+    )
+    turns = list(itertools.islice(itertools.cycle(batches), passes))
+    prepared.train()
+    for x, y in tqdm(source.batches("train", turns), "pruning", passes, disable=None, leave=False):
+        prepared.zero_grad()
+        classification_loss(prepared(x), y).backward()  # type: ignore[no-untyped-call]
+        pruning.step()
+    prepared.zero_grad()
+    prepared.eval()
+    assert pruning.report is not None  # the last pruning is due at the last step
+    return pruning.report
 
 
 def _accuracy(model: Any, source: Source) -> float:

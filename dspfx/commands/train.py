@@ -64,7 +64,7 @@ def train(
         int | None, _option(TRAINING, "Of fine-tuning; 0 to recalibrate batch norms instead.")
     ] = None,
     lr_dense: Annotated[float | None, _option(TRAINING, "Learning rate before pruning.")] = None,
-    lr_learn: Annotated[float | None, _option(TRAINING, "Learning rate in these.")] = None,
+    lr_learn: Annotated[float | None, _option(TRAINING, "Learning rate in these epochs.")] = None,
     lr_tune: Annotated[float | None, _option(TRAINING, "Learning rate of fine-tuning.")] = None,
     weight_decay: Annotated[float | None, _option(TRAINING, "In all phases.")] = None,
     cycles: Annotated[int | None, _option(TRAINING, "Of fine-tuning.")] = None,
@@ -95,14 +95,19 @@ def train(
     ] = None,
     groups: Annotated[int | None, _option(PRUNING, "Per layer.")] = None,
     keep_macs: Annotated[float | None, _option(PRUNING, "Fraction of the MACs to keep.")] = None,
-    strength: Annotated[float | None, _option(PRUNING, "Of the group learning.")] = None,
+    strength: Annotated[
+        float | None, _option(PRUNING, "Of the group learning (--method learned).")
+    ] = None,
     logits_every: Annotated[
         int | None,
-        _option(PRUNING, "Move the groups in every n-th step only, which is faster (default 1)."),
+        _option(PRUNING, "Learn groups in every n-th step only, which is faster (default 1)."),
     ] = None,
     prune_more: Annotated[
         float | None,
-        _option(PRUNING, "Fraction of the MACs that each cycle takes away (default 0.001)."),
+        _option(
+            PRUNING,
+            "Fraction of the MACs that each cycle takes away, of learned groups (default 0.001).",
+        ),
     ] = None,
     ignore: Annotated[
         list[str] | None,

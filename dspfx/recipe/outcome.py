@@ -16,7 +16,7 @@ class Outcome:
 
     Attributes:
         dense, pruned, masked, compact: accuracies, fractions of the test images: of the dense
-            network; when it was first pruned; fine-tuned; and converted.
+            network; when it was pruned; fine-tuned; and converted.
         validation: accuracy of the fine-tuned network on the validation images; None without any.
         equal_predictions: how many test images the masked and the compact network say the same of.
         test_images: how many there are.

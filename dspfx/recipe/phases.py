@@ -57,10 +57,6 @@ class Phase(ABC):
     def step(self, loss: Callable[[], Tensor]) -> Tensor:
         """One step on the loss of a batch, which is returned."""
 
-    def before_update(self) -> None:
-        """When the gradients are known."""
-        return
-
     def after_step(self) -> None:
         """When a step is done, and counted."""
         return
@@ -73,11 +69,13 @@ class Phase(ABC):
         """Take note of the accuracy on the validation images; None if there are none."""
         return
 
-    def _plain_step(self, loss: Callable[[], Tensor]) -> Tensor:
+    def _plain_step(
+        self, loss: Callable[[], Tensor], before_update: Callable[[], object] = lambda: None
+    ) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
-        self.before_update()
+        before_update()
         self.optimizer.step()
         return value.detach()
 
@@ -129,13 +127,9 @@ class Prune(Phase):
         """See `Phase.objects`."""
         return {**super().objects(), "pruning": self.pruning}
 
-    def before_update(self) -> None:
-        """See `Phase.before_update`."""
-        self.pruning.step()
-
     def step(self, loss: Callable[[], Tensor]) -> Tensor:
         """See `Phase.step`."""
-        return self._plain_step(loss)
+        return self._plain_step(loss, before_update=self.pruning.step)
 
 
 def gradual_pruning(recipe: Recipe, prepared: nn.Module, steps: int) -> GradualPruning:

@@ -176,7 +176,7 @@ class _Steps:
     def _learn(self, prepared: nn.Module, training: Training) -> None:
         if training.is_past("learn"):
             return
-        if self.recipe.gradual or not self.recipe.learn.epochs:
+        if self.recipe.method == "gradual" or not self.recipe.learn.epochs:
             self.say("finding groups in the weights")
             cluster_groups(prepared, seed=self.recipe.seed)
         if self.recipe.gradual:

@@ -62,8 +62,7 @@ class Recipe:
             phase, and pruned by their energies before each cycle of the third, as in the paper.
         groups: per layer.
         keep_macs: the fraction of the multiply-accumulates that may remain.
-        strength: of the group learning, see `dspfx.GroupLearner`.
-        logits_every: see `dspfx.GroupLearner`.
+        strength, logits_every: of the group learning, see `dspfx.GroupLearner`.
         ignore: see `dspfx.PrepareConfig`.
         cycles, prune_more: of the fine-tuning, see `dspfx.CyclicFinetune`; what was pruned
             gradually is not pruned any more there.
@@ -72,7 +71,7 @@ class Recipe:
         batch: images per step, in all processes together.
         precision: `float32`, or `bfloat16` for autocast.
         seed: of the initialisation, the split, the order of the images and their augmentation,
-            and the group learning.
+            and how groups are learned or clustered.
 
     Raises:
         RecipeError: a value out of range.
@@ -147,6 +146,11 @@ class Recipe:
             raise RecipeError(
                 f"{self.cycles} cycles do not fit into {self.tune.epochs} epochs of fine-tuning; "
                 "ask for fewer cycles"
+            )
+        if self.method == "channels" and not self.learn.epochs:
+            raise RecipeError(
+                "whole channels go while the network trains: give the second phase epochs, or take "
+                "another method; dspfx.prune_channels needs no training"
             )
 
     @property

@@ -162,7 +162,7 @@ class Training:
         if not math.isfinite(loss):
             raise LearnError(
                 f"the loss of epoch {place.epoch + 1} of phase {phase.name} is {loss}: lower its "
-                "learning rate, or the strength of the group learning, and start again"
+                "learning rate, or the strength if groups are being learned, and start again"
             )
         self.team.equalise(phase.model)
         score = self.accuracy(phase.model, "validation") if self.recipe.validation else None
