@@ -36,12 +36,12 @@ epochs. The network of the last epoch counts.
 
 *Pruned* are so many percent of the MACs of the layers that have gates, of the whole model a little
 less. Channels are pruned by Torch-Pruning, over all layers at once. *Learned* groups have the
-paper's settings, *learned strongly* a stronger penalty, the stronger the fewer steps there are.
-*By the loss*: the gradients of 40 batches of 32 training images decide, without a step of any
+paper's settings, *learned strongly* a stronger penalty, the stronger the fewer steps there are. *By
+the loss*: the gradients of 40 batches of 32 training images decide, without a step of any
 optimizer. *Calibrated* methods know the inputs of layers from 1,000 training images
-(`dspfx.input_moments`); *regrouped*: once the network has learned, its filters are clustered anew. *Higher rate*: the first
-8 epochs of fine-tuning have the rate that learning has. *Gradually*: in these 8 epochs
-`dspfx.GradualPruning` prunes, by what the loss says of channels and of groups.
+(`dspfx.input_moments`); *regrouped*: once the network has learned, its filters are clustered anew.
+*Higher rate*: the first 8 epochs of fine-tuning have the rate that learning has. *Gradually*: in
+these 8 epochs `dspfx.GradualPruning` prunes, by what the loss says of channels and of groups.
 Groups are clustered there before it begins, or all at random. *Distilled*: with the dense network's
 answers. Tables have the mean, the standard deviation and the number of seeds; pictures have what
 was tried at three budgets or more.
