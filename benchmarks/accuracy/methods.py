@@ -35,6 +35,7 @@ from dspfx.penalty import energy
 SPARSE_LEARNING = 5e-4  # what Torch-Pruning's authors reproduce their CIFAR results with
 RATIOS = [step / 16 for step in range(1, 17)]  # of channels, that are tried before bisection
 BISECTIONS = 10
+PRUNED_BY = 0.4  # the share of the epochs after which gradual pruning is done
 PASSES, SAMPLE = 40, 32  # backward passes, and their images, where nothing is trained
 # strength times steps of our own setting: the longer the penalty acts, the weaker it may be
 SHRINKAGE = 19.0
@@ -305,29 +306,31 @@ def _gradually(
     prepared: nn.Module,
     macs: int,
     run: Run,
-    *,
-    schedule: Schedule | None = None,
+    groups: bool = True,
     distil: bool = False,
-    end: float = 0.4,
-    pruning: type[dspfx.GradualPruning] = dspfx.GradualPruning,
-    **settings: Any,
 ) -> nn.Module:
-    """Pruned by what the loss says, by default in 8 epochs at the rate of learning."""
-    pruned, schedule = copy.deepcopy(prepared), schedule or run.scenario.learn
+    """8 epochs at the rate of learning, in which the network is pruned by what the loss says."""
+    pruned, schedule = copy.deepcopy(prepared), run.scenario.learn
     made: list[dspfx.GradualPruning] = []
     budget = dspfx.Budget(macs=macs / dense_macs(run.dense)[0])
     steps = run.data.steps(schedule.epochs)
 
     def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
         if not made:
-            made.append(pruning(pruned, budget, total_steps=steps, end=end, **settings))
+            made.append(
+                dspfx.GradualPruning(
+                    pruned, budget, total_steps=steps, end=PRUNED_BY, groups=groups
+                )
+            )
         optimizer.zero_grad()
         loss().backward()
         made[0].step()
         optimizer.step()
 
     loss = distilled(run.dense) if distil else None
-    train(pruned, run.data, schedule, run.generator, step, loss, special=math.ceil(end * steps))
+    train(
+        pruned, run.data, schedule, run.generator, step, loss, special=math.ceil(PRUNED_BY * steps)
+    )
     return pruned
 
 
