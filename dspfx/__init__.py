@@ -24,6 +24,7 @@ from dspfx.errors import (
     LearnError,
     LoadError,
     MaskError,
+    NarrowError,
     PlotError,
     PrepareError,
     RecipeError,
@@ -37,8 +38,9 @@ from dspfx.graph import channel_graph
 from dspfx.learner import GroupLearner
 from dspfx.load import load
 from dspfx.masks import get_masks, set_masks
-from dspfx.module import CompactModule, PreparedModule
+from dspfx.module import CompactModule, NarrowModule, PreparedModule
 from dspfx.moments import input_moments
+from dspfx.narrow import narrow
 from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
 from dspfx.plot import plot
 from dspfx.prepare import prepare
@@ -47,6 +49,7 @@ from dspfx.prune_channels import prune_channels
 from dspfx.recalibrate import recalibrate
 from dspfx.report import Report, report
 from dspfx.save import save
+from dspfx.widen import widen
 
 __all__ = [
     "FEWEST_WEIGHTS",
@@ -67,6 +70,8 @@ __all__ = [
     "LearnError",
     "LoadError",
     "MaskError",
+    "NarrowError",
+    "NarrowModule",
     "PlotError",
     "PrepareConfig",
     "PrepareError",
@@ -86,6 +91,7 @@ __all__ = [
     "input_moments",
     "load",
     "load_checkpoint",
+    "narrow",
     "plot",
     "prepare",
     "prune",
@@ -95,4 +101,5 @@ __all__ = [
     "save",
     "save_checkpoint",
     "set_masks",
+    "widen",
 ]

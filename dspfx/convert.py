@@ -13,7 +13,7 @@ from dspfx.gates import ChannelGate, FilterGate
 from dspfx.gating import fitting_inputs
 from dspfx.listing import structure
 from dspfx.masks import arranged_masks, present_liveness
-from dspfx.module import CompactModule, PreparedModule
+from dspfx.module import CompactModule, PreparedModule, TwoModeModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.compact import compact
 from dspfx.passes.cost_model import CPU, CostModel
@@ -55,9 +55,9 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
     return exchanged(prepared, compact).eval()
 
 
-def exchanged(model: nn.Module, parts: Mapping[PreparedModule, CompactModule]) -> nn.Module:
-    """A copy of `model` in which every part is taken for its compact form."""
-    copies: dict[int, Any] = {id(part): compact for part, compact in parts.items()}
+def exchanged(model: nn.Module, parts: Mapping[PreparedModule, TwoModeModule]) -> nn.Module:
+    """A copy of `model` in which every part is taken for another form of it."""
+    copies: dict[int, Any] = {id(part): form for part, form in parts.items()}
     twin: nn.Module = copy.deepcopy(model, copies)
     return twin
 

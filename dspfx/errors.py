@@ -29,6 +29,10 @@ class ConvertError(DspfxError):
     """The model cannot be converted, for example because it was never prepared."""
 
 
+class NarrowError(DspfxError):
+    """The model cannot be trained narrow; it can be trained as it is, masked."""
+
+
 class EquivalenceError(DspfxError):
     """Masked and compact model differ; the message names the first node that does."""
 

@@ -1,4 +1,4 @@
-"""The two kinds of `GraphModule` that dspfx returns, and how they are copied and pickled.
+"""The kinds of `GraphModule` that dspfx returns, and how they are copied and pickled.
 
 `fx.GraphModule` keeps one graph and only the submodules it names. Ours keep one graph for each
 mode, every submodule, parameter and buffer of the root under its own name, and the few plain
@@ -210,3 +210,15 @@ class CompactModule(TwoModeModule):
     indices: dict[str, torch.Tensor]
     origin: Origin
     summary: Any
+
+
+class NarrowModule(TwoModeModule):
+    """What `dspfx.narrow` returns: the living part of a prepared model, to be trained.
+
+    Attributes:
+        origins: for every tensor of it that training changes, the name of the prepared model's
+            that it is a part of, and the number of each element in that one, flattened, or -1.
+    """
+
+    carried = ("origins",)
+    origins: dict[str, tuple[str, torch.Tensor]]

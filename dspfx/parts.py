@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dspfx.blueprint import named_tensors
 from dspfx.errors import ConvertError, PrepareError, TraceError
 from dspfx.gates import GATED
 from dspfx.inputs import Call, evaluate, fresh
-from dspfx.module import CompactModule, PreparedModule
+from dspfx.module import CompactModule, NarrowModule, PreparedModule
 from dspfx.wrappers import unwrapped
 
 
@@ -61,6 +62,21 @@ def parts_of(model: nn.Module) -> list[Part]:
 def compact_parts_of(model: nn.Module) -> list[tuple[str, CompactModule]]:
     """The compact modules of `model` with their paths."""
     return list(_outermost(model, CompactModule))
+
+
+def tensors_outside(model: nn.Module, parts: tuple[Part, ...]) -> dict[str, Tensor]:
+    """The tensors of `model` that are not of any of its `parts`, by name."""
+    paths = tuple(part.name for part in parts)
+    return {
+        name: tensor
+        for name, tensor in named_tensors(model).items()
+        if not any(not path or name.startswith(f"{path}.") for path in paths)
+    }
+
+
+def narrow_parts_of(model: nn.Module) -> dict[str, NarrowModule]:
+    """The narrow modules of `model` by their paths."""
+    return dict(_outermost(model, NarrowModule))
 
 
 def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -42,6 +42,8 @@ from dspfx.passes.values import (
 )
 from dspfx.weighted import is_weighted
 
+_MOVES = operators.RELAYOUTS | operators.MOVEMENT
+
 
 @dataclass(frozen=True)
 class Compacted:
@@ -51,11 +53,14 @@ class Compacted:
         root: holds the modules and buffers that the graph names.
         graph: the graph.
         nodes: for every original node, the compact node that stands for it.
+        computed: the buffers that hold no elements of the source's tensors, and the nodes that
+            compute what they hold.
     """
 
     root: nn.Module
     graph: fx.Graph
     nodes: dict[Node, Node] = field(repr=False)
+    computed: dict[str, Node] = field(repr=False)
 
 
 def compact(source: fx.GraphModule, analysis: ChannelAnalysis, plan: CompactionPlan) -> Compacted:
@@ -79,6 +84,8 @@ class _Emitter:
         self.aligned: dict[tuple[Node, bytes], Node] = {}
         self.taken: dict[str, int] = defaultdict(int)  # how often a name was asked for
         self.constants: dict[Node, Tensor] = {}
+        self.computed: set[Node] = set()
+        self.computed_buffers: dict[str, Node] = {}
         self.interpreter = fx.Interpreter(source)
         self.device = _device(source)
 
@@ -89,7 +96,7 @@ class _Emitter:
         alive = set(self.graph.nodes)
         folded = {old for old, layer in self.plan.layers.items() if layer.norm is not None}
         nodes = {o: n for o, n in self.env.items() if n in alive and o not in folded}
-        return Compacted(self.root.eval(), self.graph, nodes)
+        return Compacted(self.root.eval(), self.graph, nodes, self.computed_buffers)
 
     def emit(self, node: Node) -> None:
         op = self.analysis.ops.get(node)
@@ -111,7 +118,7 @@ class _Emitter:
             case Constant():
                 self.constants[node] = self._constant(node)
                 name = str(node.target) if node.op == "get_attr" else f"_{node.name}"
-                self.env[node] = self.graph.get_attr(self._put(name, self.constants[node]))
+                self.env[node] = self._constant_buffer(node, name, self.constants[node])
             case _:
                 if all(n in self.env for n in node.all_input_nodes):
                     self.env[node] = self._copy(node, self._operands(node, op))
@@ -177,12 +184,22 @@ class _Emitter:
         whole = self.constants[node]
         dim = _constant_dim(self.analysis, self.plan, node, whole)
         cut = whole.index_select(dim, torch.from_numpy(wanted).to(whole.device))
-        return self._buffer(node.name, cut)
+        return self._constant_buffer(node, f"_{node.name}", cut)
+
+    def _constant_buffer(self, node: Node, name: str, value: Tensor) -> Node:
+        """What is read in place of the `Constant` node."""
+        target = self._put(name, value)
+        if node in self.computed:
+            self.computed_buffers[target] = node
+        return self.graph.get_attr(target)
 
     def _constant(self, node: Node) -> Tensor:
         """What a `Constant` node holds, reckoned anew from the parameters of the source."""
         if node not in self.constants:
             args, kwargs = map_arg((node.args, node.kwargs), self._constant)
+            whole = node.op == "get_attr" or operators.key(node, self.source) in _MOVES
+            if not whole or self.computed.intersection(node.all_input_nodes):
+                self.computed.add(node)
             with torch.no_grad():
                 value = getattr(self.interpreter, node.op)(node.target, args, kwargs)
             self.constants[node] = value.detach()

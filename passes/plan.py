@@ -82,10 +82,21 @@ class CompactionPlan:
 
 
 def plan(
-    root: fx.GraphModule, analysis: ChannelAnalysis, live: Liveness, model: CostModel
+    root: fx.GraphModule,
+    analysis: ChannelAnalysis,
+    live: Liveness,
+    model: CostModel,
+    fold: bool = True,
 ) -> CompactionPlan:
-    """Decide the order of every value, the form of every layer and which norms to fold."""
-    planner = _Planner(root, analysis, live, model)
+    """Decide the order of every value, the form of every layer and which norms to fold.
+
+    Args:
+        root: in evaluation mode; only read.
+        analysis, live: of its graph.
+        model: decides about the forms.
+        fold: norms may disappear into layers; training needs them.
+    """
+    planner = _Planner(root, analysis, live, model, fold)
     for node, op in analysis.ops.items():
         if node in live.kept:
             planner.place(node, op)
@@ -100,9 +111,15 @@ def plan(
 
 class _Planner:
     def __init__(
-        self, root: fx.GraphModule, analysis: ChannelAnalysis, live: Liveness, model: CostModel
+        self,
+        root: fx.GraphModule,
+        analysis: ChannelAnalysis,
+        live: Liveness,
+        model: CostModel,
+        fold: bool,
     ) -> None:
         self.root = root
+        self.fold = fold
         self.analysis = analysis
         self.live = live
         self.model = model
@@ -162,7 +179,7 @@ class _Planner:
 
     def _norm_to_fold(self, node: Node, kept: BoolArray) -> Node | None:
         readers = self.readers[node]
-        if len(readers) != 1 or len(node.users) != 1:
+        if not self.fold or len(readers) != 1 or len(node.users) != 1:
             return None
         norm = readers[0]
         if norm.op != "call_module" or norm not in self.live.kept:
