@@ -1,4 +1,4 @@
-"""What a step of `GroupLearner` costs beside a plain training step, in time and memory.
+"""What a step of `GroupLearner` costs beside a plain training step, and one of what is pruned.
 
     python -m benchmarks.step
 
@@ -29,6 +29,8 @@ from dspfx.models import CifarResNet
 from dspfx.timing import medians
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+KEPT = (0.5, 0.35, 0.2, 0.1, 0.05)  # of the MACs
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), 0.05, momentum=0.9, weight_decay=1e-3),
@@ -134,6 +136,24 @@ def times(depth: int, batch: int, rounds: int) -> dict[str, float]:
     return {**taken, "every 8th step": taken["every 8th step"] / 8}
 
 
+def times_when_pruned(depth: int, batch: int, rounds: int, kept: float) -> dict[str, float]:
+    """Median seconds of a plain step of a masked network, and of `dspfx.narrow` of it.
+
+    Channels and then the inputs of clustered groups are pruned to `kept` of the MACs.
+    """
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    masked = prepared_resnet(depth)
+    dspfx.prune_channels(masked, dspfx.Budget(macs=kept**0.5))
+    dspfx.cluster_groups(masked)
+    dspfx.prune(masked, dspfx.Budget(macs=kept))
+    models = {"masked": masked, "narrow": dspfx.narrow(masked)}
+    return medians({n: _plain(m, x, y) for n, m in models.items()}, rounds, warm_up=1.0)
+
+
+def _plain(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+    return plain_step(OPTIMIZERS["SGD"](model), lambda: F.cross_entropy(model(x), y))
+
+
 def prepared_resnet(depth: int) -> nn.Module:
     """A CIFAR ResNet with four groups, in training mode."""
     torch.manual_seed(0)
@@ -164,6 +184,13 @@ def main(
     ]
     print()
     print(tabulate(extra, ("optimizer", "extra memory over parameters"), floatfmt=".2f"))
+    pruned = []
+    for kept in KEPT:
+        found = times_when_pruned(depth, batch, rounds, kept)
+        times_faster = found["masked"] / found["narrow"]
+        pruned.append((f"{kept:.0%}", *(f"{1e3 * s:.1f}" for s in found.values()), times_faster))
+    print()
+    print(tabulate(pruned, ("MACs left", "masked, ms", "narrow, ms", "ratio"), floatfmt=".2f"))
 
 
 def keep_freed_memory() -> None:

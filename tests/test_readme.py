@@ -39,14 +39,17 @@ def test_public_names() -> None:
         "prune",
         "prune_channels",
         "input_moments",
+        "narrow",
         "recalibrate",
         "report",
         "save",
         "save_checkpoint",
         "set_masks",
+        "widen",
     ]
-    values = ["Budget", "CompactModule", "GroupLearner", "PrepareConfig", "PreparedModule"]
+    values = ["Budget", "CompactModule", "GroupLearner", "NarrowModule", "PrepareConfig"]
     values += ["CostModel", "CyclicFinetune", "DspfxWarning", "FEWEST_WEIGHTS", "GradualPruning"]
+    values += ["PreparedModule"]
     reports = ["PruneReport", "Report"]
     errors = [name for name in dir(dspfx.errors) if name.endswith("Error")]
     assert sorted(dspfx.__all__) == sorted(verbs + values + reports + errors)
