@@ -20,7 +20,7 @@ def run_example(name: str, folder: Path, *options: str) -> str:
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
