@@ -48,9 +48,14 @@ def parts_of(model: nn.Module) -> list[Part]:
     """The outermost prepared modules of `model`, each once.
 
     Raises:
-        ConvertError: there are none.
+        ConvertError: there are none, or narrow ones.
     """
     parts = [Part(name, module) for name, module in _outermost(model, PreparedModule)]
+    if narrow_parts_of(model):
+        raise ConvertError(
+            f"{type(model).__name__} is narrow, and made to be trained; dspfx.widen(narrow, "
+            "prepared) puts what it has learned into the prepared model: go on with that one"
+        )
     if not parts:
         raise ConvertError(
             f"{type(model).__name__} was never prepared or is compact already; call "

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,3 +279,15 @@ def test_what_does_not_fit_changes_nothing() -> None:
         dspfx.narrow(Stochastic())
     with pytest.raises(dspfx.ConvertError, match="never prepared"):
         dspfx.widen(narrow, Stochastic())
+
+
+@pytest.mark.parametrize("verb", [dspfx.convert, dspfx.get_masks, dspfx.report, dspfx.narrow])
+def test_other_verbs_ask_for_the_prepared_model(verb: Callable[[nn.Module], object]) -> None:
+    with pytest.raises(dspfx.DspfxError, match=r"widen\(narrow"):
+        verb(dspfx.narrow(pruned(Stochastic())))
+
+
+def test_saving_asks_for_the_prepared_model(tmp_path: Path) -> None:
+    narrow = dspfx.narrow(pruned(Stochastic()))
+    with pytest.raises(dspfx.DspfxError, match=r"widen\(narrow"):
+        dspfx.save(narrow, tmp_path / "narrow.safetensors")
