@@ -536,13 +536,14 @@ def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
 
 def test_processes_that_build_at_once_do_not_meet(tmp_path: Path) -> None:
     program = "from dspfx import native; assert native.built(); print(native.filters_in_a_block())"
-    environment = {**os.environ, "DSPFX_CACHE_DIR": str(tmp_path)}
+    quick = f"{os.environ.get('DSPFX_NATIVE_FLAGS', '')} -O0"  # to build, not to run
+    environment = {**os.environ, "DSPFX_CACHE_DIR": str(tmp_path), "DSPFX_NATIVE_FLAGS": quick}
     command = [sys.executable, "-c", program]
     at_once: list[Any] = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(3)
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)
     ]
     printed = {process.communicate()[0] for process in at_once}
-    assert [process.returncode for process in at_once] == [0, 0, 0]
+    assert [process.returncode for process in at_once] == [0, 0]
     assert printed == {f"{native.filters_in_a_block()}\n".encode()}
 
 
