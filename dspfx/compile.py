@@ -6,7 +6,8 @@
    Winograd's algorithm where that is faster.
 3. The whole network is compiled with the fastest form of every layer, as it was converted, with
    every layer dense, and with every layer on the own kernel; only together it shows what changes of
-   layout between layers cost. The fastest is returned, so that none is slower than dense.
+   layout between layers cost. The fastest is returned, so that none is slower than dense. Without
+   groups there are two candidates: as it was converted, and the own kernel.
 4. A network that takes only a few milliseconds is compiled once more, called from C++.
 """
 
@@ -21,7 +22,6 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from dspfx import native
 from dspfx.group_conv import GroupConvRun
 from dspfx.inputs import as_inputs
 from dspfx.parts import compact_parts_of
@@ -97,7 +97,7 @@ class CompileReport:
         names = ", ".join(self.winograd)
         return "\n\n".join(
             [
-                tabulate(rows, header, disable_numparse=True),
+                *([tabulate(rows, header, disable_numparse=True)] if self.layers else []),
                 tabulate(networks, ("whole network, compiled", "ms", ""), disable_numparse=True),
                 *([f"By Winograd's algorithm: {names}"] if names else []),
             ]
@@ -174,21 +174,25 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     inputs = as_inputs(example_inputs)
     layers = sites(model, inputs)
     grouped = [site for site in layers if len(site.groups) > 1 and site.families == 1]
-    if not grouped:
+    modules = {site: site.emit_native() for site in layers}
+    own = {site: module for site, module in modules.items() if module is not None}
+    is_ours = bool(grouped) or bool(compact_parts_of(model))
+    if not is_ours or not (grouped or own):
         return _compiled(model, inputs)
-    choices, fastest = _choose(grouped)
-    whole = {site: site.emit(dense(site.groups)) for site in grouped}
-    networks = {
-        "the fastest form of each layer": _joined(relowered(model, fastest), inputs),
-        "as converted": model,
-        "dense": relowered(model, whole),
-    }
-    if native.built():
-        modules = {site: site.emit_native() for site in layers}
-        own = {site: module for site, module in modules.items() if module is not None}
+    networks: dict[str, nn.Module] = {"as converted": model}
+    choices: tuple[LayerChoice, ...] = ()
+    if grouped:
+        choices, fastest = _choose(grouped)
+        whole = {site: site.emit(dense(site.groups)) for site in grouped}
+        networks = {
+            "the fastest form of each layer": _joined(relowered(model, fastest), inputs),
+            **networks,
+            "dense": relowered(model, whole),
+        }
+    if own:
         networks["native"] = _joined(relowered(model, own), inputs)
     compiled = {name: _compiled(network, inputs) for name, network in networks.items()}
-    if native.built():  # a few long calls need nobody to join them
+    if own:  # a few long calls need nobody to join them
         compiled[f"native, {AS_IT_IS}"] = _compiled(networks["native"], inputs, AS_IT_IS)
     calls = {name: partial(call, *inputs) for name, call in compiled.items()}
     times = medians(calls, ROUNDS, settle=SETTLE)

@@ -7,6 +7,7 @@ rewriting cuts, reorders, pads or puts together then says itself where it is fro
 import copy
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,50 +16,76 @@ from torch import Tensor, fx
 from dspfx.blueprint import named_tensors
 from dspfx.errors import NarrowError
 
-Elements = tuple[str, Tensor]  # of which tensor; and int64, flat: their places in it, -1 for none
+
+@dataclass(frozen=True)
+class Elements:
+    """Where the elements of a tensor come from.
+
+    Attributes:
+        source: the name of the tensor that they are of.
+        shape: of that one.
+        places: int64, of the shape of the tensor: their places in the source, flattened; -1 for
+            a zero that was filled in.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    places: Tensor
+
+    @staticmethod
+    def whole(source: str, tensor: Tensor) -> "Elements":
+        """All of `tensor`, which is called `source`, as they are."""
+        places = torch.arange(tensor.numel()).reshape(tensor.shape)
+        return Elements(source, tuple(tensor.shape), places)
+
+    @property
+    def real(self) -> Tensor:
+        """Bool: those that were not filled in."""
+        return self.places >= 0
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for tensors of equal elements and shapes."""
+        digest = hashlib.blake2b(self.places.contiguous().numpy().data).digest()
+        return self.source, tuple(self.places.shape), digest
 
 
-def numbered(view: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, int]]:
-    """A float64 copy of `view`, over the same graph, and the first number of each tensor."""
+def numbered(view: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, tuple[int, ...]]]:
+    """A float64 copy of `view` over the same graph, and the shapes of its tensors, in order."""
     twin = fx.GraphModule(copy.deepcopy(view).double(), view.graph)
-    first: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     free, seen = 1, set[int]()
     for name, tensor in named_tensors(twin).items():
         if tensor.is_floating_point() and id(tensor) not in seen:
             seen.add(id(tensor))
-            first[name] = free
+            shapes[name] = tuple(tensor.shape)
             numbers = torch.arange(free, free + tensor.numel(), dtype=torch.float64)
             tensor.data.copy_(numbers.reshape(tensor.shape))
             free += tensor.numel()
-    return twin, first
+    return twin, shapes
 
 
-def elements(name: str, numbers: Tensor, first: Mapping[str, int]) -> Elements | None:
+def elements(name: str, numbers: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Elements | None:
     """What the `numbers` found in the tensor `name` mean; None if all are filled in.
 
     Args:
         name: for the message.
         numbers: of any shape.
-        first: see `numbered`.
+        shapes: see `numbered`.
 
     Raises:
         NarrowError: they are of several tensors.
     """
-    names, starts = list(first), np.array(list(first.values()))
-    flat = numbers.detach().cpu().flatten().long()
-    real = flat[flat > 0].numpy()
-    sources = np.unique(np.searchsorted(starts, real, side="right") - 1)
+    names = list(shapes)
+    first = 1 + np.cumsum([0, *(int(np.prod(shape)) for shape in shapes.values())])
+    found = numbers.detach().cpu().long()
+    sources = np.unique(np.searchsorted(first, found[found > 0].numpy(), side="right") - 1)
     if not len(sources):
         return None
     if len(sources) > 1:
         raise NarrowError(
             f"'{name}' is put together from several tensors; train the prepared model itself"
         )
-    source = int(sources[0])
-    return names[source], torch.where(flat > 0, flat - int(starts[source]), -1)
-
-
-def key(own: Elements) -> tuple[str, bytes]:
-    """Equal for equal elements."""
-    source, places = own
-    return source, hashlib.blake2b(places.numpy().data).digest()
+    source = names[int(sources[0])]
+    places = torch.where(found > 0, found - int(first[sources[0]]), -1)
+    return Elements(source, shapes[source], places)

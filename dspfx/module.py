@@ -216,9 +216,9 @@ class NarrowModule(TwoModeModule):
     """What `dspfx.narrow` returns: the living part of a prepared model, to be trained.
 
     Attributes:
-        origins: for every tensor of it that training changes, the name of the prepared model's
-            that it is a part of, and the number of each element in that one, flattened, or -1.
+        origins: for every tensor of it that training changes, which elements of which tensor of
+            the prepared model it holds, see `dspfx.elements`.
     """
 
     carried = ("origins",)
-    origins: dict[str, tuple[str, torch.Tensor]]
+    origins: dict[str, Any]

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from dspfx.blueprint import named_tensors
 from dspfx.convert import exchanged
-from dspfx.elements import Elements, elements, key, numbered
+from dspfx.elements import Elements, elements, numbered
 from dspfx.errors import NarrowError
 from dspfx.gating import fitting_inputs
 from dspfx.masks import present_liveness
@@ -31,11 +31,11 @@ from dspfx.passes.cost_model import CPU, CostModel
 from dspfx.passes.plan import plan
 from dspfx.passes.training_graph import training_graph
 from dspfx.passes.verify import verify as verify_equal
-from dspfx.trainable import make_trainable
+from dspfx.trainable import copied_modules, make_trainable, merge_calls
 from dspfx.weighted import is_weighted
 from dspfx.wrappers import unwrapped
 
-MEAN, COUNTER = "running_mean", "num_batches_tracked"
+MEAN = "running_mean"
 INSTEAD = "train the prepared model itself"
 
 
@@ -56,52 +56,77 @@ def narrow(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel = 
         cost_model: decides in which form layers are emitted whose filters read different channels.
 
     Returns:
-        A `NarrowModule`, in the mode of `prepared`, that shares nothing with it. From a model
-        prepared in parts, a copy of it whose parts are `NarrowModule`s.
+        A `NarrowModule`, all its modules in the mode of those of `prepared`, that shares nothing
+        with it. From a model prepared in parts, a copy of it whose parts are `NarrowModule`s.
 
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
         NarrowError: it calls other code in training than in evaluation, or weights are computed
-            from others, or shared in a way that a narrow model cannot share them.
+            from others, complex, or used more than once and not for the same channels.
         EquivalenceError: the two differ; the message names the first node that does.
     """
     prepared = unwrapped(prepared)
     parts = tuple(parts_of(prepared))
     _refuse_shared(prepared, parts)
     narrowed = {part.module: _narrow(part.module, verify, cost_model) for part in parts}
-    return exchanged(prepared, narrowed).train(prepared.training)
+    return exchanged(prepared, narrowed)
 
 
 def _narrow(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> NarrowModule:
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
-        _refuse_weighted(view)
+        _refuse_untrainable(view)
         planned = plan(view, analysis, live, cost_model, fold=False)
         if verify:
             verify_equal(view, analysis, live, planned, fitting_inputs(prepared))
         compacted = compact(view, analysis, planned)
-        twin, first = numbered(view)
+        twin, shapes = numbered(view)
         numbers = named_tensors(compact(twin, analysis, planned).root)
-        wide = named_tensors(view)
-    _refuse_computed(compacted, wide)
+    _refuse_computed(compacted, named_tensors(view))
     origins = {
         name: found
         for name, tensor in numbers.items()
         if tensor.is_floating_point() and name not in compacted.computed
-        if (found := elements(name, tensor, first)) is not None
+        if (found := elements(name, tensor, shapes)) is not None
     }
-    _refuse_unequal_calls(origins, view)
-    origins |= _counters(compacted.root, origins)
-    make_trainable(compacted.root, origins, wide)
-    training = training_graph(compacted, prepared.graphs[False], prepared.graphs[True])
+    origins |= _integers(compacted, view)
+    _leave_out_constants(origins, compacted, view)
+    merge_calls(compacted, origins, prepared)
+    _refuse_unequal_calls(origins, compacted, view)
+    root = make_trainable(compacted, origins, prepared)
+    training = training_graph(compacted, prepared, prepared.graphs)
     if training is None:
         raise NarrowError(
             f"{type(prepared).__name__} calls other code in training than in evaluation; {INSTEAD}"
         )
     graphs = {False: compacted.graph, True: training}
-    module = NarrowModule(compacted.root, graphs, type(prepared).__name__)
+    module = NarrowModule(root, graphs, type(prepared).__name__)
     module.origins, module.stands_for = origins, copy.deepcopy(prepared.stands_for)
     return module
+
+
+def _integers(compacted: Compacted, view: fx.GraphModule) -> dict[str, Elements]:
+    """The integers of modules that were copied: how many batches a norm has seen, for instance."""
+    names = {id(tensor): name for name, tensor in reversed(named_tensors(view).items())}
+    found: dict[str, Elements] = {}
+    present = {id(tensor): name for name, tensor in named_tensors(compacted.root).items()}
+    for own, copied in copied_modules(compacted, view):
+        theirs = named_tensors(own)
+        for name, tensor in named_tensors(copied).items():
+            if not tensor.is_floating_point() and tensor.shape == theirs[name].shape:
+                found[present[id(tensor)]] = Elements.whole(names[id(theirs[name])], tensor)
+    return found
+
+
+def _leave_out_constants(
+    origins: dict[str, Elements], compacted: Compacted, view: fx.GraphModule
+) -> None:
+    """Buffers that the graph reads itself stay what they are, and may be read several times."""
+    wide = named_tensors(view)
+    for node in compacted.graph.find_nodes(op="get_attr"):
+        own = origins.get(str(node.target))
+        if own is not None and not isinstance(wide[own.source], nn.Parameter):
+            del origins[str(node.target)]
 
 
 # -- what cannot be trained narrow -------------------------------------------------------------
@@ -116,10 +141,13 @@ def _refuse_shared(prepared: nn.Module, parts: tuple[Part, ...]) -> None:
         raise NarrowError(f"parts of {type(prepared).__name__} share weights; {INSTEAD}")
 
 
-def _refuse_weighted(view: fx.GraphModule) -> None:
+def _refuse_untrainable(view: fx.GraphModule) -> None:
     for name, module in view.named_modules():
         if is_weighted(module):
             raise NarrowError(f"the weight of '{name}' is computed from others; {INSTEAD}")
+    for name, parameter in view.named_parameters():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise NarrowError(f"'{name}' is complex; {INSTEAD}")
 
 
 def _refuse_computed(compacted: Compacted, wide: Mapping[str, Tensor]) -> None:
@@ -132,36 +160,38 @@ def _refuse_computed(compacted: Compacted, wide: Mapping[str, Tensor]) -> None:
                 raise NarrowError(f"'{node}' is computed from '{read.target}'; {INSTEAD}")
 
 
-def _refuse_unequal_calls(origins: Mapping[str, Elements], view: fx.GraphModule) -> None:
-    """Raise if an element is in two tensors that are not the same in all others.
+def _refuse_unequal_calls(
+    origins: Mapping[str, Elements], compacted: Compacted, view: fx.GraphModule
+) -> None:
+    """Raise where two tensors share elements, unless they are parameters of equal elements.
 
     So it is where a layer is called twice and other channels are dead in either call. A norm that
     is called twice must be whole: its statistics are of what all calls read, zeros included.
     """
-    calls = Counter(
-        id(view.get_submodule(str(n.target))) for n in view.graph.find_nodes(op="call_module")
-    )
-    distinct = {key(own): own for own in origins.values()}
-    found: dict[str, list[Tensor]] = defaultdict(list)
-    for source, places in distinct.values():
-        found[source].append(places[places >= 0])
-    tensors, emitted = named_tensors(view), Counter(source for source, _ in origins.values())
-    for source, lists in found.items():
-        path, _, leaf = source.rpartition(".")
-        here = torch.cat(lists).numpy()
-        times = calls[id(view.get_submodule(path))] if leaf == MEAN else 1
-        whole = len(lists) == 1 and emitted[source] == times and len(here) == len(tensors[source])
-        if len(np.unique(here)) < len(here) or (times > 1 and not whole):
+    found: dict[str, dict[object, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, own in origins.items():
+        found[own.source][own.key].append(name)
+    wide, before = named_tensors(view), _calls(view, view.graph)
+    after = _calls(compacted.root, compacted.graph)
+    for source, names in found.items():
+        firsts = [same[0] for same in names.values()]
+        here = torch.cat([origins[name].places[origins[name].real] for name in firsts])
+        equal = len(here) == len(np.unique(here.numpy()))
+        if not isinstance(wide[source], nn.Parameter):
+            equal &= all(len(same) == 1 for same in names.values())
+        if source.endswith(MEAN) and (times := before[_owner(view, source)]) > 1:
+            whole = len(firsts) == 1 and len(here) == wide[source].numel()
+            equal &= whole and after[_owner(compacted.root, firsts[0])] == times
+        if not equal:
             raise NarrowError(
                 f"'{source}' is used more than once, and not for the same channels; {INSTEAD}"
             )
 
 
-def _counters(root: nn.Module, origins: Mapping[str, Elements]) -> dict[str, Elements]:
-    """Of the batches that norms have seen: the one kind of integers that training changes."""
-    present, only = named_tensors(root), torch.zeros(1, dtype=torch.int64)
-    return {
-        counter: (source.removesuffix(MEAN) + COUNTER, only)
-        for name, (source, _) in origins.items()
-        if name.endswith(MEAN) and (counter := name.removesuffix(MEAN) + COUNTER) in present
-    }
+def _calls(root: nn.Module, graph: fx.Graph) -> Counter[nn.Module]:
+    """How often each module is called."""
+    return Counter(root.get_submodule(str(n.target)) for n in graph.find_nodes(op="call_module"))
+
+
+def _owner(root: nn.Module, name: str) -> nn.Module:
+    return root.get_submodule(name.rpartition(".")[0])

@@ -1,35 +1,91 @@
 """From a compact module to one that can be trained: the living part of the parameters it is from.
 
-1. What was a parameter is one again, frozen if it was, and shared if it was.
+1. Calls of one module that came out alike call one module again, with one state.
 2. Zeros that a layer is filled up with, where its filters read different channels, stay zero.
+3. What was a parameter is one again, frozen if it was, and shared if it was.
+4. Copied modules are in the mode that they were in, frozen norms for instance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from dspfx.elements import Elements, key
+from dspfx.blueprint import named_tensors
+from dspfx.elements import Elements
 from dspfx.errors import NarrowError
 from dspfx.filters import filters_first
 from dspfx.gates import GATED, FilterGate
+from dspfx.passes.compact import Compacted
+
+Origins = dict[str, Elements]
+
+
+def merge_calls(compacted: Compacted, origins: Origins, source: nn.Module) -> None:
+    """Do 1 in place, in the module and the graph of `compacted` and in `origins`.
+
+    Args:
+        compacted: of `source`.
+        origins: where the elements of its tensors come from; others are constants.
+        source: the model that was compacted.
+    """
+    kept: dict[tuple[object, ...], str] = {}
+    for node, new in compacted.nodes.items():
+        if node.op != "call_module" or new.op != "call_module":
+            continue
+        target = str(new.target)
+        same = id(source.get_submodule(str(node.target))), _described(compacted, target, origins)
+        if kept.setdefault(same, target) != target:
+            new.target = kept[same]
+            path, _, leaf = target.rpartition(".")
+            delattr(compacted.root.get_submodule(path), leaf)
+            for name in [name for name in origins if name.startswith(f"{target}.")]:
+                del origins[name]
 
 
 def make_trainable(
-    root: nn.Module, origins: Mapping[str, Elements], wide: Mapping[str, Tensor]
-) -> None:
-    """Make tensors of `root` what those of the `wide` model are that they come from.
+    compacted: Compacted, origins: Mapping[str, Elements], source: nn.Module
+) -> nn.Module:
+    """Do 2 to 4, in place; the module.
 
     Args:
-        root: compact; changed in place.
+        compacted: of `source`; its calls are merged.
         origins: where the elements of its tensors come from; others are constants.
-        wide: the tensors of the model that it was compacted from, by name.
+        source: the model that was compacted, in the mode that is asked for.
 
     Raises:
         NarrowError: a tensor holds zeros that could not be kept.
     """
-    _keep_zeros(root, origins)
-    _share(root, origins, wide)
+    _keep_zeros(compacted.root, origins)
+    _release_parameters(compacted.root, origins, named_tensors(source))
+    for module in compacted.root.modules():
+        module.training = source.training
+    for own, copied in copied_modules(compacted, source):
+        for name, module in copied.named_modules():
+            module.training = own.get_submodule(name).training
+    return compacted.root
+
+
+def copied_modules(
+    compacted: Compacted, source: nn.Module
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The modules of `source` that were copied, perhaps cut, and their copies."""
+    for node, new in compacted.nodes.items():
+        if node.op == new.op == "call_module":
+            own = source.get_submodule(str(node.target))
+            copied = compacted.root.get_submodule(str(new.target))
+            if type(own) is type(copied):
+                yield own, copied
+
+
+def _described(compacted: Compacted, target: str, origins: Origins) -> tuple[object, ...]:
+    """All of the module called `target`: equal for those that compute the same and stay so."""
+    module = compacted.root.get_submodule(target)
+    tensors = [
+        origins[name].key if (name := f"{target}.{own}") in origins else (own, tensor.tolist())
+        for own, tensor in named_tensors(module).items()
+    ]
+    return repr(module), repr(tensors)
 
 
 class _Filled(FilterGate):
@@ -52,15 +108,15 @@ class _Filled(FilterGate):
 
 def _keep_zeros(root: nn.Module, origins: Mapping[str, Elements]) -> None:
     """Gate the layers that are filled up with zeros."""
-    real = {name: places >= 0 for name, (_, places) in origins.items()}
+    real = {name: own.real for name, own in origins.items()}
     filled = {name for name, own in real.items() if not own.all()}
     for name, layer in list(root.named_modules()):
         weight, bias = f"{name}.weight", f"{name}.bias"
         if type(layer) in GATED and filled.intersection((weight, bias)):
-            shape = layer.weight.shape
-            own = real.get(weight, torch.zeros(shape, dtype=torch.bool)).reshape(shape)
-            gate = _Filled(layer, own, real.get(bias))
-            _replace(root, name, GATED[type(layer)].wrap(layer, gate))
+            nothing = torch.zeros(layer.weight.shape, dtype=torch.bool)
+            gate = _Filled(layer, real.get(weight, nothing), real.get(bias))
+            path, _, leaf = name.rpartition(".")
+            root.get_submodule(path).add_module(leaf, GATED[type(layer)].wrap(layer, gate))
             filled -= {weight, bias}
     if filled:
         raise NarrowError(
@@ -68,22 +124,20 @@ def _keep_zeros(root: nn.Module, origins: Mapping[str, Elements]) -> None:
         )
 
 
-def _share(root: nn.Module, origins: Mapping[str, Elements], wide: Mapping[str, Tensor]) -> None:
-    """Parameters are what they were in the `wide` model, and shared where they were."""
-    parameters: dict[tuple[str, bytes], nn.Parameter] = {}
-    buffers: dict[tuple[str, bytes], Tensor] = {}
+def _release_parameters(
+    root: nn.Module, origins: Mapping[str, Elements], wide: Mapping[str, Tensor]
+) -> None:
+    """What comes from a parameter of the `wide` model is one; the same object where it was."""
+    made: dict[tuple[object, ...], nn.Parameter] = {}
     for name, own in origins.items():
+        if not isinstance(wide[own.source], nn.Parameter):
+            continue
         path, _, leaf = name.rpartition(".")
-        module, source, same = root.get_submodule(path), wide[own[0]], key(own)
-        value = getattr(module, leaf).detach()
-        delattr(module, leaf)
-        if isinstance(source, nn.Parameter):
-            parameter = nn.Parameter(value, source.requires_grad)
-            module.register_parameter(leaf, parameters.setdefault(same, parameter))
-        else:
-            module.register_buffer(leaf, buffers.setdefault(same, value))
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    path, _, leaf = name.rpartition(".")
-    root.get_submodule(path).add_module(leaf, module)
+        module = root.get_submodule(path)
+        value = getattr(module, leaf)
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        made.setdefault(own.key, parameter)
+        if made[own.key] is not value:
+            delattr(module, leaf)
+            module.register_parameter(leaf, made[own.key])
+        made[own.key].requires_grad_(wide[own.source].requires_grad)

@@ -42,13 +42,12 @@ def widen(narrow: nn.Module, prepared: nn.Module) -> None:
 def _inside(part: NarrowModule, prepared: PreparedModule) -> Written:
     tensors, wide = named_tensors(part), named_tensors(prepared)
     new: dict[str, Tensor] = {}
-    for name, (source, places) in part.origins.items():
-        if source not in wide or wide[source].numel() <= int(places.max()):
-            raise NarrowError(f"the prepared model has no '{source}' of the narrow one's shape")
-        values = new.setdefault(source, wide[source].flatten().clone())
-        real = (places >= 0).to(values.device)
-        own = tensors[name].flatten().to(values)
-        values[places.to(values.device)[real]] = own[real]
+    for name, own in part.origins.items():
+        if own.source not in wide or tuple(wide[own.source].shape) != own.shape:
+            raise NarrowError(f"the prepared model has no '{own.source}' of shape {own.shape}")
+        values = new.setdefault(own.source, wide[own.source].flatten().clone())
+        learned = tensors[name][own.real.to(tensors[name].device)]
+        values[own.places[own.real].to(values.device)] = learned.to(values)
     for source, values in new.items():
         yield wide[source], values.reshape(wide[source].shape)
 

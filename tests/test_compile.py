@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 
 import dspfx
 from dspfx.branches import Branches
+from dspfx.group_conv import GroupConvRun
 from helpers import assert_equal, random_masks, randomise
 
 compile_module = __import__("sys").modules["dspfx.compile"]
@@ -79,6 +80,21 @@ def test_a_model_without_groups_is_compiled_as_it_is() -> None:
     assert_equal(model(X), fast(X), 1e-5)
     assert fast.report.layers == ()
     assert fast.model is model
+
+
+def test_whole_channels_run_on_the_own_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compact network without groups, pruned or not, is timed in two forms."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+    prepared = dspfx.prepare(randomise(model), X).eval()
+    dspfx.prune_channels(prepared, dspfx.Budget(macs=0.6))
+    compact = dspfx.convert(prepared)
+    monkeypatch.setattr(compile_module, "medians", winner("native"))
+    fast = dspfx.compile(compact, X)
+    assert_equal(compact(X), fast(X), 1e-5)
+    assert tuple(fast.report.networks)[:2] == ("as converted", "native")
+    assert fast.report.chosen == "native"
+    assert any(isinstance(m, GroupConvRun) for m in fast.model.modules())
+    assert "fastest form" not in str(fast.report)
 
 
 def test_models_of_one_class_are_not_taken_for_each_other() -> None:

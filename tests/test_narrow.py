@@ -61,13 +61,13 @@ def assert_a_step_is_the_same(masked: nn.Module, narrow: nn.Module, x: Tensor) -
         optimizer.step()
     wide, own = named_tensors(masked), named_tensors(narrow)
     assert narrow.origins
-    for name, (source, places) in narrow.origins.items():
-        real = places >= 0
-        pairs = [(wide[source], own[name])]
-        if wide[source].grad is not None:
-            pairs += [(wide[source].grad, own[name].grad)]
+    for name, found in narrow.origins.items():
+        source = wide[found.source]
+        pairs = [(source, own[name])]
+        if source.grad is not None:
+            pairs += [(source.grad, own[name].grad)]
         for expected, actual in pairs:
-            expected, actual = expected.flatten()[places[real]], actual.flatten()[real]
+            expected, actual = expected.flatten()[found.places[found.real]], actual[found.real]
             assert torch.allclose(expected, actual, rtol=1e-7, atol=1e-9), name
 
 
@@ -78,13 +78,13 @@ def first(output: Tensor | dict[str, Tensor]) -> Tensor:
 class Stochastic(nn.Module):
     """Dropout by a function, and a scale that is a plain parameter, as in many networks of timm."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.gamma = nn.Parameter(torch.rand(8))
-        self.fc = nn.Linear(8, 4)
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.gamma = nn.Parameter(torch.rand(width))
+        self.fc = nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
@@ -160,9 +160,7 @@ def test_frozen_weights_stay_frozen() -> None:
     dspfx.widen(narrow, prepared)
     assert torch.equal(prepared.conv.weight, before)
     frozen = [name for name, p in narrow.named_parameters() if not p.requires_grad]
-    assert frozen == [
-        name for name, (source, _) in narrow.origins.items() if source == "conv.weight"
-    ]
+    assert frozen == [name for name, own in narrow.origins.items() if own.source == "conv.weight"]
 
 
 def test_what_fills_a_layer_up_stays_zero() -> None:
@@ -227,6 +225,137 @@ def test_a_model_in_parts() -> None:
     assert_equal(narrow.eval()(images(3)), prepared.eval()(images(3)))
 
 
+def test_every_module_keeps_its_mode() -> None:
+    """Frozen norms stay frozen, within parts and without."""
+    prepared = pruned(Stochastic())
+    prepared.norm.eval()
+    before = prepared.norm.running_mean.clone()
+    narrow = dspfx.narrow(prepared)
+    assert narrow.training
+    assert not narrow.norm.training
+    train(narrow)
+    dspfx.widen(narrow, prepared)
+    assert torch.equal(prepared.norm.running_mean, before)
+    in_parts = dspfx.prepare(randomise(InParts()).double(), images(2)).train()
+    in_parts.body.eval()
+    narrow = dspfx.narrow(in_parts)
+    assert narrow.training
+    assert not narrow.body.training
+
+
+class Scalar(Stochastic):
+    """A scale without dimensions, a table that is read in two shapes, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("mean", torch.tensor([0.1, 0.2, 0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x - self.mean.view(1, -1, 1, 1))))
+        x = x + self.conv(x) * self.alpha
+        return self.fc(x.mean((2, 3)))
+
+
+def test_scalars_and_constants() -> None:
+    prepared = pruned(Scalar())
+    narrow = dspfx.narrow(prepared)
+    assert_a_step_is_the_same(copy.deepcopy(prepared), narrow, images(4))
+    dspfx.widen(narrow, prepared)
+    assert prepared.alpha.item() != 1.5
+
+
+class Shapes(Stochastic):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = (x + self.conv(x)) * self.gamma.reshape(1, -1, 1, 1)
+        return self.fc(x.mean((2, 3)) * self.gamma)
+
+
+class Complex(Stochastic):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(8, 1, 1, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.conv(x) + torch.view_as_real(x * self.turn)[..., 0]
+        return self.fc(x.mean((2, 3)))
+
+
+class Shifted(Stochastic):
+    """What is dead in evaluation is not in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(torch.relu(self.norm(self.stem(x))))
+        return self.fc((x + (0.5 if self.training else 0.0)).mean((2, 3)))
+
+
+class Repeated(nn.Module):
+    """Calls a layer and its norm, with a state, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.fc(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_a_module_that_is_called_twice_has_one_state() -> None:
+    """Also after a conversion, which takes buffers one by one."""
+    prepared = dspfx.prepare(randomise(Repeated()).double(), images(2)).train()
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask[:4, :2] = mask[4:, 6:] = False
+    dspfx.set_masks(prepared, {"conv": mask})
+    masked, narrow = copy.deepcopy(prepared), dspfx.narrow(prepared)
+    assert_a_step_is_the_same(masked, narrow.float().double(), images(4))
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in narrow.modules()) == 1
+
+
+class Counting(nn.Module):
+    """Cannot be traced, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("last", torch.zeros(3, dtype=torch.int64))
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.scales = [self.scale]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) == 0.123:
+            return x
+        if self.training:
+            self.steps += 1
+            self.last[1] = self.steps
+        return x * self.scales[0] * (1 + self.steps)
+
+
+class Opaque(Stochastic):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counting = Counting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.fc(self.counting(self.conv(x)).mean((2, 3)))
+
+
+def test_what_modules_count_comes_back() -> None:
+    prepared = pruned(Opaque())
+    masked, narrow = copy.deepcopy(prepared), dspfx.narrow(prepared)
+    assert_a_step_is_the_same(masked, narrow, images(4))
+    dspfx.widen(narrow, prepared)
+    assert int(prepared.counting.steps) == int(masked.counting.steps) == 1
+    assert torch.equal(prepared.counting.last, masked.counting.last)
+    assert torch.equal(prepared.counting.scale, masked.counting.scale)
+
+
 class OtherCode(Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
@@ -260,6 +389,9 @@ class Standardised(Stochastic):
         (OtherCode, "calls other code in training"),
         (Computed, "computed from 'gamma'"),
         (Standardised, "the weight of 'conv' is computed"),
+        (Shapes, "'gamma' is used more than once"),
+        (Complex, "'turn' is complex"),
+        (Shifted, "calls other code in training"),
     ],
 )
 def test_what_cannot_be_trained_narrow_is_declined(kind: type[nn.Module], reason: str) -> None:
@@ -273,6 +405,9 @@ def test_what_does_not_fit_changes_nothing() -> None:
     other = pruned(torchvision.models.resnet18(num_classes=5))
     with unchanged(other), pytest.raises(dspfx.NarrowError, match=r"no 'stem\.weight'"):
         dspfx.widen(narrow, other)
+    wider = pruned(Stochastic(16))
+    with unchanged(wider), pytest.raises(dspfx.NarrowError, match=r"of shape"):
+        dspfx.widen(narrow, wider)
     with pytest.raises(dspfx.NarrowError, match="not made from"):
         dspfx.widen(nn.Linear(2, 2), other)
     with pytest.raises(dspfx.ConvertError, match="never prepared"):

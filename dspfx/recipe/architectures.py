@@ -18,7 +18,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from dspfx.archive import replacing
@@ -76,7 +75,7 @@ class Architecture:
         return model
 
     def _torchvision(self, name: str, pretrained: bool) -> nn.Module:
-        models = torchvision.models
+        models = _torchvision_models()
         options: dict[str, Any] = {"num_classes": self.classes}
         if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
             options["weights_backbone"] = None  # or they would be downloaded
@@ -202,7 +201,7 @@ def _library(name: str) -> tuple[str, str]:
     if ":" in name:
         return "import", name
     library, _, own = name.rpartition("/")
-    if library in ("", "torchvision") and own in torchvision.models.list_models():
+    if library in ("", "torchvision") and own in _torchvision_models().list_models():
         return "torchvision", own
     if library in ("", "timm") and own and _timm_has(own, asked=library == "timm"):
         return "timm", own
@@ -210,6 +209,11 @@ def _library(name: str) -> tuple[str, str]:
         f"there is no model '{name}'; it can be cifar-resnetN, a name of torchvision or timm, or "
         "package.module:factory"
     )
+
+
+def _torchvision_models() -> Any:
+    """Imported where it is needed: it takes longer than all else together."""
+    return importlib.import_module("torchvision.models")
 
 
 def _timm_has(name: str, *, asked: bool) -> bool:

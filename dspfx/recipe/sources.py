@@ -4,17 +4,16 @@ Validation images are taken from the training images, at random by the run's see
 are what the data set calls so, and choose nothing.
 """
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torchvision
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2 as transforms
 
 from dspfx.data import LOADERS, Dataset, augment, load
 from dspfx.errors import DataError, RecipeError
@@ -196,12 +195,12 @@ class _Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Image files, read where they are asked for by their number and a seed."""
 
     files: list[tuple[str, int]]
-    transform: transforms.Compose
+    transform: Callable[[Any], Tensor]
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
         number, seed = key
         path, label = self.files[number]
-        image = torchvision.datasets.folder.default_loader(path)
+        image = _torchvision("datasets.folder").default_loader(path)
         if seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=[]):
@@ -209,13 +208,19 @@ class _Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
             return self.transform(image), label
 
 
-def _transform(size: int, augmented: bool) -> transforms.Compose:
+def _torchvision(module: str) -> Any:
+    """Imported where it is needed: it takes longer than all else together."""
+    return importlib.import_module(f"torchvision.{module}")
+
+
+def _transform(size: int, augmented: bool) -> Callable[[Any], Tensor]:
+    transforms = _torchvision("transforms.v2")
     shape = (
         [transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()]
         if augmented
         else [transforms.Resize(round(size * MARGIN)), transforms.CenterCrop(size)]
     )
-    return transforms.Compose(
+    composed: Callable[[Any], Tensor] = transforms.Compose(
         [
             *shape,
             transforms.ToImage(),
@@ -224,11 +229,12 @@ def _transform(size: int, augmented: bool) -> transforms.Compose:
             transforms.ToPureTensor(),
         ]
     )
+    return composed
 
 
 def _files(folder: Path) -> Any:
     try:
-        return torchvision.datasets.ImageFolder(str(folder))
+        return _torchvision("datasets").ImageFolder(str(folder))
     except (OSError, RuntimeError) as error:
         raise DataError(f"{folder} holds no images in folders, one a class: {error}") from error
 
