@@ -11,7 +11,9 @@ compacted to serves the other:
 
 import copy
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -73,20 +75,19 @@ def _set_flags(new: Node, node: Node, twin: Node) -> bool:
     """Give `new`, emitted for `node`, the flags of `twin`; whether nothing else differs."""
     if len(node.args) != len(twin.args) or node.kwargs.keys() != twin.kwargs.keys():
         return False
-    places = {**dict(enumerate(node.args)), **node.kwargs}
-    others = {**dict(enumerate(twin.args)), **twin.kwargs}
-    for place, own in places.items():
-        other = others[place]
+    args: Iterator[tuple[int | str, Any]] = enumerate(node.args)
+    for place, own in itertools.chain(args, node.kwargs.items()):
+        other: Any = twin.args[place] if isinstance(place, int) else twin.kwargs[place]
         if repr(map_arg(own, _anything)) == repr(map_arg(other, _anything)):
             continue
         if not isinstance(other, bool) or new.target != node.target or _name(node, place) != FLAG:
             return False
-        if isinstance(place, int) and place < len(new.args):
-            new.update_arg(place, other)
-        elif isinstance(place, int):
-            return False
-        else:
+        if isinstance(place, str):
             new.update_kwarg(place, other)
+        elif place < len(new.args):
+            new.update_arg(place, other)
+        else:
+            return False
     return True
 
 
