@@ -43,11 +43,13 @@ def latency(
     seed: Annotated[int, typer.Option(help="whose networks are timed")] = 0,
     batch: Annotated[int, typer.Option(help="images in a call")] = 8,
     threads: Annotated[int, typer.Option(help="of every runtime")] = 2,
+    method: Annotated[list[str] | None, typer.Option(help="only these, and dense")] = None,
 ) -> None:
     """Time the networks that were trained, in turns."""
     torch.set_num_threads(threads)
+    options = "".join(f' --method "{name}"' for name in method or [])
     command = f"python -m benchmarks.accuracy latency --scenario {scenario} --batch {batch}"
-    measure(scenario, seed, batch, command)
+    measure(scenario, seed, batch, method, command + options)
 
 
 @app.command()
