@@ -174,10 +174,11 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     inputs = as_inputs(example_inputs)
     layers = sites(model, inputs)
     grouped = [site for site in layers if len(site.groups) > 1 and site.families == 1]
+    if not grouped and not compact_parts_of(model):  # nobody's kernel is built for it
+        return _compiled(model, inputs)
     modules = {site: site.emit_native() for site in layers}
     own = {site: module for site, module in modules.items() if module is not None}
-    is_ours = bool(grouped) or bool(compact_parts_of(model))
-    if not is_ours or not (grouped or own):
+    if not grouped and not own:
         return _compiled(model, inputs)
     networks: dict[str, nn.Module] = {"as converted": model}
     choices: tuple[LayerChoice, ...] = ()
