@@ -1,7 +1,7 @@
 """What stands around a native convolution becomes part of it.
 
-1. Channels that are only moved (narrow, index_select, cat with zeros) before a convolution or its
-   residual: its lists name the channels where they come from.
+1. Channels that are only moved (narrow, index_select, pad, cat with zeros) before a convolution or
+   its residual: its lists name the channels where they come from.
 2. Channels that are only moved behind a convolution: it writes them to where they go.
 3. conv -> batch norm in evaluation: weight and bias of the convolution take it in.
 4. conv -> add with a tensor of the same shape: the other operand becomes the residual of the conv.
@@ -89,6 +89,10 @@ class _Fusion:
             return _Moved(None, np.full(self.shapes[node][1], -1))
         if node.target is torch.cat and args[1:] == (1,):
             return _together([self._as_moved(part) for part in args[0]])
+        added = _channels_added(node)
+        if added is not None:
+            before = self._as_moved(args[0])
+            return _Moved(before.source, np.pad(before.channels, added, constant_values=-1))
         if node.target is torch.narrow and args[1] == 1:
             before, first, count = self._as_moved(args[0]), args[2], args[3]
             if isinstance(first, int) and isinstance(count, int):
@@ -232,6 +236,17 @@ def _together(parts: list[_Moved]) -> _Moved | None:
     if len(sources) != 1:
         return None
     return _Moved(sources.pop(), np.concatenate([part.channels for part in parts]))
+
+
+def _channels_added(node: Node) -> tuple[int, int] | None:
+    """How many zeros a pad puts before and behind the channels of an image, if it does no more."""
+    if node.target is not F.pad or len(node.args) < 2:
+        return None
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    pads: Any = given["pad"]
+    zeros = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
+    known = len(pads) == 6 and all(type(p) is int and p >= 0 for p in pads)  # width comes first
+    return (pads[4], pads[5]) if zeros and known and not any(pads[:4]) else None
 
 
 class _Shapes(fx.Interpreter):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import operator
 import os
 import pickle
 import subprocess
@@ -616,6 +617,76 @@ def test_moved_channels_are_fused() -> None:
     assert fuse(module, (x,))
     assert [n.op for n in module.graph.nodes] == ["placeholder", "call_module", "output"]
     assert_equal(wanted, module(x), 1e-5)
+
+
+class Padding(nn.Module):
+    """Zero channels are put beside those of a convolution, and beside its residual."""
+
+    def __init__(self, conv: nn.Module, pads: tuple[int, ...], *mode: Any) -> None:
+        super().__init__()
+        self.conv, self.pads, self.mode = conv, pads, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.conv(x), self.pads, *self.mode)
+        return torch.relu(y + F.pad(torch.narrow(x, 1, 1, 7), (0, 0, 0, 0, 0, 1)))
+
+
+@pytest.mark.parametrize("mode", [(), ("constant",), ("constant", 0.0), ("constant", None)])
+def test_channels_that_are_padded_are_fused(mode: tuple[Any, ...]) -> None:
+    own, conv = layer(nn.Conv2d(8, 5, 3, padding=1), 2, seed=0)
+    pads, x = (0, 0, 0, 0, 2, 1), torch.randn(2, 8, 5, 5)
+    wanted = Padding(conv, pads, *mode).double()(x.double()).float()
+    module = traced(Padding(own, pads, *mode))
+    assert fuse(module, (x,))
+    assert [n.op for n in module.graph.nodes] == ["placeholder", "call_module", "output"]
+    assert_equal(wanted, module(x), 1e-5)
+
+
+def test_a_block_that_adds_to_some_channels_of_the_stream_is_one_run() -> None:
+    """Compaction pads what the block writes; once that was computed between two runs."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.a(x))
+            return torch.relu(self.c(torch.relu(self.b(y) + y)))
+
+    x = torch.randn(2, 6, 5, 5)
+    prepared = dspfx.prepare(Residual(), x)
+    with torch.no_grad():
+        prepared.b.weight[:2] = 0
+        prepared.b.bias[:2] = 0
+    masks = {name: torch.ones_like(m) for name, m in dspfx.get_masks(prepared).items()}
+    masks["b"][:2] = False  # and its bias is zero
+    dspfx.set_masks(prepared, masks)
+    compact = dspfx.convert(prepared)
+    assert F.pad in [n.target for n in compact.graph.nodes]
+    own = {site: site.emit_native() for site in sites(compact, (x,))}
+    joined = relowered(compact, own)
+    fuse(joined, (x,))
+    join_runs(joined)
+    assert [n.op for n in joined.graph.nodes if n.target is not operator.getitem] == [
+        *("placeholder", "call_module", "output")
+    ]
+    assert_equal(compact(x), joined(x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "pads", "mode"),
+    [(5, (0, 0, 0, 0, 2, 1), ("constant", 1.0)), (9, (0, 0, 0, 0, 0, -1), ()), (8, (0, 0), ())],
+)
+def test_other_pads_are_not_fused(
+    channels: int, pads: tuple[int, ...], mode: tuple[Any, ...]
+) -> None:
+    own, _ = layer(nn.Conv2d(8, channels, 3, padding=1), 2, seed=0)
+    model, x = Padding(own, pads, *mode), torch.randn(2, 8, 5, 5)
+    module = traced(model)
+    fuse(module, (x,))
+    assert F.pad in [n.target for n in module.graph.nodes]
+    assert_equal(model(x), module(x), 1e-6)
 
 
 def test_channels_that_go_to_two_places_are_not_fused() -> None:
