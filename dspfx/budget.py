@@ -3,8 +3,8 @@
 The cost of a candidate is reckoned from its masks by liveness, so a search takes no forward pass.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import nn
@@ -14,6 +14,7 @@ from dspfx.errors import BudgetError
 from dspfx.latency import LatencyTable, measured_fraction
 from dspfx.masks import apply_reads
 from dspfx.module import PreparedModule
+from dspfx.parts import Part
 from dspfx.passes.cost import Cost, layer_costs, together, total
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.values import ChannelAnalysis
@@ -90,6 +91,12 @@ class Budget:
         """The fraction that may remain."""
         return next(f for f in (self.macs, self.params, self.latency) if f is not None)
 
+    def at(self, fraction: float) -> "Budget":
+        """A budget of the same, of another fraction."""
+        return Budget(
+            *(None if own is None else fraction for own in (self.macs, self.params, self.latency))
+        )
+
     def of(self, candidate: Candidate) -> float:
         """What of `candidate` is budgeted."""
         if self.latency is not None:
@@ -109,7 +116,8 @@ class PruneReport:
         before, after: cost of the model for one sample.
         note: says so where the budget could not be met closely.
         measured: of a budget of latency, the fraction of the dense network's time that the pruned
-            one really takes; `achieved` is what was predicted from its layers.
+            one really takes; `achieved` is what was predicted from its layers. Not measured by
+            `GradualPruning`, which goes on training.
         warnings: layers of which hardly anything is left, and what to do; see
             `dspfx.CyclicFinetune` for what may come of them.
     """
@@ -139,11 +147,36 @@ class PruneReport:
 def prune_to(
     prepared: nn.Module, parts: Sequence[PrunablePart], budget: Budget, hint: str
 ) -> PruneReport:
-    """Mask the `parts` of `prepared` by the smallest threshold that is within `budget`.
+    """`prune_by` the times of layers, where they count; the result is measured then.
+
+    Raises:
+        BudgetError: the budget cannot be reached. Nothing is changed.
+    """
+    processes = Processes.of(prepared)
+    report = prune_by(latency_tables(parts, budget, processes), parts, budget, hint)
+    if budget.latency is None:
+        return report
+    modules = [part.module for part in parts]
+    return replace(report, measured=processes.of_first(lambda: measured_fraction(modules)))
+
+
+def latency_tables(
+    parts: Iterable[Part | PrunablePart], budget: Budget, processes: Processes
+) -> list[LatencyTable]:
+    """The times of the layers of all `parts`; none where the budget does not ask for them."""
+    if budget.latency is None:
+        return []
+    return [LatencyTable.of(part.module, processes) for part in parts]
+
+
+def prune_by(
+    tables: Sequence[LatencyTable], parts: Sequence[PrunablePart], budget: Budget, hint: str
+) -> PruneReport:
+    """Mask `parts` by the smallest threshold that is within `budget`.
 
     Args:
-        prepared: the model.
-        parts: all of it.
+        tables: of the parts, for a budget of latency.
+        parts: all of a model.
         budget: what may remain.
         hint: for an error, why no less than `{least}` can remain, and what to do about it.
 
@@ -151,8 +184,6 @@ def prune_to(
         BudgetError: the budget cannot be reached. Nothing is changed.
     """
     before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
-    processes = Processes.of(prepared)
-    tables = [] if budget.latency is None else _tables(parts, processes)
 
     def candidate(threshold: float) -> Candidate:
         lives = tuple(part.liveness(threshold) for part in parts)
@@ -172,22 +203,15 @@ def prune_to(
     note = ""
     if achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
-    measured = None
-    if budget.latency is not None:
-        modules = [part.module for part in parts]
-        measured = processes.of_first(lambda: measured_fraction(modules))
     weak = [
         layer
         for part, live in zip(parts, found.lives, strict=True)
         for layer in weak_layers(part.name, part.analysis, live)
     ]
     return PruneReport(
-        budget.fraction, achieved, threshold, before, found.cost, note, measured, in_words(weak)
+        *(budget.fraction, achieved, threshold, before, found.cost, note),
+        warnings=in_words(weak),
     )
-
-
-def _tables(parts: Sequence[PrunablePart], processes: Processes) -> list[LatencyTable]:
-    return [LatencyTable.of(part.module, part.analysis, processes) for part in parts]
 
 
 def _bisect(

@@ -1,7 +1,7 @@
 """`GradualPruning`: prunes while the network trains, what the loss would miss least for its cost.
 
 1. Every step adds to the sensitivities of channels and of groups, see `dspfx.sensitivity`.
-2. A few dozen times, what has the least sensitivity for the MACs (or parameters) that would be
+2. A few dozen times, what has the least sensitivity for the MACs (parameters, time) that would be
    saved is dropped, whole channels and inputs of groups in one order, until the present budget is
    met. It falls geometrically: after the share u of all prunings, `kept^u` remains.
 3. What was seen before a pruning counts less and less afterwards.
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dspfx.budget import Budget, PruneReport, prune_to
-from dspfx.errors import BudgetError, LearnError
-from dspfx.parts import parts_of
+from dspfx.budget import Budget, PruneReport, latency_tables, prune_by
+from dspfx.errors import LearnError
+from dspfx.latency import LatencyTable
+from dspfx.parts import Part, parts_of
 from dspfx.processes import Processes
 from dspfx.resumed import check_kind, check_settings
 from dspfx.sensitive_parts import sensitive_parts
@@ -46,14 +47,14 @@ class GradualPruning:
             optimizer.step()
 
     Channels and inputs of groups go in one order: the mean square of the loss's derivative by a
-    factor in front of them, over the MACs that they cost at present. Groups are those that the
+    factor in front of them, over what they cost of the budget at present. Groups are those that the
     model has at the first step, learned or from `cluster_groups`; without either a layer is one
     group. What is pruned already stays pruned. Inputs of layers that are frozen, or whose
     weight is computed from others, all stay: nothing is known of them.
 
     Args:
         prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
-        budget: what may remain in the end, of MACs or of parameters.
+        budget: what may remain in the end. For one of latency, layers are measured here.
         total_steps: T, how often `step` will be called at most.
         begin: the share of them after which pruning begins.
         end: the share of them after which it is done; the rest trains what remains.
@@ -70,7 +71,7 @@ class GradualPruning:
         report: of the latest pruning, see `dspfx.PruneReport`; None before the first.
 
     Raises:
-        BudgetError: the budget cannot be reached, or is one of latency.
+        BudgetError: the budget cannot be reached.
         LearnError: a setting out of range.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
@@ -88,8 +89,6 @@ class GradualPruning:
         groups: bool = True,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        if budget.latency is not None:
-            raise BudgetError("gradual pruning needs a budget of MACs or of parameters")
         if total_steps < 1 or prunings < 1:
             raise LearnError("total_steps and prunings must be at least 1")
         if not 0 <= begin <= end <= 1:
@@ -106,6 +105,7 @@ class GradualPruning:
         self.prepared = unwrapped(prepared)
         self.parts = parts_of(self.prepared)
         self.sensitivities = [Sensitivity(part.module) for part in self.parts]
+        self.tables = latency_tables(self.parts, budget, self.processes)
         self._started = self._trial()
 
     def step(self) -> None:
@@ -147,6 +147,7 @@ class GradualPruning:
             "prunings_done": self.prunings_done,
             "started": self._started,
             "sums": [v.clone() for s in self.sensitivities for v in s.values()],
+            "times": [dict(table.times) for table in self.tables],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -159,10 +160,14 @@ class GradualPruning:
         own = self.state_dict()
         check_kind(own, state, "GradualPruning")
         check_settings(own["settings"], state["settings"], "this one")
-        if [v.shape for v in own["sums"]] != [v.shape for v in state["sums"]]:
+        layers = [sorted(times) for times in own["times"]], [sorted(t) for t in state["times"]]
+        shapes = [v.shape for v in own["sums"]], [v.shape for v in state["sums"]]
+        if layers[0] != layers[1] or shapes[0] != shapes[1]:
             raise LearnError("this is the state of a GradualPruning for another model")
         self.steps_done, self.prunings_done = state["steps_done"], state["prunings_done"]
         self._started, self._going = state["started"], False
+        pairs = zip(self.tables, state["times"], strict=True)
+        self.tables = [table.with_times(times) for table, times in pairs]
         values = [v for s in self.sensitivities for v in s.values()]
         for value, saved in zip(values, state["sums"], strict=True):
             value.copy_(saved)
@@ -180,20 +185,20 @@ class GradualPruning:
         sums = [v for s in self.sensitivities for v in s.values()]
         self.processes.broadcast(sums)
         kept = self._started ** (1 - share) * self.budget.fraction**share
-        parts = sensitive_parts(self.parts, self.sensitivities, self.budget, self.groups)
-        self.report = prune_to(self.prepared, parts, _at(self.budget, kept), LEAST)
+        self.report = self._prune_to(kept, self.parts, self.tables)
         for sensitivity in self.sensitivities:
             sensitivity.decay(self.decay)
 
     def _trial(self) -> float:
         """What fraction there is at present; raises if the budget cannot be reached."""
-        trial = copy.deepcopy(self.prepared)
-        parts = sensitive_parts(parts_of(trial), self.sensitivities, self.budget, self.groups)
-        started = prune_to(trial, parts, _at(self.budget, 1.0), LEAST).achieved
-        prune_to(trial, parts, self.budget, LEAST)
+        parts = parts_of(copy.deepcopy(self.prepared))
+        tables = latency_tables(parts, self.budget, self.processes)
+        started = self._prune_to(1.0, parts, tables).achieved
+        self._prune_to(self.budget.fraction, parts, tables)
         return max(started, self.budget.fraction)
 
-
-def _at(budget: Budget, fraction: float) -> Budget:
-    fraction = min(fraction, 1.0)
-    return Budget(macs=fraction) if budget.macs is not None else Budget(params=fraction)
+    def _prune_to(
+        self, fraction: float, parts: list[Part], tables: list[LatencyTable]
+    ) -> PruneReport:
+        ordered = sensitive_parts(parts, self.sensitivities, self.budget, tables, self.groups)
+        return prune_by(tables, ordered, self.budget.at(min(fraction, 1.0)), LEAST)

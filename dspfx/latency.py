@@ -1,15 +1,15 @@
 """How long a pruned network is likely to take, from measured layers.
 
 Every convolution and linear layer is timed whole and at smaller shares of its weights, two groups
-of filters that read overlapping channels, in its fastest form. Between these shares times are
-interpolated; layers that are not timed, depthwise ones for instance, are taken to need as long for
-a multiply-accumulate as the others.
+of filters that read overlapping channels, in its fastest form; on the own kernel as part of a run.
+Between these shares times are interpolated; layers that are not timed, depthwise ones for instance,
+are taken to need as long for a multiply-accumulate as the others.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,8 @@ from dspfx.compile import compile
 from dspfx.convert import convert
 from dspfx.filters import TRANSPOSED
 from dspfx.gates import gated_layers
-from dspfx.gating import fitting_inputs
+from dspfx.gating import analyse_prepared, fitting_inputs
+from dspfx.group_conv import GroupConvRun
 from dspfx.masks import set_masks
 from dspfx.module import PreparedModule
 from dspfx.passes.cost import Cost, layer_costs
@@ -37,6 +38,7 @@ from dspfx.timing import medians
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 UNION = 1.5  # how many channels two groups read together, compared to one
+MOST_BELOW = 10.0  # how much cheaper than on average a multiply-accumulate may seem
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,56 @@ class LatencyTable:
     Attributes:
         analysis: of its graph.
         before: the cost of every layer, whole.
-        seconds: of the layers that were timed, at each of `SHARES`.
+        times: seconds of the layers that were timed, at each of `SHARES`, by the node's name.
         a_mac: seconds of a multiply-accumulate of the others.
     """
 
     analysis: ChannelAnalysis
     before: dict[Node, Cost]
-    seconds: dict[Node, tuple[float, ...]]
+    times: Mapping[str, Sequence[float]]
     a_mac: float
 
     @staticmethod
-    def of(
-        module: PreparedModule, analysis: ChannelAnalysis, processes: Processes
-    ) -> "LatencyTable":
+    def of(module: PreparedModule, processes: Processes) -> "LatencyTable":
         """Measure the layers of `module` for its example inputs, or remember them."""
+        analysis = analyse_prepared(module)
         before = layer_costs(analysis)
-        times = processes.of_first(lambda: _times(module, analysis))
-        seconds = {node: times[node.name] for node in analysis.ops if node.name in times}
-        timed = sum(before[node].macs for node in seconds)
-        a_mac = sum(times[-1] for times in seconds.values()) / timed if timed else 1.0
-        return LatencyTable(analysis, before, seconds, a_mac)
+        return LatencyTable(analysis, before, {}, 1.0).with_times(
+            processes.of_first(lambda: _times(module, analysis))
+        )
+
+    def with_times(self, times: Mapping[str, Sequence[float]]) -> "LatencyTable":
+        """The same with other times."""
+        timed = sum(cost.macs for node, cost in self.before.items() if node.name in times)
+        a_mac = sum(own[-1] for own in times.values()) / timed if timed else 1.0
+        return replace(self, times=times, a_mac=a_mac)
 
     def predict(self, live: Liveness | None = None) -> float:
         """The seconds of all layers together: dense, or what is left under `live`."""
         costs = layer_costs(self.analysis, live)
-        return sum(self._layer(node, cost) for node, cost in costs.items())
+        return sum(self._takes(node, cost.macs) for node, cost in costs.items())
 
-    def _layer(self, node: Node, cost: Cost) -> float:
-        if node not in self.seconds:
-            return cost.macs * self.a_mac
-        share = cost.macs / max(1, self.before[node].macs)
-        return float(np.interp(share, (0.0, *SHARES), (0.0, *self.seconds[node])))
+    def seconds_a_mac(self, live: Liveness) -> dict[Node, float]:
+        """What a multiply-accumulate more, or less, takes of every layer where it is at present.
+
+        Measured times are noisy: it is the slope from half to twice of what is alive.
+        """
+        costs = layer_costs(self.analysis, live)
+        return {node: self._slope(node, cost.macs) for node, cost in costs.items()}
+
+    def _slope(self, node: Node, macs: float) -> float:
+        whole = self.before[node].macs
+        less, more = macs / 2, min(2 * macs, whole)
+        if more <= less:
+            return self.a_mac
+        slope = (self._takes(node, more) - self._takes(node, less)) / (more - less)
+        return max(slope, self.a_mac / MOST_BELOW)
+
+    def _takes(self, node: Node, macs: float) -> float:
+        if node.name not in self.times:
+            return macs * self.a_mac
+        share = macs / max(1, self.before[node].macs)
+        return float(np.interp(share, (0.0, *SHARES), (0.0, *self.times[node.name])))
 
 
 def _times(module: PreparedModule, analysis: ChannelAnalysis) -> dict[str, tuple[float, ...]]:
@@ -144,7 +165,9 @@ def _site(module: PreparedModule, op: Mix, shape: torch.Size, share: float) -> S
 
 
 def _fastest(site: Site, measured: Measured) -> float:
-    modules = {"dense": site.emit(dense(site.groups)), "native": site.emit_native()}
-    return min(
-        measured({n: m for n, m in modules.items() if m is not None}, site.example()).values()
-    )
+    modules = {"dense": site.emit(dense(site.groups))}
+    own = site.emit_native()
+    if own is not None:
+        run = GroupConvRun([own], [(0, -1)], 1, [1])
+        modules |= {"native": run, "Winograd": run.transformed(run.transformable())}
+    return min(measured(modules, site.example()).values())

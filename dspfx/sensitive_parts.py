@@ -4,14 +4,17 @@ Costs are marginal, at what is alive at present: of a coupling class, what all l
 writing and reading it; of a channel of a group, what the group's filters spend on reading it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 from torch.fx.node import Node
 
 from dspfx.budget import Budget
 from dspfx.gates import FilterGate, gated_layers
+from dspfx.latency import LatencyTable
 from dspfx.masks import present_liveness
 from dspfx.module import PreparedModule
 from dspfx.parts import Part
@@ -20,6 +23,8 @@ from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray
 from dspfx.prune import PrunableLayer
 from dspfx.prune_channels import classes_gone, removable, sides, without
 from dspfx.sensitivity import Sensitivity
+
+Prices = Mapping[Node, float]  # of one filter that reads one channel
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,24 @@ class SensitivePart:
 
 
 def sensitive_parts(
-    parts: Iterable[Part], sensitivities: Iterable[Sensitivity], budget: Budget, groups: bool
+    parts: Iterable[Part],
+    sensitivities: Iterable[Sensitivity],
+    budget: Budget,
+    tables: Sequence[LatencyTable],
+    groups: bool,
 ) -> list[SensitivePart]:
-    """The order of everything in all parts, by sensitivity over cost, as shares of its number."""
+    """The order of everything in all parts, by sensitivity over cost, as shares of its number.
+
+    Args:
+        parts: of a model.
+        sensitivities: of each.
+        budget: what the cost is of.
+        tables: of each part, for a budget of latency.
+        groups: whether inputs of groups go, too.
+    """
     made = [
-        _unordered(part, sensitivity, budget.macs is not None, groups)
-        for part, sensitivity in zip(parts, sensitivities, strict=True)
+        _unordered(part, sensitivity, partial(_prices, budget, table), groups)
+        for part, sensitivity, table in zip_longest(parts, sensitivities, tables)
     ]
     scores = [a for part in made for a in (part.lost, *_channels(part))]
     everything = np.concatenate([a.ravel() for a in scores])
@@ -85,13 +102,15 @@ def _channels(part: SensitivePart) -> list[FloatArray]:
     return [layer.lost_channels for layer in part.layers.values()]
 
 
-def _unordered(part: Part, sensitivity: Sensitivity, macs: bool, groups: bool) -> SensitivePart:
+def _unordered(
+    part: Part, sensitivity: Sensitivity, prices: Callable[..., Prices], groups: bool
+) -> SensitivePart:
     """A part with scores in place of the order."""
     analysis, live = present_liveness(part.module)
     gates = {name: layer.gate for name, layer in gated_layers(part.module).items()}
     mixes = {op.layer: op for op in analysis.ops.values() if isinstance(op, Mix) and op.gated}
     both = list(sides(part, analysis))
-    cost, group_costs = _costs(analysis, live, gates, macs)
+    cost, group_costs = _costs(analysis, live, gates, prices(analysis, live))
     values = sensitivity.classes.cpu().numpy()
     seen = ~sensitivity.unseen.cpu().numpy()
     going = removable(analysis, both, values) & seen & (cost > 0)
@@ -113,16 +132,29 @@ def _unordered(part: Part, sensitivity: Sensitivity, macs: bool, groups: bool) -
     return SensitivePart(part.module, analysis, part.name, masks, layers, lost, widths)
 
 
+def _prices(
+    budget: Budget, table: LatencyTable | None, analysis: ChannelAnalysis, live: Liveness
+) -> Prices:
+    """What it costs of the budget that one filter reads one channel, in every call of a layer."""
+    mixes = {node: op for node, op in analysis.ops.items() if isinstance(op, Mix)}
+    if budget.params is not None:
+        return {node: op.taps for node, op in mixes.items()}
+    macs = {node: op.taps * op.positions for node, op in mixes.items()}
+    if table is None:
+        return macs
+    seconds = table.seconds_a_mac(live)
+    return {node: macs[node] * seconds[node] for node in mixes}
+
+
 def _costs(
-    analysis: ChannelAnalysis, live: Liveness, gates: Mapping[str, FilterGate], macs: bool
+    analysis: ChannelAnalysis, live: Liveness, gates: Mapping[str, FilterGate], prices: Prices
 ) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """MACs, or parameters: of the coupling classes, and `[S, G, C/S]` of every gated layer."""
+    """Of the coupling classes, and `[S, G, C/S]` of every gated layer."""
     count = int(analysis.classes.max(initial=-1)) + 1
     classes, groups = np.zeros(count), dict[str, FloatArray]()
-    for node, op in analysis.ops.items():
-        if not isinstance(op, Mix):
-            continue
-        each = op.taps * op.positions if macs else op.taps
+    for node, each in prices.items():
+        op = analysis.ops[node]
+        assert isinstance(op, Mix)
         alive = _alive(live, node, op)
         classes += np.bincount(analysis.class_of(node), alive.sum(1) * each, count)
         if not op.restored:

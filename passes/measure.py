@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dspfx.branches import Branches
 from dspfx.caches import as_file_name, cache_folder, processor
-from dspfx.group_conv import GroupConv2d
-from dspfx.timing import medians
+from dspfx.group_conv import GroupConv2d, GroupConvRun
+from dspfx.timing import layer_medians, medians
 
 ROUNDS = 7
 WARM_UP = 0.005
@@ -39,7 +39,7 @@ class Measured:
         self.known = _read(self.path)
 
     def __call__(self, modules: Mapping[Any, nn.Module], x: Tensor) -> dict[Any, float]:
-        """The seconds that each of `modules` takes for `x`."""
+        """The seconds that each of `modules` takes for `x`; runs by the kernel's own clock."""
         signatures = {name: signature(module, x) for name, module in modules.items()}
         missing = {
             signatures[name]: module
@@ -48,12 +48,7 @@ class Measured:
         }
         if missing:
             with torch.no_grad():
-                planar = x.contiguous()  # as the own kernel takes it
-                ready = {
-                    key: _ready(module, planar if isinstance(module, GroupConv2d) else x)
-                    for key, module in missing.items()
-                }
-                self.known.update(medians(ready, ROUNDS, warm_up=WARM_UP, round_takes=ROUND_TAKES))
+                self.known.update(_timed(missing, x))
         return {name: self.known[key] for name, key in signatures.items()}
 
     def save(self) -> None:
@@ -71,6 +66,20 @@ def signature(module: nn.Module, x: Tensor) -> str:
     """All that the time of `module` for `x` depends on, except the machine."""
     kind = "channels last" if _is_channels_last(x) else "plain"
     return f"{module!r} {tuple(x.shape)} {x.dtype} {kind}"
+
+
+def _timed(modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
+    planar = x.contiguous()  # as the own kernel takes it
+    runs = {key: module for key, module in modules.items() if isinstance(module, GroupConvRun)}
+    ready = {
+        key: _ready(module, planar if isinstance(module, GroupConv2d) else x)
+        for key, module in modules.items()
+        if key not in runs
+    }
+    layers = layer_medians(list(runs.values()), [planar])
+    return medians(ready, ROUNDS, warm_up=WARM_UP, round_takes=ROUND_TAKES) | {
+        key: sum(seconds) for key, seconds in zip(runs, layers, strict=True)
+    }
 
 
 def _machine(device: torch.device) -> str:

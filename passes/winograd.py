@@ -5,16 +5,13 @@ of few or of small groups lose.
 """
 
 from collections.abc import Mapping
-from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
 from dspfx.group_conv import GroupConvRun
-
-ROUNDS = 15
-WARM_UP = 5
+from dspfx.timing import layer_medians
 
 Choice = Mapping[str, tuple[int, ...]]
 
@@ -62,14 +59,5 @@ def _faster(run: GroupConvRun, given: tuple[Any, ...]) -> tuple[int, ...]:
     candidates = run.transformable()
     if not candidates:
         return ()
-    direct, transformed = _medians((run.transformed(()), run.transformed(candidates)), given)
+    direct, transformed = layer_medians((run.transformed(()), run.transformed(candidates)), given)
     return tuple(number for number in candidates if transformed[number] < direct[number])
-
-
-def _medians(runs: tuple[GroupConvRun, ...], given: tuple[Any, ...]) -> list[list[float]]:
-    """Of each run the seconds of every layer, measured in turns."""
-    times: list[list[list[float]]] = [[] for _ in runs]
-    for _ in range(WARM_UP + ROUNDS):
-        for run, own in zip(runs, times, strict=True):
-            own.append(run.seconds(*given).tolist())
-    return [[median(layer) for layer in zip(*own[WARM_UP:], strict=True)] for own in times]

@@ -116,6 +116,8 @@ def test_options_change_single_settings() -> None:
         "prune cifar-resnet8",
         "prune cifar-resnet8 --keep-macs 0.5 -o /nowhere/small.onnx",
         "prune cifar-resnet8 --keep-macs 2",
+        "prune cifar-resnet8 --keep-macs 0.5 --keep-latency 0.5",
+        "train --data digits --model cifar-resnet8 --keep-macs 0.5 --keep-latency 0.5",
         "bench no.such.module:model",
     ],
 )

@@ -249,6 +249,19 @@ def test_what_cannot_work_is_found_before_anything_is_written(tmp_path: Path) ->
         assert not folder.exists()
 
 
+@pytest.mark.parametrize("method", ["gradual", "learned"])
+def test_a_share_of_the_time_is_kept(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dspfx.latency, "_times", lambda *_: {})  # like multiply-accumulates
+    monkeypatch.setattr(dspfx.budget, "measured_fraction", lambda _: 0.5)
+    recipe = dataclasses.replace(
+        TINY, method=method, keep_latency=0.6, keep_macs=0.1, prune_more=0.0
+    )
+    found = run(recipe, tmp_path / "run").report
+    assert 0.5 < found.after.macs / found.before.macs <= 0.6
+
+
 def test_without_learning_and_fine_tuning(tmp_path: Path) -> None:
     """Clusters and recalibration instead, on given weights, and a teacher nobody asks."""
     dspfx.save_checkpoint(tmp_path / "weights.pt", model=CifarResNet(8, in_channels=1))
@@ -352,6 +365,8 @@ def test_settings_out_of_range() -> None:
             Recipe(**wrong)
     with pytest.raises(dspfx.BudgetError):
         Recipe(keep_macs=0.0)
+    with pytest.raises(dspfx.BudgetError):
+        Recipe(keep_latency=1.5)
     with pytest.raises(dspfx.PrepareError):
         Recipe(groups=0)
 

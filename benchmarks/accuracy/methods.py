@@ -326,11 +326,15 @@ def _gradually(
     run: Run,
     groups: bool = True,
     distil: bool = False,
+    timed: bool = False,
 ) -> nn.Module:
     """8 epochs at the rate of learning, in which the network is pruned by what the loss says."""
     pruned, schedule = copy.deepcopy(prepared), run.scenario.learn
     made: list[dspfx.GradualPruning] = []
-    budget = dspfx.Budget(macs=macs / dense_macs(run.dense)[0])
+    whole, gated = dense_macs(run.dense)
+    budget = dspfx.Budget(macs=macs / whole)
+    if timed:
+        budget = dspfx.Budget(latency=1 - (whole - macs) / gated)
     steps = run.data.steps(schedule.epochs)
 
     def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
@@ -427,6 +431,15 @@ METHODS = {
     "learned strongly, 4 groups": Method("strong-4", _masked),
     "learned, 4 groups, distilled": Method("learned-4", _masked, distil=True),
 }
+# of the time that the dense network is predicted to take, not of its MACs, a share remains
+TIMED = {
+    "whole channels, gradually, by time": Method(
+        "gated", functools.partial(_gradually, groups=False, timed=True), learns=True
+    ),
+    "channels and groups, gradually, by time": Method(
+        "clustered", functools.partial(_gradually, timed=True), learns=True
+    ),
+}
 UNTRAINED = {
     f"{name}, untrained": dataclasses.replace(METHODS[name], tuned=False)
     for name in (
@@ -447,4 +460,4 @@ UNTRAINED |= {
     ),
     "channels and groups, by the loss, untrained": Method("clustered", _by_the_loss, tuned=False),
 }
-METHODS |= UNTRAINED
+METHODS |= UNTRAINED | TIMED

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from benchmarks.accuracy import results
 from benchmarks.accuracy.latency import LATENCY
-from benchmarks.accuracy.methods import METHODS, UNTRAINED
+from benchmarks.accuracy.methods import METHODS, TIMED, UNTRAINED
 from benchmarks.accuracy.results import Result
 from benchmarks.accuracy.runs import DENSE, LONGER
 from benchmarks.accuracy.scenarios import SCENARIOS
@@ -61,7 +61,8 @@ def write() -> None:
             continue
         sections.append(f"## {scenario.title}\n\n{_section(name, cells)}")
         if name == "resnet20":
-            _into_readme(_table(cells, _widely_tried(cells)))
+            tried = [method for method in _widely_tried(cells) if method not in TIMED]
+            _into_readme(_table(cells, tried))
     PAGE.write_text(re.sub(r"\n{3,}", "\n\n", f"{_heading()}\n\n" + "\n\n".join(sections) + "\n"))
 
 
@@ -78,8 +79,12 @@ def _widely_tried(cells: Cells) -> list[str]:
 
 
 def _section(name: str, cells: Cells) -> str:
-    trained, tried = [m for m in METHODS if m not in UNTRAINED], _widely_tried(cells)
+    trained = [m for m in METHODS if m not in UNTRAINED | TIMED]
+    tried = _widely_tried(cells)
     parts = [_dense_line(cells), _table(cells, trained)]
+    if any(method in TIMED for method, _ in cells):
+        parts += ["Pruned to a share of the time that layers were measured to take:"]
+        parts += [_table(cells, list(TIMED), " of the time")]
     if any(method in UNTRAINED for method, _ in cells):
         parts += ["Not trained after pruning; batch norms are recalibrated:"]
         parts += [_table(cells, list(UNTRAINED))]
@@ -96,7 +101,7 @@ def _dense_line(cells: Cells) -> str:
     return f"Top-1, percent. {'; '.join(texts)}." if texts else "Top-1, percent."
 
 
-def _table(cells: Cells, methods: list[str]) -> str:
+def _table(cells: Cells, methods: list[str], of: str = "") -> str:
     columns = sorted({pruned for method, pruned in cells if method in methods})
     rows = [
         (method, *(_text(cells.get((method, p), [])) for p in columns))
@@ -106,7 +111,7 @@ def _table(cells: Cells, methods: list[str]) -> str:
     kept = [_kept(cells, methods, p) for p in columns]
     header = [
         "pruned",
-        *(f"{p} % ({k:.1%} of all MACs left)" for p, k in zip(columns, kept, strict=True)),
+        *(f"{p} %{of} ({k:.1%} of all MACs left)" for p, k in zip(columns, kept, strict=True)),
     ]
     return tabulate(rows, header, "github", disable_numparse=True)
 

@@ -45,6 +45,10 @@ def prune(
     keep_params: Annotated[
         float | None, typer.Option(help="Fraction of the parameters to keep instead.")
     ] = None,
+    keep_latency: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the time to keep instead; layers are measured."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -92,9 +96,11 @@ def prune(
     measured; without, inputs of groups go by the weights alone.
     """
     with session(debug=debug, as_json=as_json, threads=threads) as own:
-        if keep_macs is None and keep_params is None:
-            raise BudgetError("say how much may remain: --keep-macs or --keep-params")
-        budget = Budget(macs=keep_macs, params=keep_params)
+        if keep_macs is None and keep_params is None and keep_latency is None:
+            raise BudgetError(
+                "say how much may remain: --keep-macs, --keep-params or --keep-latency"
+            )
+        budget = Budget(macs=keep_macs, params=keep_params, latency=keep_latency)
         path = output or Path(f"{model.replace('/', '-').replace(':', '-')}-pruned.safetensors")
         if not path.name.endswith((".safetensors", *SUFFIXES)):
             raise ExportError(

@@ -95,6 +95,10 @@ def train(
     ] = None,
     groups: Annotated[int | None, _option(PRUNING, "Per layer.")] = None,
     keep_macs: Annotated[float | None, _option(PRUNING, "Fraction of the MACs to keep.")] = None,
+    keep_latency: Annotated[
+        float | None,
+        _option(PRUNING, "Fraction of the time to keep instead; layers are measured here."),
+    ] = None,
     strength: Annotated[
         float | None, _option(PRUNING, "Of the group learning (--method learned).")
     ] = None,
@@ -142,6 +146,8 @@ def train(
     with session(debug=debug, as_json=as_json, threads=threads) as own:
         if resume and preset_name is not None:
             raise RecipeError("a run that goes on has its settings; leave out --preset")
+        if keep_macs is not None and keep_latency is not None:
+            raise RecipeError("give one of --keep-macs and --keep-latency")
         if resume and run_dir is None and data is None:
             raise RecipeError("say which run is to go on: --run-dir")
         path = run_dir or Path("runs") / _name(model, data, preset_name)

@@ -18,20 +18,24 @@ inline void copy(float* to, const float* from, int64_t count) {
   Vec::loadu(from + count - LANES).store(to + count - LANES);
 }
 
-// Every `step`-th pixel.
-inline void copy(float* to, const float* from, int64_t count, int64_t step) {
+// Every `step`-th pixel. There are `before` pixels of the row before the first one that is taken, and
+// `behind` behind the last one: no others may be read.
+inline void copy(float* to, const float* from, int64_t count, int64_t step, int64_t before,
+                 int64_t behind) {
   if (step == 1) return copy(to, from, count);
-  if (step == 2 && count > LANES) {
-    const auto pairs = [](const float* p) {
-      return at::vec::deinterleave2(Vec::loadu(p), Vec::loadu(p + LANES));
-    };
-    for (int64_t i = 0; i + LANES < count; i += LANES)
-      std::get<0>(pairs(from + 2 * i)).store(to + i);
-    // the last vector steps back, and by one more: it may not read past the last pixel
-    const int64_t last = count - LANES;
-    return std::get<1>(pairs(from + 2 * last - 1)).store(to + last);
+  if (step != 2 || count < LANES || (count == LANES && before + behind == 0)) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+    return;
   }
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+  const auto pairs = [](const float* p) {
+    return at::vec::deinterleave2(Vec::loadu(p), Vec::loadu(p + LANES));
+  };
+  int64_t i = 0;
+  for (; i + LANES < count; i += LANES) std::get<0>(pairs(from + 2 * i)).store(to + i);
+  // the last vector steps back; it has one pixel too many, before the first or behind the last
+  const int64_t last = count - LANES;
+  if (behind > 0) std::get<0>(pairs(from + 2 * last)).store(to + last);
+  else std::get<1>(pairs(from + 2 * last - 1)).store(to + last);
 }
 
 // Copies the rows that the output rows from `first` on need, padded where the image ends.
@@ -50,12 +54,13 @@ inline void fill(const Layer& l, const Cut& cut, const Value& size, Planes<const
         const int64_t begin = std::clamp<int64_t>((-shift + step - 1) / step, 0, f.width);
         const int64_t end =
             std::clamp<int64_t>((size.width - shift + step - 1) / step, begin, f.width);
+        const int64_t x = shift + begin * step, last = shift + (end - 1) * step;
         // all of it first: rows are short, and so are their ends
         std::fill_n(to, f.height * f.width, padding);
         for (int64_t row = 0; row < f.height; ++row, to += f.width) {
           const int64_t y = (first + row) * l.stride[0] + py - l.padding[0];
-          if (y >= 0 && y < size.height)
-            copy(to + begin, plane + y * from.row + shift + begin * step, end - begin, step);
+          if (y >= 0 && y < size.height && begin < end)
+            copy(to + begin, plane + y * from.row + x, end - begin, step, x, size.width - 1 - last);
         }
       }
     }

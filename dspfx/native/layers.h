@@ -70,6 +70,10 @@ struct Layer {
     return sum;
   }
   bool pools() const { return kind == MAX_POOL || kind == AVERAGE_POOL; }
+  bool averages_all_of(const Value& v) const {
+    return kind == AVERAGE_POOL && kernel[0] == v.height && kernel[1] == v.width &&
+           padding[0] == 0 && padding[1] == 0 && dilation[0] == 1 && dilation[1] == 1;
+  }
   int64_t weights(const Block& b) const { return b.rows * b.count * points(); }
   // sums of products, and how many products of a channel each has
   int64_t points() const { return kind == WINOGRAD ? POINTS : 1; }

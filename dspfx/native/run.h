@@ -140,6 +140,14 @@ inline void compute_winograd(const Call& call, const Layer& l, const Cut& cut, i
   }
 }
 
+// The average of all pixels of some channels: zeros, or nothing, lie between their rows.
+inline void average_all(const Value& size, const Planes<const float>& source, const Planes<float>& y,
+                        int64_t from, int64_t until) {
+  const int64_t count = (size.height - 1) * source.row + size.width;
+  for (int64_t c = from; c < until; ++c)
+    y.data[c * y.plane] = mean(source.data + c * source.plane, count, size.height * size.width);
+}
+
 // A member's share of a layer, for images from `image` on, at most TOGETHER, of which the first is
 // the `nth` in the arena.
 inline void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t image, int64_t nth,
@@ -150,12 +158,19 @@ inline void compute_layer(const Call& call, const Layer& l, const Cut& cut, int6
   for (int64_t task = member; task < cut.strips * splits; task += members) {
     const int64_t number = task / splits, split = task % splits;
     const int64_t first = number * cut.rows;
+    const Value& size = p.values[l.source];
+    if (l.averages_all_of(size)) {
+      for (int64_t i = image; i < image + images; ++i)
+        average_all(size, call.source(l.source, i, nth + i - image, arena),
+                    call.target(l.result, i, nth + i - image, arena), cut.splits[split],
+                    cut.splits[split + 1]);
+      continue;
+    }
     Strip strips[TOGETHER];
     for (int64_t i = 0; i < images; ++i) {
       const Planes<const float> source = call.source(l.source, image + i, nth + i, arena);
       float* frame = scratch + i * p.late_scratch;
       strips[i].pixels = cut.in_place ? source.data + first * cut.row : frame;
-      const Value& size = p.values[l.source];
       if (l.kind == WINOGRAD) fill_bands(l, cut, size, source, first, p.zeros.data(), frame);
       else if (!cut.in_place) fill(l, cut, size, source, first, frame);
       Target& target = strips[i].target;

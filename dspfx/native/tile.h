@@ -224,6 +224,22 @@ void pool_tile(const float*, const int64_t* offset, int64_t count, const float* 
   }
 }
 
+// The mean of `of` pixels, which lie among `count` floats; the others are zero.
+inline float mean(const float* pixels, int64_t count, int64_t of) {
+  constexpr int64_t SUMS = 4;
+  Vec sum[SUMS] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
+  int64_t at = 0;
+  for (; at + SUMS * LANES <= count; at += SUMS * LANES)
+    for (int64_t i = 0; i < SUMS; ++i) sum[i] = sum[i] + Vec::loadu(pixels + at + i * LANES);
+  for (; at < count; at += LANES)
+    sum[0] = sum[0] + Vec::loadu(pixels + at, std::min(LANES, count - at));
+  alignas(64) float lanes[LANES];
+  ((sum[0] + sum[1]) + (sum[2] + sum[3])).store(lanes);
+  float whole = 0.f;
+  for (const float lane : lanes) whole += lane;
+  return whole / static_cast<float>(of);
+}
+
 template <typename Function>
 using OfRows = std::array<Function, MOST_VECTORS + 1>;
 

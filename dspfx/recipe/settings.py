@@ -62,6 +62,8 @@ class Recipe:
             phase, and pruned by their energies before each cycle of the third, as in the paper.
         groups: per layer.
         keep_macs: the fraction of the multiply-accumulates that may remain.
+        keep_latency: the fraction of the dense network's time that may remain, in place of
+            `keep_macs`; layers are measured on the machine that trains, for two images.
         strength, logits_every: of the group learning, see `dspfx.GroupLearner`.
         ignore: see `dspfx.PrepareConfig`.
         cycles, prune_more: of the fine-tuning, see `dspfx.CyclicFinetune`; what was pruned
@@ -75,7 +77,7 @@ class Recipe:
 
     Raises:
         RecipeError: a value out of range.
-        BudgetError, PrepareError: likewise, of `keep_macs` and `groups`.
+        BudgetError, PrepareError: likewise, of budgets and `groups`.
     """
 
     model: str = "cifar-resnet8"
@@ -92,6 +94,7 @@ class Recipe:
     method: str = "gradual"
     groups: int = 4
     keep_macs: float = 0.35
+    keep_latency: float | None = None
     strength: float = 2e-3
     logits_every: int = 1
     ignore: tuple[str, ...] = ()
@@ -106,6 +109,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         Budget(macs=self.keep_macs)
+        if self.keep_latency is not None:
+            Budget(latency=self.keep_latency)
         PrepareConfig(groups=self.groups)
         self._check_choices()
         self._check_numbers()
@@ -161,6 +166,8 @@ class Recipe:
     @property
     def budget(self) -> Budget:
         """What may remain."""
+        if self.keep_latency is not None:
+            return Budget(latency=self.keep_latency)
         return Budget(macs=self.keep_macs)
 
     @staticmethod
