@@ -42,9 +42,10 @@ optimizer. *Calibrated* methods know the inputs of layers from 1,000 training im
 (`dspfx.input_moments`); *regrouped*: once the network has learned, its filters are clustered anew.
 *Higher rate*: the first 8 epochs of fine-tuning have the rate that learning has. *Gradually*: in
 these 8 epochs `dspfx.GradualPruning` prunes, by what the loss says of channels and of groups.
-Groups are clustered there before it begins, or all at random. *Distilled*: with the dense network's
-answers. Tables have the mean, the standard deviation and the number of seeds; pictures have what
-was tried at three budgets or more.
+Groups are clustered there before it begins, or all at random. *By time*: a share of the time that
+layers were measured to take remains, and what goes is weighed against its time. *Distilled*: with
+the dense network's answers. Tables have the mean, the standard deviation and the number of seeds;
+pictures have what was tried at three budgets or more.
 """
 
 Cells = dict[tuple[str, int], list[Result]]  # by method and percentage, one for each seed
