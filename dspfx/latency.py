@@ -60,11 +60,14 @@ class LatencyTable:
     @staticmethod
     def of(module: PreparedModule, processes: Processes) -> "LatencyTable":
         """Measure the layers of `module` for its example inputs, or remember them."""
+        blank = LatencyTable.blank(module)
+        return blank.with_times(processes.of_first(lambda: _times(module, blank.analysis)))
+
+    @staticmethod
+    def blank(module: PreparedModule) -> "LatencyTable":
+        """Without times."""
         analysis = analyse_prepared(module)
-        before = layer_costs(analysis)
-        return LatencyTable(analysis, before, {}, 1.0).with_times(
-            processes.of_first(lambda: _times(module, analysis))
-        )
+        return LatencyTable(analysis, layer_costs(analysis), {}, 1.0)
 
     def with_times(self, times: Mapping[str, Sequence[float]]) -> "LatencyTable":
         """The same with other times."""
@@ -105,11 +108,12 @@ def _times(module: PreparedModule, analysis: ChannelAnalysis) -> dict[str, tuple
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     measured = Measured(device)
     seconds = {}
-    for node, op in analysis.ops.items():
-        if isinstance(op, Mix) and _can_be_timed(module, op):
-            shape = analysis.values[op.operands[0]].shape
-            sites = [_site(module, op, torch.Size(shape), share) for share in SHARES]
-            seconds[node.name] = tuple(_fastest(site, measured) for site in sites)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for node, op in analysis.ops.items():
+            if isinstance(op, Mix) and _can_be_timed(module, op):
+                shape = analysis.values[op.operands[0]].shape
+                sites = [_site(module, op, torch.Size(shape), share) for share in SHARES]
+                seconds[node.name] = tuple(_fastest(site, measured) for site in sites)
     measured.save()
     return seconds
 

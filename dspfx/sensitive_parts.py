@@ -7,7 +7,6 @@ writing and reading it; of a channel of a group, what the group's filters spend 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 
 import numpy as np
 from torch.fx.node import Node
@@ -68,7 +67,7 @@ class SensitivePart:
 
 
 def sensitive_parts(
-    parts: Iterable[Part],
+    parts: Sequence[Part],
     sensitivities: Iterable[Sensitivity],
     budget: Budget,
     tables: Sequence[LatencyTable],
@@ -85,7 +84,9 @@ def sensitive_parts(
     """
     made = [
         _unordered(part, sensitivity, partial(_prices, budget, table), groups)
-        for part, sensitivity, table in zip_longest(parts, sensitivities, tables)
+        for part, sensitivity, table in zip(
+            parts, sensitivities, tables or [None] * len(parts), strict=True
+        )
     ]
     scores = [a for part in made for a in (part.lost, *_channels(part))]
     everything = np.concatenate([a.ravel() for a in scores])

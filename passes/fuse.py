@@ -245,7 +245,8 @@ def _channels_added(node: Node) -> tuple[int, int] | None:
     given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
     pads: Any = given["pad"]
     zeros = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
-    known = len(pads) == 6 and all(type(p) is int and p >= 0 for p in pads)  # width comes first
+    known = isinstance(pads, list | tuple) and len(pads) == 6  # width comes first
+    known = known and all(type(p) is int and p >= 0 for p in pads)
     return (pads[4], pads[5]) if zeros and known and not any(pads[:4]) else None
 
 

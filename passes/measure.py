@@ -21,6 +21,7 @@ from dspfx.caches import as_file_name, cache_folder, processor
 from dspfx.group_conv import GroupConv2d, GroupConvRun
 from dspfx.timing import layer_medians, medians
 
+PACKED = torch.float32, torch.bfloat16  # by oneDNN
 ROUNDS = 7
 WARM_UP = 0.005
 ROUND_TAKES = 0.003
@@ -109,7 +110,7 @@ def _ready(module: nn.Module, x: Tensor) -> Callable[[], object]:
     """A call of `module` as it runs when compiled: on a CPU with its weights packed by oneDNN."""
     twin = module
     packs = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if packs and x.device.type == "cpu" and x.dim() == 4:
+    if packs and x.device.type == "cpu" and x.dim() == 4 and x.dtype in PACKED:
         twin = copy.deepcopy(module) if isinstance(module, Branches) else nn.Sequential(module)
         for name, layer in list(twin.named_children()):
             if type(layer) is nn.Conv2d and _is_plain(layer):

@@ -410,6 +410,19 @@ def test_a_resumed_run_is_the_same_to_the_last_bit() -> None:
         assert torch.equal(value, resumed.state_dict()[name])
 
 
+def test_measuring_leaves_the_random_numbers_of_the_user_alone() -> None:
+    prepared, before = layers(), torch.get_rng_state()
+    dspfx.GradualPruning(prepared, Budget(latency=0.4), total_steps=10)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(dspfx.latency, "_times", lambda *_: measured.append(1) or {})
+    dspfx.GradualPruning(layers(), Budget(latency=0.4), total_steps=10)
+    assert len(measured) == 1
+
+
 def test_a_resumed_run_knows_the_times_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(a_mac: dict[str, float]) -> dspfx.GradualPruning:
         layers_take(monkeypatch, a_mac)

@@ -253,7 +253,10 @@ def test_what_cannot_work_is_found_before_anything_is_written(tmp_path: Path) ->
 def test_a_share_of_the_time_is_kept(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dspfx.latency, "_times", lambda *_: {})  # like multiply-accumulates
+    times = iter([{}] * 2 + [{"stage_1_0_conv_a": (1e-3,) * 5}] * 9)  # at first like MACs
+    monkeypatch.setattr(
+        dspfx.latency, "_times", lambda *_: next(times) if method == "gradual" else {}
+    )
     monkeypatch.setattr(dspfx.budget, "measured_fraction", lambda _: 0.5)
     recipe = dataclasses.replace(
         TINY, method=method, keep_latency=0.6, keep_macs=0.1, prune_more=0.0

@@ -112,7 +112,10 @@ def _table(cells: Cells, methods: list[str], of: str = "") -> str:
     kept = [_kept(cells, methods, p) for p in columns]
     header = [
         "pruned",
-        *(f"{p} %{of} ({k:.1%} of all MACs left)" for p, k in zip(columns, kept, strict=True)),
+        *(
+            f"{p} %{of or f' ({k:.1%} of all MACs left)'}"
+            for p, k in zip(columns, kept, strict=True)
+        ),
     ]
     return tabulate(rows, header, "github", disable_numparse=True)
 

@@ -163,7 +163,7 @@ class Tune(Phase):
         self.finetune = CyclicFinetune(
             prepared,
             self.optimizer,
-            recipe.budget,
+            recipe.budget_of_tuning,
             cycles=recipe.cycles,
             epochs=recipe.tune.epochs,
             steps_per_epoch=steps,

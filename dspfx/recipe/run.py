@@ -188,7 +188,8 @@ class _Steps:
 
     def _tune(self, model: nn.Module, prepared: nn.Module, training: Training) -> None:
         if not self.recipe.tune.epochs:
-            self._pruned(prune(prepared, self.recipe.budget), 0, prepared, training)
+            found = prune(prepared, self.recipe.budget_of_tuning)
+            self._pruned(found, 0, prepared, training)
             recalibrate(prepared, self._some_batches(training))
             return
         teacher = model.eval().requires_grad_(False) if self.recipe.distill else None

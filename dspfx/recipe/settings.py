@@ -170,6 +170,13 @@ class Recipe:
             return Budget(latency=self.keep_latency)
         return Budget(macs=self.keep_macs)
 
+    @property
+    def budget_of_tuning(self) -> Budget:
+        """For the third phase: what was pruned to a share of the time is not measured again."""
+        if self.gradual and self.keep_latency is not None:
+            return Budget(macs=1.0)
+        return self.budget
+
     @staticmethod
     def of_json(value: Any, path: Path) -> "Recipe":
         """What `dspfx.records.to_json` made `value` of, read from `path`.
