@@ -82,11 +82,10 @@ def sensitive_parts(
         tables: of each part, for a budget of latency.
         groups: whether inputs of groups go, too.
     """
+    own: Sequence[LatencyTable | None] = tables or [None] * len(parts)
     made = [
         _unordered(part, sensitivity, partial(_prices, budget, table), groups)
-        for part, sensitivity, table in zip(
-            parts, sensitivities, tables or [None] * len(parts), strict=True
-        )
+        for part, sensitivity, table in zip(parts, sensitivities, own, strict=True)
     ]
     scores = [a for part in made for a in (part.lost, *_channels(part))]
     everything = np.concatenate([a.ravel() for a in scores])
