@@ -18,7 +18,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -236,9 +236,7 @@ class CyclicFinetune:
         self._set_rates()
 
     def _budget_of(self, cycle: int, final: Budget) -> Budget:
-        share = min(1.0, final.fraction + (self.cycles - 1 - cycle) * self.prune_more)
-        given = {name: share for name, value in asdict(final).items() if value is not None}
-        return replace(final, **given)
+        return final.at(min(1.0, final.fraction + (self.cycles - 1 - cycle) * self.prune_more))
 
     def _set_rates(self) -> None:
         first, end = self._first_epoch(self.cycle), self._first_epoch(self.cycle + 1)

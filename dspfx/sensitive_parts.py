@@ -4,9 +4,8 @@ Costs are marginal, at what is alive at present: of a coupling class, what all l
 writing and reading it; of a channel of a group, what the group's filters spend on reading it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from torch.fx.node import Node
@@ -84,7 +83,7 @@ def sensitive_parts(
     """
     own: Sequence[LatencyTable | None] = tables or [None] * len(parts)
     made = [
-        _unordered(part, sensitivity, partial(_prices, budget, table), groups)
+        _unordered(part, sensitivity, budget, table, groups)
         for part, sensitivity, table in zip(parts, sensitivities, own, strict=True)
     ]
     scores = [a for part in made for a in (part.lost, *_channels(part))]
@@ -103,14 +102,15 @@ def _channels(part: SensitivePart) -> list[FloatArray]:
 
 
 def _unordered(
-    part: Part, sensitivity: Sensitivity, prices: Callable[..., Prices], groups: bool
+    part: Part, sensitivity: Sensitivity, budget: Budget, table: LatencyTable | None, groups: bool
 ) -> SensitivePart:
     """A part with scores in place of the order."""
     analysis, live = present_liveness(part.module)
     gates = {name: layer.gate for name, layer in gated_layers(part.module).items()}
     mixes = {op.layer: op for op in analysis.ops.values() if isinstance(op, Mix) and op.gated}
     both = list(sides(part, analysis))
-    cost, group_costs = _costs(analysis, live, gates, prices(analysis, live))
+    prices = _prices(budget, table, analysis, live)
+    cost, group_costs = _costs(analysis, live, gates, prices)
     values = sensitivity.classes.cpu().numpy()
     seen = ~sensitivity.unseen.cpu().numpy()
     going = removable(analysis, both, values) & seen & (cost > 0)
