@@ -311,6 +311,28 @@ def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
     assert_equal(wanted, native._run(inputs, *buffers, run.layers, run.outputs), 1e-5)
 
 
+ABSENT = """
+import torch
+from torch import nn
+from test_native import layer
+torch.set_num_threads(4)
+for batch in range(6):
+    own, conv = layer(nn.Conv2d(8, 24, 3, padding=1), 3, seed=batch)
+    x = torch.randn(batch, 8, 20, 20)
+    torch.testing.assert_close(own(x), conv(x), rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_members_of_a_team_that_never_come(limit: int) -> None:
+    """The others do their tasks."""
+    environment = os.environ | {"OMP_THREAD_LIMIT": str(limit)}
+    folder = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", ABSENT], cwd=folder, env=environment, check=True, timeout=300
+    )
+
+
 @pytest.mark.parametrize(
     ("channels", "filters", "kernel", "size", "batch"),
     [

@@ -53,6 +53,9 @@ struct Cut {
   std::vector<std::array<std::vector<Tile>, MOST_VECTORS + 1>> tiles;
   std::vector<float> masks;
   std::vector<std::vector<Spot>> spots;  // by strip, of Winograd's algorithm
+
+  int64_t shares() const { return static_cast<int64_t>(splits.size()) - 1; }
+  int64_t tasks() const { return strips * shares(); }
 };
 
 struct Layer {

@@ -4,6 +4,10 @@
 
 #pragma once
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <chrono>
 
 #include "frames.h"
@@ -148,42 +152,44 @@ inline void average_all(const Value& size, const Planes<const float>& source, co
     y.data[c * y.plane] = mean(source.data + c * source.plane, count, size.height * size.width);
 }
 
-// A member's share of a layer, for images from `image` on, at most TOGETHER, of which the first is
-// the `nth` in the arena.
-inline void compute_layer(const Call& call, const Layer& l, const Cut& cut, int64_t image, int64_t nth,
-                   int64_t images, float* arena, float* scratch, int64_t member,
-                   int64_t members) {
+// One task of a layer, a strip or a share of its filters, for images from `image` on, at most
+// TOGETHER, of which the first is the `nth` in the arena.
+inline void compute_part(const Call& call, const Layer& l, const Cut& cut, int64_t image, int64_t nth,
+                   int64_t images, float* arena, float* scratch, int64_t task) {
   const Program& p = call.program;
-  const int64_t splits = static_cast<int64_t>(cut.splits.size()) - 1;
-  for (int64_t task = member; task < cut.strips * splits; task += members) {
-    const int64_t number = task / splits, split = task % splits;
-    const int64_t first = number * cut.rows;
-    const Value& size = p.values[l.source];
-    if (l.averages_all_of(size)) {
-      for (int64_t i = image; i < image + images; ++i)
-        average_all(size, call.source(l.source, i, nth + i - image, arena),
-                    call.target(l.result, i, nth + i - image, arena), cut.splits[split],
-                    cut.splits[split + 1]);
-      continue;
-    }
-    Strip strips[TOGETHER];
-    for (int64_t i = 0; i < images; ++i) {
-      const Planes<const float> source = call.source(l.source, image + i, nth + i, arena);
-      float* frame = scratch + i * p.late_scratch;
-      strips[i].pixels = cut.in_place ? source.data + first * cut.row : frame;
-      if (l.kind == WINOGRAD) fill_bands(l, cut, size, source, first, p.zeros.data(), frame);
-      else if (!cut.in_place) fill(l, cut, size, source, first, frame);
-      Target& target = strips[i].target;
-      target.bias = call.bias + l.bias;
-      target.activation = l.activation;
-      target.y = call.target(l.result, image + i, nth + i, arena);
-      target.residual = {};
-      if (l.residual >= 0) target.residual = call.source(l.residual, image + i, nth + i, arena);
-      target.masks = cut.masks.data();
-    }
-    const auto compute = l.kind == WINOGRAD ? compute_winograd : compute_direct;
-    compute(call, l, cut, number, strips, images, cut.splits[split], cut.splits[split + 1]);
+  const int64_t number = task / cut.shares(), share = task % cut.shares();
+  const int64_t first = number * cut.rows, from = cut.splits[share], until = cut.splits[share + 1];
+  const Value& size = p.values[l.source];
+  if (l.averages_all_of(size)) {
+    for (int64_t i = 0; i < images; ++i)
+      average_all(size, call.source(l.source, image + i, nth + i, arena),
+                  call.target(l.result, image + i, nth + i, arena), from, until);
+    return;
   }
+  Strip strips[TOGETHER];
+  for (int64_t i = 0; i < images; ++i) {
+    const Planes<const float> source = call.source(l.source, image + i, nth + i, arena);
+    float* frame = scratch + i * p.late_scratch;
+    strips[i].pixels = cut.in_place ? source.data + first * cut.row : frame;
+    if (l.kind == WINOGRAD) fill_bands(l, cut, size, source, first, p.zeros.data(), frame);
+    else if (!cut.in_place) fill(l, cut, size, source, first, frame);
+    Target& target = strips[i].target;
+    target.bias = call.bias + l.bias;
+    target.activation = l.activation;
+    target.y = call.target(l.result, image + i, nth + i, arena);
+    target.residual = {};
+    if (l.residual >= 0) target.residual = call.source(l.residual, image + i, nth + i, arena);
+    target.masks = cut.masks.data();
+  }
+  const auto compute = l.kind == WINOGRAD ? compute_winograd : compute_direct;
+  compute(call, l, cut, number, strips, images, from, until);
+}
+
+// All of a layer, by one thread.
+inline void compute_layer(const Call& call, const Layer& l, int64_t image, int64_t nth,
+                   int64_t images, float* arena, float* scratch) {
+  for (int64_t task = 0; task < l.alone.tasks(); ++task)
+    compute_part(call, l, l.alone, image, nth, images, arena, scratch, task);
 }
 
 // Adds the time until it is destroyed to a layer's, in the first thread.
@@ -212,33 +218,43 @@ inline void run_alone(const Call& call, int64_t image, int64_t images, float* ar
   for (int64_t i = 0; i < images; ++i)
     for (auto l = p.layers.begin(); l < p.layers.begin() + p.late; ++l) {
       const Stopwatch watch(call, *l, member);
-      compute_layer(call, *l, l->alone, image + i, i, 1, arena, scratch, 0, 1);
+      compute_layer(call, *l, image + i, i, 1, arena, scratch);
     }
   for (auto l = p.layers.begin() + p.late; l < p.layers.end(); ++l) {
     const Stopwatch watch(call, *l, member);
-    compute_layer(call, *l, l->alone, image, 0, images, arena, scratch, 0, 1);
+    compute_layer(call, *l, image, 0, images, arena, scratch);
   }
 }
 
 inline void run(const Call& call, Arenas& arenas, int64_t images, int64_t threads) {
   const Program& p = call.program;
-  std::vector<Arenas::Block> own;
-  for (int64_t i = 0; i < threads; ++i) own.push_back(arenas.take(p.floats()));
-  in_parallel(threads, [&](int64_t me, Team& team) {
-    const int64_t values = p.early_arena + TOGETHER * p.late_arena;
-    float *arena = own[me].get(), *scratch = arena + values;
-    const int64_t share = images / team.size();
-    for (int64_t n = me * share; n < (me + 1) * share; n += TOGETHER)
-      run_alone(call, n, std::min(TOGETHER, (me + 1) * share - n), arena, scratch, me);
-    team.wait();
-    for (int64_t n = share * team.size(); n < images; ++n)
+  const int64_t values = p.early_arena + TOGETHER * p.late_arena;
+  const int64_t own = images / threads, parts = (own + TOGETHER - 1) / TOGETHER;
+  std::vector<Arenas::Block> arena;
+  for (int64_t i = 0; i < threads; ++i) arena.push_back(arenas.take(p.floats()));
+  Team team(threads);
+  const auto work = [&](int64_t me) {
+    float* scratch = arena[me].get() + values;
+    Member member(team, me);
+    member.share(threads * parts, [&](int64_t task) {
+      const int64_t first = task % threads * own, part = task / threads * TOGETHER;
+      run_alone(call, first + part, std::min(TOGETHER, own - part), arena[me].get(), scratch, me);
+    });
+    for (int64_t n = own * threads; n < images; ++n)
       for (const Layer& l : p.layers) {
         const Stopwatch watch(call, l, me);
-        compute_layer(call, l, l.together, n, 0, 1, own[0].get(), scratch, me, team.size());
-        team.wait();
+        member.share(l.together.tasks(), [&](int64_t task) {
+          compute_part(call, l, l.together, n, 0, 1, arena[0].get(), scratch, task);
+        });
       }
-  });
-  for (auto& block : own) arenas.give(std::move(block));
+  };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  work(omp_get_thread_num());
+#else
+  work(0);
+#endif
+  for (auto& block : arena) arenas.give(std::move(block));
 }
 
 }  // namespace dspfx
