@@ -59,7 +59,7 @@ class Measured:
             with tempfile.NamedTemporaryFile(
                 "w", dir=self.path.parent, suffix=".tmp", delete=False
             ) as file:
-                json.dump(self.known, file)
+                json.dump(_read(self.path) | self.known, file)  # others may have saved meanwhile
             os.replace(file.name, self.path)
 
 

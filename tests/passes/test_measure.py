@@ -40,6 +40,14 @@ def test_times_are_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Measured(CPU)(layers(), torch.randn(2, 4, 6, 6))
 
 
+def test_what_others_save_meanwhile_is_kept(folder: Path) -> None:
+    stores = Measured(CPU), Measured(CPU)
+    for (name, layer), store in zip(layers().items(), stores, strict=True):
+        store({name: layer}, X)
+        store.save()
+    assert len(Measured(CPU).known) == 2
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": "b", "c": -1.0, "d": null}', "\0\xff"])
 def test_a_damaged_file_counts_as_empty(folder: Path, text: str) -> None:
     store = Measured(CPU)
