@@ -26,14 +26,16 @@ import dspfx
 from dspfx.models import CifarResNet
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "busy.md"
-BATCHES, CALLS, KEPT = (1, 8), 300, 0.36
+BATCHES, KEPT = (1, 8), 0.36
+BLOCKS, SETTLE, CALLS = 5, 10, 60
 POLICY = "OMP_WAIT_POLICY"
 POLICIES = {"spin (the default)": {}, f"sleep ({POLICY}=PASSIVE)": {POLICY: "PASSIVE"}}
 SITUATIONS = ("alone", "busy")
+COMPUTE = "print(flush=True)\nwhile True: pass"
 
 
-def measure(threads: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """By situation and network, what a call takes with the policy of this process."""
+def measure(threads: int) -> dict[str, dict[str, list[float]]]:
+    """By network and situation, the milliseconds of every call with the policy of this process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = CifarResNet(20).eval()
@@ -45,33 +47,48 @@ def measure(threads: int) -> dict[str, dict[str, tuple[float, float]]]:
         dspfx.prune(prepared, dspfx.Budget(macs=KEPT))
         networks = {"dense": model, f"{KEPT:.0%} of the MACs": dspfx.convert(prepared)}
         for name, network in networks.items():
-            calls[f"{name}, batch {batch}"] = partial(dspfx.compile(network, x), x)
-    times = {}
-    for situation in SITUATIONS:
-        with _others(threads if situation == "busy" else 0):
-            times[situation] = {name: _quantiles(call) for name, call in calls.items()}
+            fast = dspfx.compile(network, x)
+            chosen = "inductor" if network is model else fast.report.chosen
+            calls[f"{name}, batch {batch} ({chosen})"] = partial(fast, x)
+    times: dict[str, dict[str, list[float]]] = {
+        name: {situation: [] for situation in SITUATIONS} for name in calls
+    }
+    for _ in range(BLOCKS):
+        for situation in SITUATIONS:
+            with _others(threads if situation == "busy" else 0):
+                for name, call in calls.items():
+                    times[name][situation] += _milliseconds(call)
     return times
 
 
 @contextlib.contextmanager
 def _others(count: int) -> Iterator[None]:
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    """So many processes that compute."""
+    command = [sys.executable, "-c", COMPUTE]
+    busy = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
     try:
+        for process in busy:
+            assert process.stdout is not None
+            process.stdout.readline()
         yield
     finally:
         for process in busy:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
-def _quantiles(call: Callable[[], Any]) -> tuple[float, float]:
-    """The median and the ninth decile, in milliseconds."""
+def _milliseconds(call: Callable[[], Any]) -> list[float]:
     times = []
-    for _ in range(CALLS):
+    for _ in range(SETTLE + CALLS):
         started = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times), statistics.quantiles(times, n=10)[-1]
+    return times[SETTLE:]
+
+
+def _text(times: list[float]) -> str:
+    late = statistics.quantiles(times, n=10)[-1]
+    return f"{statistics.median(times):.2f} / {statistics.mean(times):.2f} / {late:.2f}"
 
 
 def main(
@@ -84,15 +101,14 @@ def main(
         print(json.dumps(measure(threads)))
         return
     command = [sys.executable, "-m", "benchmarks.busy", "--one", "--threads", str(threads)]
+    given = {name: value for name, value in os.environ.items() if name != POLICY}
     rows = []
     for policy, variables in POLICIES.items():
         done = subprocess.run(
-            command, env=os.environ | variables, stdout=subprocess.PIPE, text=True, check=True
+            command, env=given | variables, stdout=subprocess.PIPE, text=True, check=True
         )
-        found = json.loads(done.stdout.splitlines()[-1])
-        for name in found["alone"]:
-            times = (found[situation][name] for situation in SITUATIONS)
-            rows.append((name, policy, *(f"{median:.2f} / {late:.2f}" for median, late in times)))
+        for name, times in json.loads(done.stdout.splitlines()[-1]).items():
+            rows.append((name, policy, *(_text(times[situation]) for situation in SITUATIONS)))
     header = ("network", "threads that wait", *SITUATIONS)
     text = "\n".join(
         [
@@ -100,8 +116,9 @@ def main(
             "",
             f"Written by `python -m benchmarks.busy`; a ResNet-20, {threads} threads on "
             f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch "
-            f"{torch.__version__}. Milliseconds of a call, the median and the ninth decile of "
-            f"{CALLS}; *busy*: beside {threads} other processes that compute without a pause.",
+            f"{torch.__version__}. Milliseconds of a call: median, mean and ninth decile of "
+            f"{BLOCKS * CALLS}; *alone* and, in turns with it, *busy*: beside {threads} other "
+            "processes that compute without a pause. What `dspfx.compile` chose is in brackets.",
             "",
             tabulate(sorted(rows), header, tablefmt="github", disable_numparse=True),
             "",

@@ -281,9 +281,9 @@ class GroupConvRun(nn.Module):
         return results
 
     def seconds(self, *inputs: Tensor) -> Tensor:
-        """Float64 `[layers]`, how long the first thread takes for each layer in one call.
+        """Float64 `[layers]`, how long the first thread's share of each layer takes in one call.
 
-        Threads take images of their own where there are enough, and share every layer otherwise.
+        Threads have images of their own where there are enough, and share every layer otherwise.
         Only where the kernel is built.
         """
         result: Tensor = torch.ops.dspfx.group_conv_run_seconds(

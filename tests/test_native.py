@@ -286,7 +286,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         "inputs": inputs,
         "outputs": draw(st.lists(st.sampled_from(results), min_size=1, unique=True)),
         "winograd": draw(st.sets(st.integers(0, len(layers) - 1))),
-        "batch": draw(st.integers(0, 5)),
+        "batch": draw(st.integers(0, 5) | st.integers(9, 13)),
         "threads": draw(st.integers(1, 4)),
     }
 
@@ -314,12 +314,18 @@ def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
 ABSENT = """
 import torch
 from torch import nn
+from dspfx.group_conv import GroupConvRun
 from test_native import layer
 torch.set_num_threads(4)
-for batch in range(6):
-    own, conv = layer(nn.Conv2d(8, 24, 3, padding=1), 3, seed=batch)
+own, convs = zip(*(layer(nn.Conv2d(8, 8, 3, padding=1), 3, seed) for seed in range(3)))
+first, *others = own
+layers = [first, *(each.remade(added=list(range(8))) for each in others)]
+run = GroupConvRun(layers, [(0, -1), (1, 0), (2, 1)], 1, [3])
+a, b, c = convs
+for batch in (0, 1, 3, 4, 5, 21, 22):
     x = torch.randn(batch, 8, 20, 20)
-    torch.testing.assert_close(own(x), conv(x), rtol=1e-5, atol=1e-5)
+    y = a(x)
+    torch.testing.assert_close(run(x), [c(b(y) + x) + y], rtol=1e-5, atol=1e-5)
 """
 
 

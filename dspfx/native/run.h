@@ -1,12 +1,10 @@
 // Computes a program. A run takes one image after the other through all its layers, so that what is
-// between them stays in the cache. Threads take images of their own; where there are too few, they
-// share every layer of one, and wait for each other before the next.
+// between them stays in the cache. Threads have images of their own; where there are too few, they
+// share every layer of one, and all of it is done before the next.
 
 #pragma once
 
-#ifdef _OPENMP
 #include <omp.h>
-#endif
 
 #include <chrono>
 
@@ -24,7 +22,7 @@ struct Call {
   std::vector<const float*> given;           // by value
   std::vector<int64_t> strides;              // of images, by value
   std::vector<float*> returned;              // by value
-  double* seconds = nullptr;                 // of the first thread, by layer, if wanted
+  double* seconds = nullptr;                 // of the first thread's share, by layer, if wanted
 
   // Of image `image` of all, image `nth` of those in the arena.
   Planes<float> target(int64_t number, int64_t image, int64_t nth, float* arena) const {
@@ -154,7 +152,7 @@ inline void average_all(const Value& size, const Planes<const float>& source, co
 
 // One task of a layer, a strip or a share of its filters, for images from `image` on, at most
 // TOGETHER, of which the first is the `nth` in the arena.
-inline void compute_part(const Call& call, const Layer& l, const Cut& cut, int64_t image, int64_t nth,
+inline void compute_task(const Call& call, const Layer& l, const Cut& cut, int64_t image, int64_t nth,
                    int64_t images, float* arena, float* scratch, int64_t task) {
   const Program& p = call.program;
   const int64_t number = task / cut.shares(), share = task % cut.shares();
@@ -189,10 +187,10 @@ inline void compute_part(const Call& call, const Layer& l, const Cut& cut, int64
 inline void compute_layer(const Call& call, const Layer& l, int64_t image, int64_t nth,
                    int64_t images, float* arena, float* scratch) {
   for (int64_t task = 0; task < l.alone.tasks(); ++task)
-    compute_part(call, l, l.alone, image, nth, images, arena, scratch, task);
+    compute_task(call, l, l.alone, image, nth, images, arena, scratch, task);
 }
 
-// Adds the time until it is destroyed to a layer's, in the first thread.
+// Adds the time until it is destroyed to a layer's, for what belongs to the first thread.
 class Stopwatch {
  public:
   Stopwatch(const Call& call, const Layer& l, int64_t member)
@@ -203,7 +201,9 @@ class Stopwatch {
   }
   ~Stopwatch() {
     if (to_ == nullptr) return;
-    *to_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started_;
+#pragma omp atomic
+    *to_ += took.count();
   }
 
  private:
@@ -211,7 +211,7 @@ class Stopwatch {
   std::chrono::steady_clock::time_point started_;
 };
 
-// All layers for images from `image` on, at most TOGETHER.
+// All layers for images from `image` on, at most TOGETHER, which are `member`'s.
 inline void run_alone(const Call& call, int64_t image, int64_t images, float* arena, float* scratch,
                int64_t member) {
   const Program& p = call.program;
@@ -236,24 +236,21 @@ inline void run(const Call& call, Arenas& arenas, int64_t images, int64_t thread
   const auto work = [&](int64_t me) {
     float* scratch = arena[me].get() + values;
     Member member(team, me);
-    member.share(threads * parts, [&](int64_t task) {
+    member.do_tasks(threads * parts, [&](int64_t task) {
       const int64_t first = task % threads * own, part = task / threads * TOGETHER;
-      run_alone(call, first + part, std::min(TOGETHER, own - part), arena[me].get(), scratch, me);
+      run_alone(call, first + part, std::min(TOGETHER, own - part), arena[me].get(), scratch,
+                task % threads);
     });
     for (int64_t n = own * threads; n < images; ++n)
       for (const Layer& l : p.layers) {
         const Stopwatch watch(call, l, me);
-        member.share(l.together.tasks(), [&](int64_t task) {
-          compute_part(call, l, l.together, n, 0, 1, arena[0].get(), scratch, task);
+        member.do_tasks(l.together.tasks(), [&](int64_t task) {
+          compute_task(call, l, l.together, n, 0, 1, arena[0].get(), scratch, task);
         });
       }
   };
-#ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
   work(omp_get_thread_num());
-#else
-  work(0);
-#endif
   for (auto& block : arena) arenas.give(std::move(block));
 }
 

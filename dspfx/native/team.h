@@ -1,11 +1,12 @@
 // Threads that do the tasks of one step after the other.
 //
 // A member begins with its own tasks, the same in every call, whose weights its core has seen before.
-// Then it takes those that others have not begun: where a thread gets no core, because others compute
-// as well, the rest do not wait for it.
+// Then it takes those that others have not begun: a thread without a core holds up the rest only
+// with the task that it is in.
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -15,26 +16,27 @@ namespace dspfx {
 
 class Team {
  public:
-  explicit Team(int64_t size) : begun_(size) {}
+  explicit Team(int64_t size) : claimed_(size) {}
 
-  int64_t size() const { return static_cast<int64_t>(begun_.size()); }
+  int64_t size() const { return static_cast<int64_t>(claimed_.size()); }
 
  private:
   friend class Member;
   static constexpr int64_t PATIENCE = 10000;
 
-  struct alignas(64) Begun {
+  struct alignas(64) Count {
     std::atomic<int64_t> tasks{0};
   };
 
-  // The number of the next of a member's tasks, if it is below `end`.
-  int64_t begin(int64_t member, int64_t end) {
-    std::atomic<int64_t>& tasks = begun_[member].tasks;
-    int64_t number = tasks.load(std::memory_order_relaxed);
-    while (number < end &&
-           !tasks.compare_exchange_weak(number, number + 1, std::memory_order_relaxed)) {
+  // The number of a task of `owner`, from `first` on, that is the caller's now; none from `end` on.
+  int64_t claim(int64_t owner, int64_t first, int64_t end) {
+    std::atomic<int64_t>& claimed = claimed_[owner].tasks;
+    int64_t before = claimed.load(std::memory_order_relaxed);
+    while (std::max(before, first) < end &&
+           !claimed.compare_exchange_weak(before, std::max(before, first) + 1,
+                                          std::memory_order_relaxed)) {
     }
-    return number;
+    return std::max(before, first);
   }
 
   void wait_for(int64_t tasks) const {
@@ -42,35 +44,35 @@ class Team {
       if (spins > PATIENCE) std::this_thread::yield();
   }
 
-  std::vector<Begun> begun_;  // by member, of all steps so far
+  std::vector<Count> claimed_;  // up to which number, by owner
   std::atomic<int64_t> done_{0};
 };
 
 class Member {
  public:
-  Member(Team& team, int64_t number) : team_(team), number_(number), ends_(team.size()) {}
+  Member(Team& team, int64_t number) : team_(team), number_(number) {}
 
   // Calls `f(task)` for those of `count` tasks that it gets; all are done when it returns. Every
   // member must take the same steps. Task i belongs to member i modulo the size of the team.
   template <typename F>
-  void share(int64_t count, const F& f) {
+  void do_tasks(int64_t count, const F& f) {
     const int64_t size = team_.size();
     for (int64_t i = 0; i < size; ++i) {
-      const int64_t owner = (number_ + i) % size, first = ends_[owner];
-      const int64_t end = ends_[owner] += (count + size - 1 - owner) / size;
-      for (int64_t n; (n = team_.begin(owner, end)) < end;) {
-        f(owner + (n - first) * size);
+      const int64_t owner = (number_ + i) % size;
+      const int64_t end = first_ + (count + size - 1 - owner) / size;
+      for (int64_t n; (n = team_.claim(owner, first_, end)) < end;) {
+        f(owner + (n - first_) * size);
         team_.done_.fetch_add(1, std::memory_order_release);
       }
     }
+    first_ += (count + size - 1) / size;
     team_.wait_for(all_ += count);
   }
 
  private:
   Team& team_;
   const int64_t number_;
-  std::vector<int64_t> ends_;  // by member, of the tasks of all steps so far
-  int64_t all_ = 0;
+  int64_t first_ = 0, all_ = 0;  // what tasks of this step are numbered from; how many there were
 };
 
 }  // namespace dspfx
