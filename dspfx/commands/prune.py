@@ -96,19 +96,8 @@ def prune(
     measured; without, inputs of groups go by the weights alone.
     """
     with session(debug=debug, as_json=as_json, threads=threads) as own:
-        if keep_macs is None and keep_params is None and keep_latency is None:
-            raise BudgetError(
-                "say how much may remain: --keep-macs, --keep-params or --keep-latency"
-            )
-        budget = Budget(macs=keep_macs, params=keep_params, latency=keep_latency)
-        path = output or Path(f"{model.replace('/', '-').replace(':', '-')}-pruned.safetensors")
-        if not path.name.endswith((".safetensors", *SUFFIXES)):
-            raise ExportError(
-                f"the suffix of {path.name} does not say in which format to write; .safetensors, "
-                f"{', '.join(SUFFIXES)} do"
-            )
-        if not path.parent.is_dir():
-            raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
+        budget = _budget(keep_macs, keep_params, keep_latency)
+        path = _file_to_write(output, model)
         config = PrepareConfig(groups=groups, ignore=tuple(ignore or ()), round_to=round_to)
         source = None
         if data is not None:
@@ -125,18 +114,18 @@ def prune(
             pretrained=pretrained,
             weights=weights,
         )
-        if source is not None and source.channels != subject.architecture.channels:
-            source = source.coloured()
         example = subject.images(2)
-        accuracies: dict[str, float] = {}
         if source is not None:
+            if source.channels != subject.architecture.channels:
+                source = source.coloured()
             check(subject.dense, example, source.classes)
-            accuracies["dense"] = _accuracy(subject.dense, source)
         prepared = prepare(subject.dense, example, config=config)
         cluster_groups(prepared, seed=seed)
+        accuracies: dict[str, float] = {}
         if source is None:
             pruned = prune_to(prepared, budget)
         else:
+            accuracies["dense"] = _accuracy(subject.dense, source)
             some = source.numbers["train"][:images]
             pruned = _pruned(prepared, budget, source, in_batches(some, SAMPLE), passes)
             accuracies["pruned"] = _accuracy(prepared, source)
@@ -154,6 +143,25 @@ def prune(
         text = "\n".join([str(found), *lines, f"written: {path}"])
         plain: dict[str, Any] = {"file": str(path), "pruned": to_json(pruned)}
         own.give(text, {**plain, "accuracy": accuracies, "report": found.to_dict()})
+
+
+def _budget(macs: float | None, params: float | None, latency: float | None) -> Budget:
+    if macs is None and params is None and latency is None:
+        raise BudgetError("say how much may remain: --keep-macs, --keep-params or --keep-latency")
+    return Budget(macs=macs, params=params, latency=latency)
+
+
+def _file_to_write(output: Path | None, model: str) -> Path:
+    """Where the result goes; that it can go there is known before any work is done."""
+    path = output or Path(f"{model.replace('/', '-').replace(':', '-')}-pruned.safetensors")
+    if not path.name.endswith((".safetensors", *SUFFIXES)):
+        raise ExportError(
+            f"the suffix of {path.name} does not say in which format to write; .safetensors, "
+            f"{', '.join(SUFFIXES)} do"
+        )
+    if not path.parent.is_dir():
+        raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
+    return path
 
 
 def _pruned(
