@@ -201,7 +201,7 @@ def prune_by(
     for part, live in zip(parts, found.lives, strict=True):
         apply_reads(part.module, part.analysis, live)
     note = ""
-    if achieved < budget.fraction - CLOSE_ENOUGH:
+    if threshold > 0 and achieved < budget.fraction - CLOSE_ENOUGH:
         note = "the next step up exceeds the budget: this is the closest below it"
     weak = [
         layer

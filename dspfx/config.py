@@ -44,6 +44,11 @@ class PrepareConfig:
     opaque: tuple[Pattern, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("ignore", "layers", "opaque"):
+            given = getattr(self, name)
+            if isinstance(given, str | type) or not isinstance(given, Iterable):
+                raise PrepareError(f"{name} takes several: {name}=({_word(given)},)")
+            object.__setattr__(self, name, tuple(given))
         if self.groups < 1 or self.round_to < 1:
             raise PrepareError(
                 f"groups and round_to must be at least 1, got {self.groups} and {self.round_to}"
@@ -56,6 +61,11 @@ class PrepareConfig:
             if rule not in get_args(Rule):
                 known = ", ".join(get_args(Rule))
                 raise PrepareError(f"the rule for {key!r} is {rule!r}; it must be one of {known}")
+
+
+def _word(pattern: Pattern) -> str:
+    """`pattern` as it stands in code."""
+    return repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", str(pattern))
 
 
 def matching(root: nn.Module, patterns: Iterable[Pattern], option: str) -> frozenset[str]:

@@ -55,7 +55,7 @@ def export(
     Raises:
         ExportError: the model is not converted, is in training mode, holds the own kernel that
             `dspfx.compile` puts in, has no graph, or fixes its batch; the suffix of `path` is
-            another; or a package is missing. No file is written then.
+            another; a package is missing; or the file cannot be written. There is no file then.
     """
     path = Path(path)
     write = _WRITERS[_format(path, format)]
@@ -66,8 +66,11 @@ def export(
         raise ExportError(str(error)) from error
     shapes = _dynamic_shapes(model, call) if dynamic_batch else None
     program = _program(model, call, shapes)
-    with replacing(path) as temporary:
-        write(program, temporary)
+    try:
+        with replacing(path) as temporary:
+            write(program, temporary)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error}") from error
 
 
 def _format(path: Path, given: str | None) -> Format:

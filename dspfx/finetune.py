@@ -30,6 +30,7 @@ from dspfx.errors import DspfxWarning, LearnError
 from dspfx.masks import get_masks
 from dspfx.prune import prune
 from dspfx.resumed import check_kind, check_settings
+from dspfx.wrappers import unwrapped
 
 PROGRESS = ("epoch", "step_in_epoch", "cycle", "best_score", "best_epoch", "history")
 
@@ -226,6 +227,8 @@ class CyclicFinetune:
         self.restore_best()
         before = get_masks(self.prepared)
         if self.budget is not None:
+            if first and cycle < self.cycles - 1 and self.budget.latency is None:
+                prune(copy.deepcopy(unwrapped(self.prepared)), self.budget)  # can it be reached?
             self.report = prune(self.prepared, self._budget_of(cycle, self.budget))
         after = get_masks(self.prepared)
         if first or not all(torch.equal(mask, after[name]) for name, mask in before.items()):

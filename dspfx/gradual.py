@@ -115,24 +115,33 @@ class GradualPruning:
         complete, unscaled and not clipped. Gradients that are not finite are passed over.
 
         Raises:
-            LearnError: all steps are done.
+            LearnError: all steps are done, or no layer has a gradient; nothing is changed then. Or
+                filters have changed groups since the first step.
+            BudgetError: layers that the loss never reaches keep all they read, and so much is left
+                that the budget cannot be met. Masks stay as they are then.
         """
         if self.steps_done >= self.total_steps:
             raise LearnError(
                 f"all {self.total_steps} steps are done; construct a GradualPruning with the "
                 "total_steps you need"
             )
+        pruning = self.prunings_done < self.prunings
+        if pruning and not any(s.has_gradients() for s in self.sensitivities):
+            raise LearnError(
+                "no layer has a gradient; call step() behind the backward pass and before "
+                "zero_grad(), on a model whose weights are not all frozen"
+            )
         if not self._going:
             for sensitivity in self.sensitivities:
                 sensitivity.take_groups()
         self._going = True
         self.steps_done += 1
-        if self.prunings_done == self.prunings:
+        if not pruning:
             return
         for sensitivity in self.sensitivities:
             sensitivity.update()
         due = self._prunings_due()
-        if due > self.prunings_done:
+        if due > self.prunings_done and any(s.reached.any() for s in self.sensitivities):
             self._prune(due / self.prunings)
             self.prunings_done = due
 
@@ -182,6 +191,11 @@ class GradualPruning:
         return int((self.steps_done - first) / (last - first) * self.prunings)
 
     def _prune(self, share: float) -> None:
+        if any(sensitivity.groups_are_others() for sensitivity in self.sensitivities):
+            raise LearnError(
+                "filters have changed groups since the first step, and what was gathered is of the "
+                "former; construct a GradualPruning once the groups are final"
+            )
         sums = [v for s in self.sensitivities for v in s.values()]
         self.processes.broadcast(sums)
         kept = self._started ** (1 - share) * self.budget.fraction**share

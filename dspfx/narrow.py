@@ -13,10 +13,12 @@ no dead channels, so that a step is as cheap as the channels are few, and is tra
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from dspfx.blueprint import named_tensors
 from dspfx.convert import exchanged
@@ -113,6 +115,8 @@ def _integers(compacted: Compacted, view: fx.GraphModule) -> dict[str, Elements]
     for own, copied in copied_modules(compacted, view):
         theirs = named_tensors(own)
         for name, tensor in named_tensors(copied).items():
+            if name not in theirs:  # what the graph calls may lie inside, by its own name
+                continue
             if not tensor.is_floating_point() and tensor.shape == theirs[name].shape:
                 found[present[id(tensor)]] = Elements.whole(names[id(theirs[name])], tensor)
     return found
@@ -121,12 +125,25 @@ def _integers(compacted: Compacted, view: fx.GraphModule) -> dict[str, Elements]
 def _leave_out_constants(
     origins: dict[str, Elements], compacted: Compacted, view: fx.GraphModule
 ) -> None:
-    """Buffers that the graph reads itself stay what they are, and may be read several times."""
+    """Buffers that the graph reads itself stay what they are, and may be read several times.
+
+    Statistics of a functional norm do not: training writes them.
+    """
     wide = named_tensors(view)
     for node in compacted.graph.find_nodes(op="get_attr"):
         own = origins.get(str(node.target))
-        if own is not None and not isinstance(wide[own.source], nn.Parameter):
+        if own is None or isinstance(wide[own.source], nn.Parameter):
+            continue
+        if not any(node in _statistics(user) for user in node.users):
             del origins[str(node.target)]
+
+
+def _statistics(node: fx.Node) -> tuple[Any, ...]:
+    """What a functional norm keeps running averages in."""
+    if node.op != "call_function" or node.target not in (F.batch_norm, F.instance_norm):
+        return ()
+    named = (node.kwargs.get(name) for name in ("running_mean", "running_var"))
+    return *node.args[1:3], *named
 
 
 # -- what cannot be trained narrow -------------------------------------------------------------

@@ -36,7 +36,7 @@ def plot(model: nn.Module | Report, path: str | os.PathLike[str] | None = None) 
         A figure that `matplotlib.pyplot` knows nothing of: nobody has to close it.
 
     Raises:
-        PlotError: matplotlib is missing, or writes no such files.
+        PlotError: matplotlib is missing, or writes no such files; or `path` cannot be written.
         ConvertError: `model` comes from neither `dspfx.prepare` nor `dspfx.convert`.
     """
     figure = figure_of(model if isinstance(model, Report) else report(model))
@@ -125,5 +125,8 @@ def _write(figure: "Figure", path: Path) -> None:
     if path.suffix[1:].lower() not in known:
         endings = ", ".join(f".{suffix}" for suffix in sorted(known))
         raise PlotError(f"{path.name} does not say what to write; it has to end with {endings}")
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary)
+    except OSError as error:
+        raise PlotError(f"{path} cannot be written: {error}") from error

@@ -1,7 +1,7 @@
 """`prune`: one threshold for the whole network, found by bisection on costs alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class PrunableLayer:
             channel and all weaker ones are dropped.
         lost_filters: `[O]`, likewise for filters; infinite where filters may not be dropped.
         alive: bool `[O]`, the filters that may be kept at most.
+        mask: bool `[O, C/S]`, what they may read at most; None if that is what their groups may.
     """
 
     mix: Mix
@@ -77,6 +78,14 @@ class PrunableLayer:
     lost_channels: np.ndarray
     lost_filters: np.ndarray
     alive: BoolArray
+    mask: BoolArray | None = None
+
+    @staticmethod
+    def of(mix: Mix, mask: BoolArray, *orders: np.ndarray) -> "PrunableLayer":
+        """Of a layer that has `mask` at present, perhaps from other groups; `orders` see above."""
+        layer = PrunableLayer(mix, *orders)
+        revived = layer.reads(0.0, 1).mask(mix) & ~mask
+        return replace(layer, mask=mask) if revived.any() else layer
 
     def reads(self, beta: float, round_to: int, live: BoolArray | None = None) -> ReadLists:
         """The read lists at threshold `beta`, in multiples of `round_to`, of `live` inputs only."""
@@ -85,7 +94,10 @@ class PrunableLayer:
             lost = np.where(live.reshape(len(lost), 1, -1), lost, -1.0)
         keep = _above(lost, beta, round_to)
         alive = self.alive & _above(self.lost_filters, beta, round_to)
-        return ReadLists.grouped(self.mix, self.group, keep, alive)
+        found = ReadLists.grouped(self.mix, self.group, keep, alive)
+        if self.mask is None:
+            return found
+        return ReadLists.masked(self.mix, found.mask(self.mix) & self.mask)
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,8 @@ def _prunable_layer(
     channels = np.einsum("sog,soc->sgc", members, by_structure)
     filters = _lost(energy.sum(1)) if droppable else np.full(mix.filters, np.inf)
     alive = layer.gate.alive.cpu().numpy()
-    return PrunableLayer(mix, group, _lost(channels), filters, alive)
+    mask = layer.gate.mask.cpu().numpy()
+    return PrunableLayer.of(mix, mask, group, _lost(channels), filters, alive)
 
 
 def _above(lost: np.ndarray, beta: float, round_to: int) -> BoolArray:

@@ -107,8 +107,8 @@ class Report:
             measured: `compiled.report` of what `dspfx.compile` returned, to show its times too.
 
         Raises:
-            PlotError: matplotlib is missing, which draws the picture.
-            OSError: the file cannot be written.
+            PlotError: matplotlib is missing, which draws the picture, or the file cannot be
+                written.
         """
         from dspfx.report_page import write_page  # noqa: PLC0415
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from dspfx.archive import replacing
 from dspfx.compile import CompileReport
+from dspfx.errors import PlotError
 from dspfx.passes.summary import LayerSummary
 from dspfx.plot import figure_of
 from dspfx.report import Report
@@ -36,8 +37,11 @@ def write_page(
 ) -> None:
     """See `Report.to_html`."""
     page = page_of(report, measured)
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    try:
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise PlotError(f"{path} cannot be written: {error}") from error
 
 
 def page_of(report: Report, measured: CompileReport | None) -> str:

@@ -16,7 +16,7 @@ from dspfx.latency import LatencyTable
 from dspfx.masks import present_liveness
 from dspfx.module import PreparedModule
 from dspfx.parts import Part
-from dspfx.passes.liveness import Liveness, ReadLists, liveness
+from dspfx.passes.liveness import Liveness, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
 from dspfx.prune import PrunableLayer
 from dspfx.prune_channels import classes_gone, removable, sides, without
@@ -31,7 +31,6 @@ class SensitivePart:
 
     Attributes:
         module, analysis, name: see `PrunablePart`.
-        masks: bool `[O, C/S]` at present, of the gated layers whose groups are not uniform.
         layers: the order of the inputs of groups.
         lost: `[classes]`, the order of whole channels; infinite for those that stay.
         widths: the classes of the channels that each layer writes or reads.
@@ -41,7 +40,6 @@ class SensitivePart:
     module: PreparedModule
     analysis: ChannelAnalysis
     name: str
-    masks: dict[str, BoolArray]
     layers: dict[str, PrunableLayer]
     lost: FloatArray
     widths: tuple[IntArray, ...]
@@ -51,18 +49,11 @@ class SensitivePart:
         """The liveness where all that comes before `threshold` in the order is gone."""
         round_to = self.module.config.round_to
         gone = classes_gone(self.lost, threshold, self.widths, round_to)
-        reads = {name: self._reads(name, threshold) for name in self.layers}
+        reads = {name: layer.reads(threshold, round_to) for name, layer in self.layers.items()}
         for node, op in self.analysis.ops.items():
             if isinstance(op, Mix) and op.gated:
                 reads[op.layer] = without(reads[op.layer], self.analysis, node, op, gone)
         return liveness(self.analysis, reads, round_to=round_to)
-
-    def _reads(self, name: str, threshold: float) -> ReadLists:
-        layer = self.layers[name]
-        wanted = layer.reads(threshold, self.module.config.round_to)
-        if name not in self.masks:
-            return wanted
-        return ReadLists.masked(layer.mix, wanted.mask(layer.mix) & self.masks[name])
 
 
 def sensitive_parts(
@@ -112,24 +103,25 @@ def _unordered(
     prices = _prices(budget, table, analysis, live)
     cost, group_costs = _costs(analysis, live, gates, prices)
     values = sensitivity.classes.cpu().numpy()
-    seen = ~sensitivity.unseen.cpu().numpy()
-    going = removable(analysis, both, values) & seen & (cost > 0)
+    unknown, unknown_layers = sensitivity.unknown()
+    going = removable(analysis, both, values) & ~unknown.cpu().numpy()
     lost = np.full(len(values), np.inf)
+    lost[going & (cost == 0)] = -1.0  # gone already: it is no part of any width
+    going &= cost > 0
     lost[going] = values[going] / cost[going]
-    masks, layers = {}, {}
+    layers = {}
     for name, gate in gates.items():
         of_groups = sensitivity.groups[name].cpu().numpy()
         scores = np.full(of_groups.shape, np.inf)
-        if groups and name not in sensitivity.unseen_layers:
+        if groups and name not in unknown_layers:
             scores = _scores(of_groups, group_costs[name])
         op, mask, group = mixes[name], gate.mask.cpu().numpy(), gate.assignment.cpu().numpy()
         scores[_readers(mask.reshape(op.structural_groups, -1, mask.shape[1]), gate) == 0] = -1.0
         filters = np.full(op.filters, np.inf)
-        layers[name] = PrunableLayer(op, group, scores, filters, gate.alive.cpu().numpy())
-        if not np.array_equal(layers[name].reads(0.0, 1).mask(op), mask):
-            masks[name] = mask
+        alive = gate.alive.cpu().numpy()
+        layers[name] = PrunableLayer.of(op, mask, group, scores, filters, alive)
     widths = tuple(np.unique(side.classes) for side in both)
-    return SensitivePart(part.module, analysis, part.name, masks, layers, lost, widths)
+    return SensitivePart(part.module, analysis, part.name, layers, lost, widths)
 
 
 def _prices(

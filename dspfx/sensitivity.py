@@ -8,6 +8,8 @@ of the factor, says how much the loss grows, to second order, when the factor be
 1. A coupling class, the channel c of all that reads it: the sum of S over all filters of all
    layers that read a channel of the class.
 2. A channel of a group of filters: the sum of S over the group's filters.
+3. Nothing is known of what layers read that are frozen, that have not been reached yet, or whose
+   weight is computed from others. One that a batch does not reach would not miss anything there.
 
 Theis, Korshunova, Tejani, Huszar, "Faster gaze prediction with dense networks and Fisher pruning",
 2018, arXiv 1801.05787; over coupled channels: Liu et al., "Group Fisher Pruning for Practical
@@ -15,6 +17,7 @@ Network Compression", ICML 2021, arXiv 2108.00708.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +26,35 @@ from dspfx.filters import filters_first, structural_groups
 from dspfx.gates import GatedLayer
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
-from dspfx.passes.values import Mix
+from dspfx.passes.values import IntArray, Mix
 from dspfx.weighted import is_weighted
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A layer, and the coupling classes `[C]` of what each of its calls reads."""
+    """A layer, the channels that any of its calls reads, and the coupling classes of these."""
 
     layer: nn.Module
-    classes: tuple[Tensor, ...]
+    channels: Tensor
+    classes: Tensor
+
+    @staticmethod
+    def of(layer: nn.Module, calls: list[IntArray], device: torch.device) -> "_Reader":
+        """Of the coupling classes `[C]` of what each call reads; its gradient is of all calls."""
+        pairs = {pair for classes in calls for pair in enumerate(classes.tolist())}
+        both = torch.tensor(sorted(pairs), dtype=torch.int64, device=device).reshape(-1, 2)
+        return _Reader(layer, both[:, 0], both[:, 1])
+
+    def learns(self) -> bool:
+        """Whether the layer's weight is one that is trained."""
+        weight = getattr(self.layer, "weight", None)
+        trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+        return trained and not is_weighted(self.layer)
+
+    def gradient(self) -> Tensor | None:
+        """Of the weight, if it is trained and was reached."""
+        layer: Any = self.layer
+        return layer.weight.grad if self.learns() else None
 
 
 class Sensitivity:
@@ -41,8 +63,7 @@ class Sensitivity:
     Attributes:
         classes: float64 `[classes]`.
         groups: name of a gated layer -> float64 `[S, G, C/S]`.
-        unseen: bool `[classes]`: read by a layer whose gradient is not known.
-        unseen_layers: names of the gated layers whose gradient is not known.
+        reached: float64 `[layers]`, how many gradients of each have been added.
     """
 
     def __init__(self, module: PreparedModule) -> None:
@@ -50,20 +71,17 @@ class Sensitivity:
         device = next(module.parameters()).device
         count = int(analysis.classes.max(initial=-1)) + 1
         self.classes = torch.zeros(count, dtype=torch.float64, device=device)
-        self.unseen = torch.zeros(count, dtype=torch.bool, device=device)
         self.groups: dict[str, Tensor] = {}
-        self.unseen_layers: set[str] = set()
-        read: dict[str, list[Tensor]] = {}
+        read: dict[str, list[IntArray]] = {}
         for op in analysis.ops.values():
             if isinstance(op, Mix):
                 calls = read.setdefault(op.layer, [])
                 if not op.restored:
-                    inputs = analysis.class_of(op.operands[0])
-                    calls.append(torch.from_numpy(inputs).to(device))
+                    calls.append(analysis.class_of(op.operands[0]))
         self._readers: dict[str, _Reader] = {}
-        for name, classes in read.items():
+        for name, calls in read.items():
             layer = module.get_submodule(name)
-            self._readers[name] = _Reader(layer, tuple(classes))
+            self._readers[name] = _Reader.of(layer, calls, device)
             if isinstance(layer, GatedLayer):
                 shape = (
                     structural_groups(layer),
@@ -71,6 +89,7 @@ class Sensitivity:
                     filters_first(layer).shape[1],
                 )
                 self.groups[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.reached = torch.zeros(len(read), dtype=torch.float64, device=device)
         self._members: dict[str, Tensor] = {}
         self.take_groups()
 
@@ -81,39 +100,63 @@ class Sensitivity:
             assert isinstance(layer, GatedLayer)
             self._members[name] = _members(layer)
 
+    def groups_are_others(self) -> bool:
+        """Whether filters are in other groups than those that have been gone on with."""
+        gated = {name: self._readers[name].layer for name in self.groups}
+        return any(
+            isinstance(layer, GatedLayer) and not torch.equal(_members(layer), self._members[name])
+            for name, layer in gated.items()
+        )
+
+    def has_gradients(self) -> bool:
+        """Whether any layer has one at present."""
+        return any(reader.gradient() is not None for reader in self._readers.values())
+
+    def unknown(self) -> tuple[Tensor, frozenset[str]]:
+        """Bool `[classes]` and names of layers: of what these read nothing is known, see above.
+
+        Before any gradient, all layers that learn are taken for known.
+        """
+        known = (self.reached > 0) | (self.reached.sum() == 0)
+        classes = torch.zeros(len(self.classes), dtype=torch.bool, device=self.classes.device)
+        names = set()
+        for (name, reader), reached in zip(self._readers.items(), known.tolist(), strict=True):
+            if not (reached and reader.learns()):
+                classes[reader.classes] = True
+                names.add(name)
+        return classes, frozenset(names)
+
     @torch.no_grad()
     def update(self) -> None:
         """Add what the present gradients say; nothing if they are not finite."""
         by_class, by_group = torch.zeros_like(self.classes), {}
-        unseen, unseen_layers = self.unseen.clone(), set(self.unseen_layers)
-        for name, reader in self._readers.items():
-            slopes = _slopes(reader.layer)
+        reached = torch.zeros_like(self.reached)
+        for number, (name, reader) in enumerate(self._readers.items()):
+            slopes = _slopes(reader)
             if slopes is None:
-                unseen_layers |= self.groups.keys() & {name}
-                for classes in reader.classes:
-                    unseen[classes] = True
                 continue
-            for classes in reader.classes:
-                by_class.index_add_(0, classes, slopes.sum(1).reshape(-1).to(classes.device))
+            reached[number] = 1
+            by_channel = slopes.sum(1).reshape(-1).to(reader.channels.device)
+            by_class.index_add_(0, reader.classes, by_channel[reader.channels])
             if name in self.groups:
                 by_group[name] = torch.einsum("sgo,soc->sgc", self._members[name], slopes)
         found = by_class, *by_group.values()
         finite = [values.isfinite().all().to(self.classes.device) for values in found]
         if not bool(torch.stack(finite).all()):  # a GPU is waited for here, and only once
             return
-        self.unseen, self.unseen_layers = unseen, unseen_layers
+        self.reached += reached
         self.classes += by_class.square()
         for name, values in by_group.items():
             self.groups[name] += values.square()
 
     def decay(self, factor: float) -> None:
-        """Multiply all sums by `factor`: what was seen before counts less."""
+        """Multiply all sums by `factor`: what was seen before counts less, also as known."""
         for values in self.values():
             values.mul_(factor)
 
     def values(self) -> list[Tensor]:
         """All sums, to be read and written in place."""
-        return [self.classes, *self.groups.values()]
+        return [self.classes, self.reached, *self.groups.values()]
 
 
 def _members(layer: GatedLayer) -> Tensor:
@@ -123,11 +166,12 @@ def _members(layer: GatedLayer) -> Tensor:
     return one_hot.reshape(structural_groups(layer), -1, groups).transpose(1, 2)
 
 
-def _slopes(layer: nn.Module) -> Tensor | None:
+def _slopes(reader: _Reader) -> Tensor | None:
     """`[S, O/S, C/S]`; None where the weight is computed from others, frozen or not reached."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.grad is None or is_weighted(layer):
+    layer: Any = reader.layer
+    gradient = reader.gradient()
+    if gradient is None:
         return None
-    slopes = filters_first(layer, weight * weight.grad)  # large: in double precision when summed
+    slopes = filters_first(layer, layer.weight * gradient)  # large: in double precision when summed
     slopes = slopes.reshape(*slopes.shape[:2], -1).sum(2, dtype=torch.float64)
     return slopes.reshape(structural_groups(layer), -1, slopes.shape[1])

@@ -61,8 +61,8 @@ def make_trainable(
     for module in compacted.root.modules():
         module.training = source.training
     for own, copied in copied_modules(compacted, source):
-        for name, module in copied.named_modules():
-            module.training = own.get_submodule(name).training
+        for name, module in own.named_modules():
+            copied.get_submodule(name).training = module.training
     return compacted.root
 
 

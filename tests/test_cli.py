@@ -117,6 +117,7 @@ def test_options_change_single_settings() -> None:
         "prune cifar-resnet8 --keep-macs 0.5 -o /nowhere/small.onnx",
         "prune cifar-resnet8 --keep-macs 2",
         "prune cifar-resnet8 --keep-macs 0.5 --keep-latency 0.5",
+        "inspect small.onnx --model cifar-resnet8",
         "train --data digits --model cifar-resnet8 --keep-macs 0.5 --keep-latency 0.5",
         "bench no.such.module:model",
     ],
@@ -175,6 +176,26 @@ def test_files_without_a_name_beside_them(saved: Path, tmp_path: Path) -> None:
     code, _, err = invoke("inspect", str(alone), "--model", "cifar-resnet14", *SMALL.split())
     assert code == 1
     assert "cannot be loaded" in err
+
+
+def test_what_was_exported_is_no_file_of_dspfx(tmp_path: Path) -> None:
+    path = tmp_path / "small.onnx"
+    path.write_bytes(b"of another program")
+    for command in ("inspect", "bench"):
+        code, _, err = invoke(command, str(path), "--model", "cifar-resnet8")
+        assert code == 1
+        assert "was exported" in err
+
+
+def test_filters_of_streams_stay_without_training(saved: Path, tmp_path: Path) -> None:
+    """By the weights alone they are no measure of what the stream would lose."""
+    words = f"prune cifar-resnet8 --keep-macs 0.6 {SMALL} --weights {saved / 'weights.pt'} --json"
+    code, text, err = invoke(*words.split(), "-o", str(tmp_path / "small.safetensors"))
+    assert code == 0, err
+    layers = json.loads(text)["report"]["layers"]
+    writers = [layer for layer in layers if layer["layer"].endswith("conv_b")]
+    assert len(writers) == 3
+    assert all(layer["filters_before"] == layer["filters_after"] for layer in writers)
 
 
 @pytest.mark.parametrize("passes", [0, 10])

@@ -173,6 +173,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         (compact, torch.randn(2, 5, 9, 9), "m.onnx", {}, "does not accept the example inputs"),
         (fixed, X, "m.pt2", {}, "dynamic_batch=False"),
         (detector, (IMAGES,), "m.pt2", {}, "export the children"),
+        (compact, X, "nowhere/m.pt2", {}, "nowhere.* cannot be written"),
     ]
     for model, inputs, name, options, words in cases:
         with pytest.raises(dspfx.ExportError, match=words):

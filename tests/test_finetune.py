@@ -273,6 +273,14 @@ def test_a_budget_out_of_reach_changes_nothing() -> None:
     assert same(finetune.prepared.state_dict(), before)
 
 
+def test_a_budget_of_the_last_cycle_out_of_reach_is_refused_in_the_first() -> None:
+    finetune = make(dspfx.Budget(macs=0.05), cycles=3, epochs=6, prune_more=0.3)
+    before = copies(finetune.prepared)
+    with pytest.raises(dspfx.BudgetError, match="cannot be reached"):
+        next(iter(finetune))
+    assert same(before, copies(finetune.prepared))
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad])
 def test_optimizers_with_other_states(optimizer: type[torch.optim.Optimizer]) -> None:
     prepared = network()

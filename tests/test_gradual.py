@@ -113,6 +113,39 @@ def test_channels_are_derived_by_a_factor_in_front_of_all_that_reads_them() -> N
     assert_equal(expected, sensitivity.classes)
 
 
+class Thrice(nn.Module):
+    """A layer that is called several times, on the same channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(3):
+            x = x + torch.tanh(self.conv(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_the_gradient_of_a_layer_that_is_called_often_counts_once() -> None:
+    prepared = dspfx.prepare(randomise(Thrice()).double(), X)
+    analysis = analyse_prepared(prepared)
+    factors = torch.ones(int(analysis.classes.max()) + 1, dtype=torch.float64, requires_grad=True)
+    for name in ("stem", "conv", "head"):
+        op = next(o for o in analysis.ops.values() if isinstance(o, Mix) and o.layer == name)
+        classes = torch.from_numpy(analysis.class_of(op.operands[0]))
+
+        def hook(layer: nn.Module, args: Any, classes: Tensor = classes) -> Any:
+            return args[0] * factors[classes].reshape(-1, *[1] * (args[0].dim() - 2))
+
+        prepared.get_submodule(name).register_forward_pre_hook(hook)
+    sensitivity = Sensitivity(prepared)
+    (slopes,) = torch.autograd.grad(loss(prepared), factors)
+    loss(prepared).backward()
+    sensitivity.update()
+    assert_equal(slopes.square(), sensitivity.classes)
+
+
 def test_groups_are_derived_by_a_factor_in_front_of_what_they_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -484,3 +517,144 @@ def test_it_ends() -> None:
     train(prepared, pruning, 1, drawn)
     with pytest.raises(dspfx.LearnError, match="all 1 steps are done"):
         pruning.step()
+
+
+def test_a_step_without_gradients_is_an_error() -> None:
+    prepared = layers()
+    pruning = dspfx.GradualPruning(prepared, Budget(macs=0.5), total_steps=1, begin=0, prunings=1)
+    with pytest.raises(dspfx.LearnError, match="behind the backward pass"):
+        pruning.step()
+    assert pruning.steps_done == 0
+    loss(prepared).backward()
+    pruning.step()
+    assert pruning.report is not None
+    assert pruning.report.achieved <= 0.5
+
+
+# -- layers that are not always trained ------------------------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.right, self.more = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x).relu()
+        right = self.more(self.right(x).relu()).relu()
+        return self.heads[0](self.left(x).relu().mean((2, 3))), self.heads[1](right.mean((2, 3)))
+
+
+def test_a_layer_that_one_batch_does_not_reach_is_known_all_the_same() -> None:
+    prepared = dspfx.prepare(randomise(TwoHeads()).double(), X).train()
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.3), total_steps=20, begin=0.1, end=0.9, prunings=5
+    )
+    for step in range(20):
+        prepared.zero_grad()
+        left, right = prepared(drawn(step))
+        (left if step == 1 else left + right).sin().sum().backward()
+        pruning.step()
+    assert pruning.report is not None
+    assert pruning.report.achieved <= 0.3
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_what_frozen_layers_read_stays_whatever_gradient_is_left_there(set_to_none: bool) -> None:
+    prepared = layers()
+    loss(prepared).backward()
+    for name in ("inner", "side", "up"):
+        prepared.get_submodule(name).weight.requires_grad_(False)
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.9), total_steps=4, begin=0, end=1, prunings=2
+    )
+    for step in range(4):
+        prepared.zero_grad(set_to_none=set_to_none)
+        loss(prepared, drawn(step)).backward()
+        pruning.step()
+    masks = dspfx.get_masks(prepared)
+    for name in ("inner", "side", "up"):
+        assert masks[name][masks[name].any(1)].all()
+
+
+def test_a_budget_that_frozen_layers_put_out_of_reach_is_refused_at_once() -> None:
+    prepared = layers()
+    for name in ("inner", "side", "up"):
+        prepared.get_submodule(name).weight.requires_grad_(False)
+    with unchanged(prepared), pytest.raises(dspfx.BudgetError, match="cannot be reached"):
+        dspfx.GradualPruning(prepared, Budget(macs=0.15), total_steps=10)
+
+
+def test_a_layer_that_thaws_counts_and_a_resumed_run_knows_it() -> None:
+    def made() -> tuple[dspfx.PreparedModule, dspfx.GradualPruning]:
+        prepared = layers()
+        return prepared, dspfx.GradualPruning(
+            prepared, Budget(macs=0.3), total_steps=12, begin=0.5, end=1, prunings=3
+        )
+
+    def go_on(prepared: nn.Module, pruning: dspfx.GradualPruning, steps: range) -> None:
+        for step in steps:
+            prepared.get_submodule("side").weight.requires_grad_(step >= 2)
+            prepared.zero_grad()
+            loss(prepared, drawn(step)).backward()
+            pruning.step()
+
+    whole, pruning = made()
+    go_on(whole, pruning, range(12))
+    first, begun = made()
+    go_on(first, begun, range(4))
+    resumed, again = made()
+    again.load_state_dict(copy.deepcopy(begun.state_dict()))
+    go_on(resumed, again, range(4, 12))
+    expected, found = dspfx.get_masks(whole), dspfx.get_masks(resumed)
+    assert not expected["side"].all()
+    assert all(torch.equal(mask, found[name]) for name, mask in expected.items())
+
+
+def test_nothing_goes_before_anything_is_known() -> None:
+    prepared = layers()
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.5), total_steps=4, begin=0, end=1, prunings=4
+    )
+    for step in range(4):
+        prepared.zero_grad()
+        (loss(prepared, drawn(step)) * (torch.inf if step < 2 else 1.0)).backward()
+        pruning.step()
+        assert (pruning.report is None) == (step < 2)
+    assert pruning.report is not None
+    assert pruning.report.achieved <= 0.5
+
+
+def test_groups_that_change_on_the_way_are_an_error() -> None:
+    prepared = layers()
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.5), total_steps=4, begin=0, end=1, prunings=2
+    )
+    train(prepared, pruning, 1, drawn)
+    gate = gated_layers(prepared)["side"].gate
+    gate.assign(1 - gate.assignment)
+    masks = dspfx.get_masks(prepared)
+    with pytest.raises(dspfx.LearnError, match="changed groups"):
+        train(prepared, pruning, 1, drawn)
+    assert all(torch.equal(mask, masks[name]) for name, mask in dspfx.get_masks(prepared).items())
+
+
+@pytest.mark.parametrize(("width", "n"), [(20, 8), (24, 16)])
+def test_widths_are_rounded_again_and_again(width: int, n: int) -> None:
+    """What is dead is no part of them."""
+    torch.manual_seed(0)
+    chain = [nn.Conv2d(3, width, 3, padding=1), nn.ReLU()]
+    for _ in range(2):
+        chain += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    prepared = dspfx.prepare(model.double(), x, config=dspfx.PrepareConfig(round_to=n)).train()
+    pruning = dspfx.GradualPruning(
+        prepared, Budget(macs=0.5), total_steps=8, begin=0, end=1, prunings=8, groups=False
+    )
+    train(prepared, pruning, 8, lambda _: x)
+    convolutions = [m for m in dspfx.convert(prepared).modules() if isinstance(m, nn.Conv2d)]
+    widths = [m.out_channels for m in convolutions]
+    assert all(w % n == 0 or w == width for w in widths)

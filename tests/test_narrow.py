@@ -356,6 +356,51 @@ def test_what_modules_count_comes_back() -> None:
     assert torch.equal(prepared.counting.scale, masked.counting.scale)
 
 
+class NormAndMore(nn.BatchNorm2d):
+    """A norm with a child, as in timm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class ByFunction(nn.Module):
+    """A norm that keeps its statistics itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training)
+
+
+@pytest.mark.parametrize("norm", [NormAndMore, ByFunction])
+def test_norms_of_other_kinds(norm: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8)),
+        *(nn.ReLU(), nn.Conv2d(8, 4, 3)),
+    )
+    prepared = pruned(model)
+    masked, narrow = copy.deepcopy(prepared), dspfx.narrow(prepared)
+    assert_a_step_is_the_same(masked, narrow, images(4, 12))
+    dspfx.widen(narrow, prepared)
+    averages = [own for own in narrow.origins.values() if "running" in own.source]
+    assert len(averages) == 4
+    for own in averages:
+        there, here = (m.get_buffer(own.source)[own.places[own.real]] for m in (masked, prepared))
+        assert_equal(there, here, tolerance=1e-7)
+    x = images(3, 12)
+    assert_equal(narrow.eval()(x), prepared.eval()(x))
+
+
 class OtherCode(Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))

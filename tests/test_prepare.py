@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,12 @@ def test_bad_settings() -> None:
         PrepareConfig(groups=0)
     with pytest.raises(dspfx.PrepareError, match="matches no module"):
         dspfx.prepare(Plain(), config=PrepareConfig(ignore=("nothing.*",)))
+    single: Any = {"ignore": "head", "layers": nn.Conv2d, "opaque": nn.ReLU}
+    for name, value in single.items():
+        with pytest.raises(dspfx.PrepareError, match=rf"{name}=\(('head'|Conv2d|ReLU),\)"):
+            PrepareConfig(**{name: value})
+    several: Any = [nn.Conv2d]
+    assert PrepareConfig(layers=several) == PrepareConfig(layers=(nn.Conv2d,))
     with pytest.raises(dspfx.PrepareError, match="prepared already"):
         dspfx.prepare(dspfx.prepare(Plain()))
 

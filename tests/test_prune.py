@@ -86,6 +86,21 @@ def test_what_is_pruned_stays_pruned() -> None:
         assert not (mask & ~first[name]).any()
 
 
+def test_what_is_pruned_stays_pruned_in_other_groups() -> None:
+    prepared = prepared_model(groups=2)
+    dspfx.prune(prepared, Budget(macs=0.6))
+    before = dspfx.get_masks(prepared)
+    for layer in gated_layers(prepared).values():
+        layer.gate.assign(torch.randint(len(layer.gate.logits), (layer.out_channels,)))
+    report = dspfx.prune(prepared, Budget(macs=0.5))
+    after = dspfx.get_masks(prepared)
+    assert not any((after[name] & ~before[name]).any() for name in before)
+    assert report.achieved <= 0.5
+    kept = dspfx.prune(prepared, Budget(macs=0.9))
+    assert kept.after == report.after
+    assert kept.note == ""
+
+
 def test_the_whole_budget_prunes_nothing() -> None:
     prepared = prepared_model()
     assert dspfx.prune(prepared, Budget(macs=1.0)).achieved == 1.0

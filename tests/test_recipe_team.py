@@ -43,6 +43,8 @@ def test_alone() -> None:
 def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(dspfx.RecipeError, match="'toaster' is no device"), team("toaster"):
         pass
+    with pytest.raises(dspfx.RecipeError, match="'xpu' is no device"), team("xpu"):
+        pass
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(dspfx.RecipeError, match="no CUDA device"), team("cuda"):
         pass

@@ -291,7 +291,7 @@ def test_page_shows_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(dspfx.PlotError, match="nowhere"):
         dspfx.report(pruned()).to_html(tmp_path / "nowhere" / "page.html")
 
 

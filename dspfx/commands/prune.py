@@ -123,7 +123,7 @@ def prune(
         cluster_groups(prepared, seed=seed)
         accuracies: dict[str, float] = {}
         if source is None:
-            pruned = prune_to(prepared, budget)
+            pruned = prune_to(prepared, budget, drop_filters=False)
         else:
             accuracies["dense"] = _accuracy(subject.dense, source)
             some = source.numbers["train"][:images]
@@ -146,8 +146,10 @@ def prune(
 
 
 def _budget(macs: float | None, params: float | None, latency: float | None) -> Budget:
-    if macs is None and params is None and latency is None:
-        raise BudgetError("say how much may remain: --keep-macs, --keep-params or --keep-latency")
+    if sum(part is not None for part in (macs, params, latency)) != 1:
+        raise BudgetError(
+            "say how much may remain, by one of --keep-macs, --keep-params and --keep-latency"
+        )
     return Budget(macs=macs, params=params, latency=latency)
 
 
@@ -169,7 +171,7 @@ def _pruned(
 ) -> PruneReport:
     """By the gradients of some batches, without a step of any optimizer; or by the weights."""
     if not passes:
-        return prune_to(prepared, budget)
+        return prune_to(prepared, budget, drop_filters=False)
     pruning = GradualPruning(
         prepared, budget, total_steps=passes, begin=0.2, end=1.0, prunings=math.ceil(passes / 2)
     )

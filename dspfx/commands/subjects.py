@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dspfx.convert import convert
 from dspfx.errors import RecipeError
+from dspfx.export import SUFFIXES
 from dspfx.load import load
 from dspfx.parts import compact_parts_of
 from dspfx.recipe.architectures import (
@@ -29,7 +30,7 @@ Named = Annotated[
     typer.Argument(
         metavar="MODEL|FILE",
         help="A model (cifar-resnetN, a name of torchvision or timm, package.module:factory), a "
-        "file that dspfx wrote, or the folder of a run.",
+        ".safetensors file that dspfx wrote, or the folder of a run.",
         show_default=False,
     ),
 ]
@@ -91,6 +92,11 @@ def open_subject(
         LoadError: the file is damaged, or of another model.
     """
     path = _file(named)
+    if path is not None and path.name.endswith(tuple(SUFFIXES)):
+        raise RecipeError(
+            f"{named} was exported, for other programs to run; dspfx reads the files of dspfx.save "
+            "and dspfx train, *.safetensors"
+        )
     if path is None:
         return open_model(
             named,

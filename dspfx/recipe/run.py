@@ -1,5 +1,6 @@
 """The whole road: train, prune, fine-tune, convert, save, report."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ class Machine:
 
 def run(
     recipe: Recipe,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     resume: bool = False,
     machine: Machine | None = None,
@@ -74,7 +75,7 @@ def run(
             recipe; or the model does not fit the data.
         DspfxError: whatever the verbs of dspfx raise.
     """
-    machine = machine or Machine()
+    machine, folder = machine or Machine(), Path(folder)
     with team(machine.device) as own:
         files = RunFolder(folder, writes=own.first)
         if resume and files.recipe() != recipe:

@@ -129,12 +129,14 @@ def team(device: str = "auto") -> Iterator[Team]:
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-    except RuntimeError as error:
-        raise RecipeError(f"'{name}' is no device; cpu and cuda are") from error
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RecipeError(f"'{name}' is no device of this machine; cpu works") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("there is no CUDA device that torch can use; --device cpu works")
     if device.type == "cuda" and local_rank is not None:
