@@ -68,7 +68,8 @@ class Budget:
 
     Attributes:
         macs: of the multiply-accumulates of one sample, whole model; in (0, 1].
-        params: of the parameters, whole model; in (0, 1].
+        params: of the parameters of all convolutions, linear layers and operators that work channel
+            by channel, whole model; in (0, 1]. A layer that is called twice counts once.
         latency: of the time that the dense network takes, compiled, for the example inputs; in
             (0, 1]. Layers are measured, which takes a while.
     """

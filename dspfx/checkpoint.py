@@ -56,7 +56,16 @@ def save_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
     except (OSError, pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: the writer of torch ends with an error of its own then."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> dict[str, Any]:

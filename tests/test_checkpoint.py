@@ -83,6 +83,21 @@ def test_a_crash_while_saving_leaves_the_file(
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
+def test_an_interrupt_is_none_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch closes the file on the way out, and complains that it is not complete."""
+
+    def interrupted(*_: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 29440 vs 29336")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dspfx.save_checkpoint(tmp_path / "run.pt", epoch=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_everything_is_flushed_before_and_after_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

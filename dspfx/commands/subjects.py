@@ -43,7 +43,12 @@ Channels = Annotated[int | None, typer.Option(min=1, help="Of its images; 3 if l
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Of its images; the model's usual one if left out.")
 ]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="With the weights on offer.")]
+Pretrained = Annotated[
+    bool,
+    typer.Option(
+        "--pretrained", help="With the pretrained weights that torchvision or timm offers."
+    ),
+]
 Weights = Annotated[
     Path | None, typer.Option(help="With the weights in this file (.safetensors, .pt).")
 ]

@@ -38,7 +38,11 @@ def train(
     folder: Annotated[Path | None, _option(MODEL, "Where the files of the data are.")] = None,
     pretrained: Annotated[
         bool | None,
-        _option(MODEL, "Start from the weights on offer.", "--pretrained/--no-pretrained"),
+        _option(
+            MODEL,
+            "Start from the pretrained weights that torchvision or timm offers.",
+            "--pretrained/--no-pretrained",
+        ),
     ] = None,
     weights: Annotated[
         Path | None, _option(MODEL, "Start from the weights in this file (.safetensors, .pt).")
@@ -110,7 +114,7 @@ def train(
         float | None,
         _option(
             PRUNING,
-            "Fraction of the MACs that each cycle takes away, of learned groups (default 0.001).",
+            "Of --method learned: fraction of the MACs that a cycle takes away (default 0.001).",
         ),
     ] = None,
     ignore: Annotated[
@@ -118,7 +122,11 @@ def train(
         _option(PRUNING, "Layers to leave alone, such as '*.downsample.*'; more than once."),
     ] = None,
     run_dir: Annotated[
-        Path | None, _option(RUNNING, "Folder of the run; runs/MODEL-DATA if left out.")
+        Path | None,
+        _option(
+            RUNNING,
+            "Folder of the run; runs/, the model if given, and the data or preset if left out.",
+        ),
     ] = None,
     resume: Annotated[
         bool, _option(RUNNING, "Go on with the run in this folder.", "--resume")

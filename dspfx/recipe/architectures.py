@@ -10,6 +10,7 @@
 import importlib
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,14 +117,14 @@ class Architecture:
             temporary.write_text(f"{json.dumps(to_json(self), indent=2)}\n")
 
     @staticmethod
-    def beside(path: Path) -> "Architecture | None":
+    def beside(path: str | os.PathLike[str]) -> "Architecture | None":
         """What was written beside the model file at `path`, if anything was.
 
         Raises:
             RecipeError: it is damaged.
         """
         try:
-            text = _beside(path).read_text()
+            text = _beside(Path(path)).read_text()
         except OSError:
             return None
         try:
