@@ -278,8 +278,8 @@ class _Analyser(fx.Interpreter):
             return Restored(operands, "the layer is to be ignored")
         parameters = sum(p[0].numel() for p in layer.parameters(recurse=False))
         self._pass_atoms(node, result, 1, self.values[operands[0]].atoms)
-        zeros = self._on_zeros(node, operands, result, 1)
-        return Channelwise(operands, 1, zeros, macs, parameters, layer=str(node.target))
+        zeros, shifts = self._on_zeros(node, operands, result, 1), layer.bias is not None
+        return Channelwise(operands, 1, zeros, macs, parameters, shifts, str(node.target))
 
     def _channelwise(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
         value = self.values.get(operands[0])

@@ -45,7 +45,7 @@ def _ends_in_a_sum(analysis: ChannelAnalysis, readers: dict[Node, list[Node]], n
             if len(terms) > 1:
                 return True
         elif isinstance(op, Channelwise):
-            gated = op.is_norm and all(
+            gated = op.shifts and all(
                 isinstance(analysis.ops[reader], Gate) for reader in readers[node]
             )
             if not (gated or op.keeps_zero.all()):

@@ -4,7 +4,8 @@
    `GatedLayer`, sharing its parameters. Left alone: frozen layers, layers that read the model's
    inputs, depthwise convolutions, computed weights, and the linear layers that come last, whose
    outputs are the model's.
-2. A `ChannelGate` follows every norm whose channels lie along one dimension, in every graph.
+2. A `ChannelGate` follows every norm whose channels lie along one dimension, and every depthwise
+   layer with a bias, in every graph.
 """
 
 from collections import Counter
@@ -27,7 +28,8 @@ class GatePlan:
 
     Attributes:
         layers: the convolutions to gate, with the elements of their input for one sample.
-        norms: the norms to follow by a gate: (module name, number of the call), channels, dim.
+        norms: the norms, and what else has a bias, to follow by a gate: (module name, number of the
+            call), channels, dim.
         left_alone: the layers that are not gated, and why.
     """
 
@@ -71,7 +73,7 @@ def plan_gates(
                 left_alone.setdefault(op.layer, why_not)
             else:
                 layers.setdefault(name, prod(analysis.values[op.operands[0]].shape[1:]))
-        if isinstance(op, Channelwise) and op.is_norm:
+        if isinstance(op, Channelwise) and op.shifts:
             value = analysis.values[node]
             assert value.dim is not None
             norms[name, calls[name]] = value.channels, value.dim

@@ -90,14 +90,16 @@ class Mix(Op):
 class Channelwise(Op):
     """Every channel by itself: channel c becomes channels `c*repeat .. c*repeat + repeat - 1`.
 
-    `keeps_zero` says for every output channel whether a zero channel stays exactly zero.
+    `keeps_zero` says for every output channel whether a zero channel stays exactly zero. What
+    `shifts` may have a bias, as norms do and some depthwise layers. A gate follows it: whether a
+    zero channel stays zero there would change while the bias is trained.
     """
 
     repeat: int
     keeps_zero: BoolArray
     macs_per_channel: int = 0
     parameters_per_channel: int = 0
-    is_norm: bool = False
+    shifts: bool = False
     layer: str | None = None
 
 

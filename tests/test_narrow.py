@@ -401,6 +401,28 @@ def test_norms_of_other_kinds(norm: type[nn.Module]) -> None:
     assert_equal(narrow.eval()(x), prepared.eval()(x))
 
 
+def test_a_depthwise_bias_that_learns_revives_nothing() -> None:
+    """It is zero before training, as if zeros stayed zero behind it for ever."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 16, 1), nn.SiLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.SiLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+    ).double()
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.zeros_(layer.bias)
+    prepared = dspfx.prepare(model, images(2, 8)).train()
+    dspfx.prune_channels(prepared, dspfx.Budget(macs=0.5))
+    before, narrow = dspfx.report(prepared), dspfx.narrow(prepared)
+    for trained in (prepared, narrow):
+        train(trained, steps=5)
+    assert prepared.get_submodule("4").bias.any()
+    assert dspfx.report(prepared).after == before.after
+    x = images(3)
+    assert_equal(narrow.eval()(x), prepared.eval()(x))
+
+
 class OtherCode(Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))

@@ -43,7 +43,7 @@ def test_gates_and_their_state() -> None:
     assert not list(gate.parameters())
     called = {str(n.target) for n in prepared.graph.nodes if n.op == "call_module"}
     gates = {n for n, m in prepared.named_modules() if isinstance(m, ChannelGate)}
-    assert gates == {"channel_gates.stem_1", "channel_gates.norm"}
+    assert gates == {f"channel_gates.{name}" for name in ("stem_1", "depthwise", "norm")}
     assert gates <= called
 
 

@@ -88,7 +88,8 @@ def test_masked_equals_an_oracle_that_watches_values(model: nn.Module, recipe: M
     """Dead means zero, as defined by what flows through the unprepared model.
 
     The oracle knows nothing of graphs: weights are multiplied by the masks, and a hook zeroes
-    every filter whose response is nothing but zeros, and every channel a norm reads as zeros.
+    every filter whose response is nothing but zeros, and every channel that a norm or a depthwise
+    layer with a bias reads as zeros.
     Smooth activations make sure that only dead channels are zero.
     """
     prepared = prepare(model, 3)
@@ -102,7 +103,7 @@ def test_masked_equals_an_oracle_that_watches_values(model: nn.Module, recipe: M
             layers[name].weight.mul_(spread(layers[name], mask))
             layers[name].register_forward_hook(silence_dead_filters)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) or is_biased_depthwise(module):
                 module.register_forward_hook(keep_zeros)
         x = inputs(model, 2)
         assert_equal(model(x), prepared(x))
@@ -118,6 +119,12 @@ def silence_dead_filters(layer: Any, args: tuple[Tensor, ...], out: Tensor) -> T
 
 def keep_zeros(norm: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     return torch.where(is_zero(args[0]), 0.0, out)
+
+
+def is_biased_depthwise(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d) or module.bias is None:
+        return False
+    return 1 < module.groups == module.in_channels == module.out_channels
 
 
 def is_zero(x: Tensor, dim: int = 1) -> Tensor:
