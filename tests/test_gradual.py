@@ -87,15 +87,15 @@ def factors_in_front(prepared: dspfx.PreparedModule) -> Tensor:
     """A factor for every coupling class, with which every layer multiplies what it reads."""
     analysis = analyse_prepared(prepared)
     factors = torch.ones(int(analysis.classes.max()) + 1, dtype=torch.float64, requires_grad=True)
-    for op in analysis.ops.values():
-        if isinstance(op, Mix):
-            classes = torch.from_numpy(analysis.class_of(op.operands[0]))
+    read = {op.layer: op.operands[0] for op in analysis.ops.values() if isinstance(op, Mix)}
+    for name, value in read.items():
+        classes = torch.from_numpy(analysis.class_of(value))
 
-            def hook(layer: nn.Module, args: Any, classes: Tensor = classes) -> Any:
-                trailing = [1] * (args[0].dim() - 2)
-                return args[0] * factors[classes].reshape(-1, *trailing)
+        def hook(layer: nn.Module, args: Any, classes: Tensor = classes) -> Any:
+            trailing = [1] * (args[0].dim() - 2)
+            return args[0] * factors[classes].reshape(-1, *trailing)
 
-            prepared.get_submodule(op.layer).register_forward_pre_hook(hook)
+        prepared.get_submodule(name).register_forward_pre_hook(hook)
     return factors
 
 
@@ -129,17 +129,7 @@ class Thrice(nn.Module):
 
 def test_the_gradient_of_a_layer_that_is_called_often_counts_once() -> None:
     prepared = dspfx.prepare(randomise(Thrice()).double(), X)
-    analysis = analyse_prepared(prepared)
-    factors = torch.ones(int(analysis.classes.max()) + 1, dtype=torch.float64, requires_grad=True)
-    for name in ("stem", "conv", "head"):
-        op = next(o for o in analysis.ops.values() if isinstance(o, Mix) and o.layer == name)
-        classes = torch.from_numpy(analysis.class_of(op.operands[0]))
-
-        def hook(layer: nn.Module, args: Any, classes: Tensor = classes) -> Any:
-            return args[0] * factors[classes].reshape(-1, *[1] * (args[0].dim() - 2))
-
-        prepared.get_submodule(name).register_forward_pre_hook(hook)
-    sensitivity = Sensitivity(prepared)
+    factors, sensitivity = factors_in_front(prepared), Sensitivity(prepared)
     (slopes,) = torch.autograd.grad(loss(prepared), factors)
     loss(prepared).backward()
     sensitivity.update()
