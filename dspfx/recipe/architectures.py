@@ -123,14 +123,15 @@ class Architecture:
         Raises:
             RecipeError: it is damaged.
         """
+        beside = _beside(Path(path))
         try:
-            text = _beside(Path(path)).read_text()
+            text = beside.read_text()
         except OSError:
             return None
         try:
             found: Architecture = from_json(Architecture, json.loads(text))
         except ValueError as error:
-            raise RecipeError(f"{_beside(path)} is damaged: {error}") from error
+            raise RecipeError(f"{beside} is damaged: {error}") from error
         return found
 
 
