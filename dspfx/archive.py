@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspfx.errors import LoadError, SaveError
+from dspfx.errors import DspfxError, LoadError, SaveError
 
 KEY = "dspfx"  # one key of metadata alone: several would be written in any order
 FORMAT = 1
@@ -52,17 +52,20 @@ def write(path: Path, archive: Archive) -> None:
     if len(text) > MOST_HEADER // 2:
         raise SaveError(f"the plan of the model takes {len(text):,} characters, too many")
     try:
-        with replacing(path) as temporary:
+        with replacing(path, SaveError) as temporary:
             save_file(tensors, temporary, {KEY: text})
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise SaveError(f"{path} cannot be written: {error}") from error
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, failure: type[DspfxError]) -> Iterator[Path]:
     """A name in the folder of `path` to write to, which becomes `path` if all goes well.
 
     It has the suffixes of `path`. What was at `path` is there until then.
+
+    Raises:
+        DspfxError: the `failure`, where the system does not let it be written.
     """
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
@@ -73,6 +76,8 @@ def replacing(path: Path) -> Iterator[Path]:
         _force(temporary)
         temporary.replace(path)
         _force(path.parent)
+    except OSError as error:
+        raise failure(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

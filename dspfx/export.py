@@ -66,11 +66,8 @@ def export(
         raise ExportError(str(error)) from error
     shapes = _dynamic_shapes(model, call) if dynamic_batch else None
     program = _program(model, call, shapes)
-    try:
-        with replacing(path) as temporary:
-            write(program, temporary)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error}") from error
+    with replacing(path, ExportError) as temporary:
+        write(program, temporary)
 
 
 def _format(path: Path, given: str | None) -> Format:

@@ -125,8 +125,5 @@ def _write(figure: "Figure", path: Path) -> None:
     if path.suffix[1:].lower() not in known:
         endings = ", ".join(f".{suffix}" for suffix in sorted(known))
         raise PlotError(f"{path.name} does not say what to write; it has to end with {endings}")
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary)
-    except OSError as error:
-        raise PlotError(f"{path} cannot be written: {error}") from error
+    with replacing(path, PlotError) as temporary:
+        figure.savefig(temporary)

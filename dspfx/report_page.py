@@ -37,11 +37,8 @@ def write_page(
 ) -> None:
     """See `Report.to_html`."""
     page = page_of(report, measured)
-    try:
-        with replacing(Path(path)) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise PlotError(f"{path} cannot be written: {error}") from error
+    with replacing(Path(path), PlotError) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def page_of(report: Report, measured: CompileReport | None) -> str:

@@ -113,7 +113,7 @@ class Architecture:
 
     def write(self, path: Path) -> None:
         """Write this as JSON beside the model file at `path`."""
-        with replacing(_beside(path)) as temporary:
+        with replacing(_beside(path), RecipeError) as temporary:
             temporary.write_text(f"{json.dumps(to_json(self), indent=2)}\n")
 
     @staticmethod

@@ -100,5 +100,5 @@ class RunFolder:
         """Replace a file of the folder in one step: a text as it is, all else as JSON."""
         if self.writes:
             text = content if isinstance(content, str) else json.dumps(content, indent=2)
-            with replacing(path) as temporary:
+            with replacing(path, RecipeError) as temporary:
                 temporary.write_text(f"{text}\n")
