@@ -122,7 +122,9 @@ class Compiled:
             self._call = torch.compile(_with_code_of_its_own(model), options=guards)
         tensors = (*model.parameters(), *model.buffers())
         on_cpu = all(t.device.type == "cpu" for t in tensors)
-        self._settings = {"freezing": on_cpu, "cpp_wrapper": how == FROM_CPP}
+        # torch fails to pack weights in float64
+        freezing = on_cpu and all(p.dtype != torch.float64 for p in model.parameters())
+        self._settings = {"freezing": freezing, "cpp_wrapper": how == FROM_CPP}
         self._met: set[tuple[object, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:

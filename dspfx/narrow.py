@@ -33,7 +33,7 @@ from dspfx.passes.cost_model import CPU, CostModel
 from dspfx.passes.plan import plan
 from dspfx.passes.training_graph import training_graph
 from dspfx.passes.verify import verify as verify_equal
-from dspfx.trainable import copied_modules, make_trainable, merge_calls
+from dspfx.trainable import copied_modules, make_trainable
 from dspfx.weighted import is_weighted
 from dspfx.wrappers import unwrapped
 
@@ -93,7 +93,6 @@ def _narrow(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> Na
     }
     origins |= _integers(compacted, view)
     _leave_out_constants(origins, compacted, view)
-    merge_calls(compacted, origins, prepared)
     _refuse_unequal_calls(origins, compacted, view)
     root = make_trainable(compacted, origins, prepared)
     training = training_graph(compacted, prepared, prepared.graphs)

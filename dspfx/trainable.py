@@ -1,9 +1,8 @@
 """From a compact module to one that can be trained: the living part of the parameters it is from.
 
-1. Calls of one module that came out alike call one module again, with one state.
-2. Zeros that a layer is filled up with, where its filters read different channels, stay zero.
-3. What was a parameter is one again, frozen if it was, and shared if it was.
-4. Copied modules are in the mode that they were in, frozen norms for instance.
+1. Zeros that a layer is filled up with, where its filters read different channels, stay zero.
+2. What was a parameter is one again, frozen if it was, and shared if it was.
+3. Copied modules are in the mode that they were in, frozen norms for instance.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,35 +20,13 @@ from dspfx.passes.compact import Compacted
 Origins = dict[str, Elements]
 
 
-def merge_calls(compacted: Compacted, origins: Origins, source: nn.Module) -> None:
-    """Do 1 in place, in the module and the graph of `compacted` and in `origins`.
-
-    Args:
-        compacted: of `source`.
-        origins: where the elements of its tensors come from; others are constants.
-        source: the model that was compacted.
-    """
-    kept: dict[tuple[object, ...], str] = {}
-    for node, new in compacted.nodes.items():
-        if node.op != "call_module" or new.op != "call_module":
-            continue
-        target = str(new.target)
-        same = id(source.get_submodule(str(node.target))), _described(compacted, target, origins)
-        if kept.setdefault(same, target) != target:
-            new.target = kept[same]
-            path, _, leaf = target.rpartition(".")
-            delattr(compacted.root.get_submodule(path), leaf)
-            for name in [name for name in origins if name.startswith(f"{target}.")]:
-                del origins[name]
-
-
 def make_trainable(
     compacted: Compacted, origins: Mapping[str, Elements], source: nn.Module
 ) -> nn.Module:
-    """Do 2 to 4, in place; the module.
+    """Do this in place; the module.
 
     Args:
-        compacted: of `source`; its calls are merged.
+        compacted: of `source`.
         origins: where the elements of its tensors come from; others are constants.
         source: the model that was compacted, in the mode that is asked for.
 
@@ -76,16 +53,6 @@ def copied_modules(
             copied = compacted.root.get_submodule(str(new.target))
             if type(own) is type(copied):
                 yield own, copied
-
-
-def _described(compacted: Compacted, target: str, origins: Origins) -> tuple[object, ...]:
-    """All of the module called `target`: equal for those that compute the same and stay so."""
-    module = compacted.root.get_submodule(target)
-    tensors = [
-        origins[name].key if (name := f"{target}.{own}") in origins else (own, tensor.tolist())
-        for own, tensor in named_tensors(module).items()
-    ]
-    return repr(module), repr(tensors)
 
 
 class _Filled(FilterGate):

@@ -8,10 +8,12 @@
 3. Channelwise modules are cut to their channels; gates disappear where nothing is dead.
 4. Sizes that count channels become constants, and the sizes of reshapes follow the width.
 5. Every other operator is copied, out of place.
+6. Calls of one module that are planned alike call one module again.
 """
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +85,7 @@ class _Emitter:
         self.env: dict[Node, Any] = {}
         self.aligned: dict[tuple[Node, bytes], Node] = {}
         self.taken: dict[str, int] = defaultdict(int)  # how often a name was asked for
+        self.emitted: dict[tuple[object, ...], str] = {}  # modules, by whose they are and the plan
         self.constants: dict[Node, Tensor] = {}
         self.computed: set[Node] = set()
         self.computed_buffers: dict[str, Node] = {}
@@ -207,14 +210,22 @@ class _Emitter:
 
     # -- operators ---------------------------------------------------------------------------
 
-    def _copy(self, node: Node, operands: dict[Node, Node]) -> Node:
-        """The same call on other operands, out of place, its module private to the new graph."""
+    def _copy(
+        self, node: Node, operands: dict[Node, Node], wanted: Order = None, channels: int = 0
+    ) -> Node:
+        """The same call on other operands, out of place, its module private to the new graph.
+
+        Of the `channels` of the module only those `wanted` are kept.
+        """
         new = self.graph.node_copy(node, lambda n: operands.get(n, self.env[n]))
         operators.out_of_place(new)
         operators.tolerate_strides(new)
         if node.op == "call_module":
-            module = _private(self.source.get_submodule(str(node.target)))
-            new.target = self._put(str(node.target), module)
+            name = str(node.target)
+            kept = None if wanted is None or _is_whole(wanted, channels) else wanted
+            module = self.source.get_submodule(name)
+            key = module, None if kept is None else kept.tobytes()
+            new.target = self._module(name, key, lambda: _private(module, kept, channels))
         return new
 
     def _layer(self, node: Node, op: Mix) -> Node:
@@ -224,18 +235,20 @@ class _Emitter:
         computed = self._constant(node.args[1]) if is_weighted(layer) else None  # type: ignore[arg-type]
         weight, bias = _folded(self.source, layer, plan, computed)
         stored = plan.lowering, plan.filters, plan.inputs
-        module = emit(layer, weight, bias, *stored, op.structural_groups)
-        return self.graph.call_module(self._put(op.layer, module), (x,))
+        name = self._module(
+            op.layer,
+            (layer, plan.key, node if is_weighted(layer) else None),
+            lambda: emit(layer, weight, bias, *stored, op.structural_groups),
+        )
+        return self.graph.call_module(name, (x,))
 
     def _channelwise(self, node: Node, op: Channelwise) -> Node:
         if node in self.plan.folded:
             return self.env[op.operands[0]]  # type: ignore[no-any-return]
         (wanted,) = self.plan.wants[node]
         assert wanted is not None
-        new = self._copy(node, self._operands(node, op))
         channels = self.analysis.values[op.operands[0]].channels
-        if node.op == "call_module" and len(wanted) and not _is_whole(wanted, channels):
-            _cut(self.root.get_submodule(str(new.target)), wanted, channels)
+        new = self._copy(node, self._operands(node, op), wanted, channels)
         key = operators.key(node, self.source)
         value = self.analysis.values[node]
         if key in operators.SIZED:
@@ -281,6 +294,12 @@ class _Emitter:
 
     # -- modules and buffers -----------------------------------------------------------------
 
+    def _module(self, name: str, key: tuple[object, ...], make: Callable[[], nn.Module]) -> str:
+        """Where what was emitted for `key` is; it is made, under `name`, for its first call."""
+        if key not in self.emitted:
+            self.emitted[key] = self._put(name, make())
+        return self.emitted[key]
+
     def _put(self, name: str, value: nn.Module | Tensor) -> str:
         """Register a module or tensor under `name`, or that with a number where it is taken."""
         *path, leaf = name.split(".")
@@ -304,8 +323,11 @@ class _Emitter:
         return self.graph.get_attr(self._put(f"_{name}", value))
 
 
-def _private(module: nn.Module) -> nn.Module:
+def _private(module: nn.Module, kept: Order, channels: int) -> nn.Module:
+    """A frozen copy, of whose `channels` only those `kept` are left."""
     own = copy.deepcopy(module)
+    if kept is not None and len(kept):
+        _cut(own, kept, channels)
     if hasattr(own, "inplace"):
         setattr(own, "inplace", False)  # noqa: B010 (activations do not declare it)
     return own.requires_grad_(False)

@@ -1,11 +1,12 @@
 """An `fx` tracer that runs the model while it traces it.
 
 Every proxy knows the value that it had with the example inputs. Code that asks a proxy for a
-number (`len`, `int`, `if x.shape[1] > 3`, iteration, unpacking) is answered from it, and so is
-specialised to the shapes of the example. Code that asks for the value of a tensor is refused: that
-depends on the data.
+number (`len`, `int`, `if x.shape[2] > 32`, iteration, unpacking) is answered from it, and so is
+specialised to the shapes of the example; of a size, the graph checks that the answer stays true.
+Code that asks for the value of a tensor is refused: that depends on the data.
 """
 
+import builtins
 import inspect
 import linecache
 import math
@@ -34,6 +35,7 @@ FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "ran
 # keys of `Node.meta`
 LINE = "line of source"
 WRITTEN = "positions of the arguments that the call overwrote"
+_SIZE = "made of sizes of tensors alone"
 _PLAIN = int | float | str | bool | None  # values that an input can be compared with
 _MACHINERY = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
@@ -50,6 +52,7 @@ class ConcreteProxy(Proxy):
     """A proxy with the value it had in this run."""
 
     concrete: Any
+    tracer: "ConcreteTracer"
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.concrete, name)
@@ -113,6 +116,8 @@ class ConcreteProxy(Proxy):
         """The value, unless it depends on the data."""
         if isinstance(self.concrete, Tensor):
             raise TypeError(f"control flow depends on the values of '{self.node.name}'")
+        if _SIZE in self.node.meta:
+            self.tracer.insist_on(self)
         return self.concrete
 
 
@@ -132,6 +137,7 @@ class ConcreteTracer(fx.Tracer):
         self.opaque = opaque
         self.leaves = leaves
         self.executing = False
+        self.checked: set[Node] = set()
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -200,10 +206,31 @@ class ConcreteTracer(fx.Tracer):
         if name in self.inputs and not isinstance(value, str | bool | None):
             return proxy
         same = operator.is_ if value is None else operator.eq
-        told = f"the model was prepared with {name}={value!r} and cannot be called otherwise"
-        check = self.create_proxy("call_function", same, (proxy, value), {})
-        self.create_proxy("call_function", torch._assert, (check, told), {})
+        told = f"with {name}={value!r} and cannot be called otherwise"
+        self._check(self._call(same, proxy, value), told)
         return value
+
+    def insist_on(self, size: ConcreteProxy) -> None:
+        """Code was told this number: let the graph check that it is the same in every call."""
+        if self.executing or size.node in self.checked:
+            return
+        self.checked.add(size.node)
+        place = f" ({line})" if (line := _line()) else ""
+        match size.concrete:
+            case True:
+                check: Any = size
+            case False:  # dynamo has no `==` for what is true of symbolic sizes
+                check = self._call(operator.not_, size)
+            case number:
+                check = self._call(operator.eq, size, number)
+        told = f"for other sizes, and its code may do otherwise for these{place}"
+        self._check(check, f"{told}; prepare it with an example of the size that it is called with")
+
+    def _check(self, condition: Any, told: str) -> None:
+        self._call(torch._assert, condition, f"the model was prepared {told}")
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.create_proxy("call_function", function, args, {})
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy for `node`; `create_proxy` gives it its value."""
@@ -223,6 +250,8 @@ class ConcreteTracer(fx.Tracer):
         written = [i for i, version in enumerate(_versions(args)) if version != versions[i]]
         if written:
             proxy.node.meta[WRITTEN] = written
+        if not isinstance(proxy.concrete, Tensor) and _made_of_sizes(proxy.node):
+            proxy.node.meta[_SIZE] = True
         return proxy
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -295,6 +324,30 @@ def _line() -> str:
         return ""
     file, number = frame.f_code.co_filename, frame.f_lineno
     return f"{Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
+
+
+def _made_of_sizes(node: Node) -> bool:
+    """Whether it is a number of dimensions, a size of one, or reckoned from such numbers alone.
+
+    A whole shape is not: who asks for it asks for the count of the channels.
+    """
+    match node.op, node.target, *node.args[1:]:
+        case ("call_method", "dim") | ("call_method", "size", _) | (_, builtins.getattr, "ndim"):
+            return True
+        case _, operator.getitem, int() if _is_shape(node.all_input_nodes[0]):
+            return True
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(_SIZE in n.meta for n in inputs)
+
+
+def _is_shape(node: Node) -> bool:
+    """Whether it is the shape of a tensor, or of an image in it."""
+    match node.op, node.target, *node.args[1:]:
+        case ("call_method", "size") | (_, builtins.getattr, "shape"):
+            return True
+        case _, operator.getitem, slice(start=2 | -2, stop=None, step=None):
+            return _is_shape(node.all_input_nodes[0])
+    return False
 
 
 def _versions(args: Any) -> list[int | None]:

@@ -8,6 +8,7 @@
 5. conv -> activation that the kernel knows: it becomes the convolution's.
 
 Only where nobody else reads what is between, and in that order; a sum behind an activation is left.
+A convolution that is called several times becomes several.
 """
 
 import operator
@@ -39,13 +40,11 @@ def fuse(module: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
         inputs: of `module`; shapes are found with them.
     """
     _skip_identities(module)
+    _separate_calls(module)
     fusion = _Fusion(module, inputs)
-    called: dict[Any, int] = {}
-    for node in module.graph.nodes:
-        called[node.target] = called.get(node.target, 0) + 1
     fused = False
     for node in list(module.graph.nodes):
-        if isinstance(_called(module, node), GroupConv2d) and called[node.target] == 1:
+        if isinstance(_called(module, node), GroupConv2d):
             fused |= fusion.inputs_of(node)
             fused |= fusion.outputs_of(node)
             fused |= fusion.norm_of(node)
@@ -270,6 +269,17 @@ def _skip_identities(module: fx.GraphModule) -> None:
         if type(called) is nn.Identity or (type(called) is nn.Dropout and not called.training):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+
+
+def _separate_calls(module: fx.GraphModule) -> None:
+    """Every call of a convolution names it by a name of its own: what stands around it differs."""
+    names: set[str] = set()
+    for node in module.graph.nodes:
+        conv, name = _called(module, node), str(node.target)
+        if isinstance(conv, GroupConv2d) and name in names:
+            node.target = f"{name}_for_{node.name}"
+            module.set_submodule(node.target, conv)
+        names.add(str(node.target))
 
 
 def _called(module: fx.GraphModule, node: Node) -> nn.Module | None:

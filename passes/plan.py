@@ -5,6 +5,7 @@ unread. Every operator wants its operands aligned to certain lists of channels:
 
 1. A layer takes its input as it is. Filters that read the same live channels form a group; the
    filters are ordered as the layout wants, and the form is the one that the cost model prefers.
+   Calls of one layer that keep the same have the form of the first of them: they share weights.
 2. A channelwise operator takes its input as it is, plus channels that are zero before it and a
    constant after it. A depthwise convolution takes only what is kept.
 3. An elementwise operator aligns its operands to the longest of them, without what is not kept.
@@ -60,6 +61,16 @@ class LayerPlan:
     filters: IntArray
     inputs: IntArray
     norm: Node | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for calls of a layer that are emitted alike."""
+        parts = [
+            (part.filters.shape, part.filters.tobytes(), part.inputs.shape, part.inputs.tobytes())
+            for part in self.lowering
+        ]
+        norm = None if self.norm is None else self.norm.target
+        return self.filters.tobytes(), self.inputs.tobytes(), tuple(parts), norm
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,7 @@ class _Planner:
         self.order: dict[Node, Order] = {}
         self.wants: dict[Node, tuple[Order, ...]] = {}
         self.layers: dict[Node, LayerPlan] = {}
+        self.lowerings: dict[tuple[object, ...], Lowering] = {}  # of calls that keep the same
         self.readers: dict[Node, list[Node]] = defaultdict(list)
         for node, op in analysis.ops.items():
             for operand in op.operands:
@@ -163,16 +175,14 @@ class _Planner:
         live, row = self.live.reads_live(node, op)[:, inputs], self.live.reads[op.layer].row
         groups = groups_of(np.arange(len(filters)), row[filters], live)
         family = filters // (op.filters // op.structural_groups)
-        lowering = min(
-            forms(
-                groups,
-                [int(family[group.filters[0]]) for group in groups],
-                grouping=not isinstance(self.root.get_submodule(op.layer), nn.Linear),
-            ),
-            key=partial(
-                self.model.seconds, geometry=geometry(self.analysis, node, op, len(inputs))
-            ),
-        )
+        families = [int(family[group.filters[0]]) for group in groups]
+        called = op.layer, filters.tobytes(), inputs.tobytes(), live.tobytes()
+        if called not in self.lowerings:
+            grouping = not isinstance(self.root.get_submodule(op.layer), nn.Linear)
+            size = geometry(self.analysis, node, op, len(inputs))
+            seconds = partial(self.model.seconds, geometry=size)
+            self.lowerings[called] = min(forms(groups, families, grouping), key=seconds)
+        lowering = self.lowerings[called]
         norm = self._norm_to_fold(node, kept)
         self.layers[node] = LayerPlan(tuple(groups), lowering, filters, inputs, norm)
         self._set(node, filters, (None if op.restored else inputs,))

@@ -114,7 +114,10 @@ def summarise(
 def count_gathers(module: fx.GraphModule) -> int:
     """How many index selections a compact model makes in a call; slices are none."""
     in_graph = sum(node.target is torch.index_select for node in module.graph.nodes)
-    branches = [m for m in module.modules() if isinstance(m, Branches)]
+    called = [
+        module.get_submodule(str(n.target)) for n in module.graph.find_nodes(op="call_module")
+    ]
+    branches = [layer for layer in called if isinstance(layer, Branches)]
     in_layers = sum(isinstance(own, str) for b in branches for own in (*b.inputs, b.order))
     return in_graph + in_layers
 

@@ -106,6 +106,12 @@ def test_models_of_one_class_are_not_taken_for_each_other() -> None:
         assert_equal(model(X[:1]), call(X[:1]), 1e-5)
 
 
+def test_a_model_in_float64(compact: nn.Module) -> None:
+    """Torch could not pack its weights: compiling it failed."""
+    model, x = compact.double(), X.double()
+    assert_equal(model(x), dspfx.compile(model, x)(x), 1e-12)
+
+
 def test_flags_are_not_mixed_up() -> None:
     class Flag(nn.Module):
         def forward(self, x: torch.Tensor, negative: bool = False) -> torch.Tensor:

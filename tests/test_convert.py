@@ -198,6 +198,50 @@ def test_modules_called_twice_are_compacted_call_by_call() -> None:
     assert_equal(prepared.eval()(x), dspfx.convert(prepared)(x))
 
 
+class Pyramid(nn.Module):
+    """One head for images of two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stems = nn.ModuleList(nn.Conv2d(3, 16, 1) for _ in range(2))
+        layers = (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.PReLU(16))
+        self.head = nn.Sequential(*layers, nn.Conv2d(16, 4, 3, padding=1), nn.GroupNorm(2, 4))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.head(stem(x[..., ::n, ::n])) for n, stem in enumerate(self.stems, 1)]
+
+
+def test_calls_that_are_left_alike_share_one_module() -> None:
+    """A network whose trunk has two inputs came out larger than it went in."""
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    prepared = dspfx.prepare(randomise(Pyramid()).double(), x)
+    dspfx.cluster_groups(prepared)
+    dspfx.prune(prepared, dspfx.Budget(macs=0.5))
+    compact = dspfx.convert(prepared)
+    assert_equal(prepared.eval()(x), compact(x))
+    calls = [str(node.target) for node in compact.graph.find_nodes(op="call_module")]
+    twice = {"head.0", "head.2", "head.3", "head.4"}  # the norm is folded
+    assert sorted(calls) == sorted([*twice, *twice, "stems.0", "stems.1"])
+    layers = [m for m in compact.modules() if isinstance(m, nn.Conv2d)]
+    assert len(layers) == 4
+    reported = dspfx.report(compact).emitted.parameters
+    assert sum(p.numel() for p in compact.parameters()) <= reported
+
+
+def test_calls_that_keep_other_channels_do_not() -> None:
+    """The second stem has no second half, so that the head reads less there."""
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    prepared = dspfx.prepare(randomise(Pyramid()).double(), x)
+    mask = dspfx.get_masks(prepared)["stems.1"]
+    mask[8:] = False
+    dspfx.set_masks(prepared, {"stems.1": mask})
+    compact = dspfx.convert(prepared)
+    assert_equal(prepared.eval()(x), compact(x))
+    first = (n for n in compact.graph.nodes if str(n.target).startswith("head.0"))
+    layers = [compact.get_submodule(str(node.target)) for node in first]
+    assert [layer.weight.shape[1] for layer in layers] == [16, 8]
+
+
 def test_a_wrong_plan_is_caught_and_located(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = dspfx.prepare(
         randomise(torchvision.models.resnet18(weights=None)), torch.randn(2, 3, 32, 32)

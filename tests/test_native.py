@@ -621,6 +621,34 @@ def test_sums_and_activations_are_fused() -> None:
     assert not fuse(module, (x,))
 
 
+class Pyramid(nn.Module):
+    """A convolution is called with two sizes, and other things stand behind it."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.head = nn.ModuleList([conv])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        small = x[..., ::2, ::2]
+        return torch.relu(self.head[0](x)), self.head[0](small) + small, self.head[0](small)
+
+
+def test_calls_of_one_convolution_are_fused_each_by_itself() -> None:
+    own, plain = layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=0)
+    x = torch.randn(2, 6, 8, 8)
+    wanted = [y.float() for y in Pyramid(plain).double()(x.double())]
+    model = traced(Pyramid(own))
+    assert fuse(model, (x,))
+    convs = [model.get_submodule(str(n.target)) for n in model.graph.find_nodes(op="call_module")]
+    assert [(conv.activation, conv.adds) for conv in convs] == [
+        *(("relu", False), ("none", True), ("none", False)),
+    ]
+    assert convs[2] is own  # nothing is stored twice for nothing
+    assert_equal(wanted, list(model(x)), 1e-5)
+    assert join_runs(model)
+    assert_equal(wanted, list(model(x)), 1e-5)
+
+
 class Moving(nn.Module):
     """Channels are moved before and behind a convolution, and before its residual."""
 

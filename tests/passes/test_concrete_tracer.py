@@ -167,3 +167,53 @@ def test_flags_are_checked_at_every_call() -> None:
             module(X, mode="negative", twice=True)
         with pytest.raises(AssertionError, match="prepared with twice=True"):
             module(X)
+
+
+class BranchesOnSizes(nn.Module):
+    """Large images are pooled; which of a number's kind they are does not matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        h = y.shape[-2:][0]
+        if max(h, 8) > 8:
+            y = nn.functional.avg_pool2d(y, 2)
+        if x.dtype == torch.float64 and not x.is_cuda:
+            y = y + 0
+        z = self.b(y)
+        assert z.shape == y.shape
+        return self.c(z + y)
+
+
+def test_sizes_that_code_branches_on_are_checked_at_every_call() -> None:
+    """Other sizes were computed as the example was: wrong, without a word."""
+    model, large = randomise(BranchesOnSizes()).double(), torch.randn(2, 3, 12, 20).double()
+    prepared = dspfx.prepare(model, large)
+    dspfx.prune(prepared, dspfx.Budget(macs=0.5))
+    compact = dspfx.convert(prepared)
+    assert compact.a.weight.shape[0] < 8  # who compares shapes does not keep channels
+    told = r"(?s)other sizes.*test_concrete_tracer.py:\d+: if max"
+    refused = AssertionError, torch._dynamo.exc.TorchRuntimeError  # the latter while it compiles
+    for module in (prepared, compact, dspfx.narrow(prepared), dspfx.compile(compact, large)):
+        assert_equal(prepared(large[..., 2:]), module(large[..., 2:]), 1e-12)
+        assert_equal(prepared(large[:1, :, 1:]), module(large[:1, :, 1:]), 1e-12)
+        with pytest.raises(refused, match=told):
+            module(large[..., :8, :8])
+        assert_equal(prepared(large), module(large), 1e-12)
+    compact.float()(large.float())
+
+
+def test_counts_that_code_makes_are_checked_at_every_call() -> None:
+    class PerSample(Convs):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(self.stem(x)))
+            return torch.stack([y[i] * (i + 1) for i in range(len(x.shape) and x.shape[0])])
+
+    prepared = dspfx.prepare(PerSample().double(), X)
+    assert_equal(prepared(X), dspfx.convert(prepared)(X))
+    with pytest.raises(AssertionError, match=r"other sizes.*for i in range"):
+        prepared(torch.cat([X, X]))
