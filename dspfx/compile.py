@@ -22,6 +22,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from dspfx.gating import fitting_inputs
 from dspfx.group_conv import GroupConvRun
 from dspfx.inputs import as_inputs
 from dspfx.parts import compact_parts_of
@@ -29,7 +30,7 @@ from dspfx.passes.classifier import join_classifiers
 from dspfx.passes.cost_model import CPU
 from dspfx.passes.fuse import fuse
 from dspfx.passes.lowering import Lowering, dense, describe, forms
-from dspfx.passes.measure import Measured
+from dspfx.passes.measure import Measured, can_be_packed
 from dspfx.passes.relower import Site, relowered, sites
 from dspfx.passes.runs import join_runs
 from dspfx.passes.winograd import choose, measured_choice
@@ -120,10 +121,8 @@ class Compiled:
         self._call: Callable[..., Any] = model
         if how != AS_IT_IS:
             self._call = torch.compile(_with_code_of_its_own(model), options=guards)
-        tensors = (*model.parameters(), *model.buffers())
-        on_cpu = all(t.device.type == "cpu" for t in tensors)
-        # torch fails to pack weights in float64
-        freezing = on_cpu and all(p.dtype != torch.float64 for p in model.parameters())
+        on_cpu = all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
+        freezing = on_cpu and can_be_packed(model.parameters())
         self._settings = {"freezing": freezing, "cpp_wrapper": how == FROM_CPP}
         self._met: set[tuple[object, ...]] = set()
 
@@ -216,7 +215,7 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
 def _joined(network: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     """With what the own kernel computes in one go, each layer by its faster algorithm."""
     for _, part in compact_parts_of(network):
-        fuse(part, part.example_inputs)
+        fuse(part, fitting_inputs(part))
         join_classifiers(part)
         join_runs(part)
     choose(network, measured_choice(network, inputs))

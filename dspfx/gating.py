@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from dspfx.config import PrepareConfig
 from dspfx.errors import PrepareError, TraceError
 from dspfx.inputs import Call, evaluate, fresh, parameter_dtype_and_device
-from dspfx.module import PreparedModule
+from dspfx.module import CompactModule, PreparedModule
 from dspfx.origin import Origin
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
@@ -91,9 +91,9 @@ def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:
         return analyse(view, fitting_inputs(prepared), prepared.frozen, prepared.config.rules)
 
 
-def fitting_inputs(prepared: PreparedModule) -> tuple[Any, ...]:
-    """The example inputs, as the prepared model's present dtype and device want them."""
-    fitted: tuple[Any, ...] = map_leaves(fitting(prepared), prepared.example_inputs)
+def fitting_inputs(module: PreparedModule | CompactModule) -> tuple[Any, ...]:
+    """The example inputs of `module`, as its present dtype and device want them."""
+    fitted: tuple[Any, ...] = map_leaves(fitting(module), module.example_inputs)
     return fitted
 
 

@@ -9,7 +9,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from dspfx.caches import as_file_name, cache_folder, processor
 from dspfx.group_conv import GroupConv2d, GroupConvRun
 from dspfx.timing import layer_medians, medians
 
-PACKED = torch.float32, torch.bfloat16  # by oneDNN
 ROUNDS = 7
 WARM_UP = 0.005
 ROUND_TAKES = 0.003
@@ -83,6 +82,19 @@ def _timed(modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
     }
 
 
+def can_be_packed(weights: Iterable[Tensor]) -> bool:
+    """Whether oneDNN packs such weights for this processor; where it cannot, torch fails to."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    mkldnn: Any = torch.ops.mkldnn
+    packed = {
+        torch.float32: True,
+        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return all(w.device.type == "cpu" and packed.get(w.dtype, False) for w in weights)
+
+
 def _machine(device: torch.device) -> str:
     """A name for device, threads and torch, fit for a file."""
     if device.type == "cuda":
@@ -109,8 +121,7 @@ def _is_channels_last(x: Tensor) -> bool:
 def _ready(module: nn.Module, x: Tensor) -> Callable[[], object]:
     """A call of `module` as it runs when compiled: on a CPU with its weights packed by oneDNN."""
     twin = module
-    packs = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if packs and x.device.type == "cpu" and x.dim() == 4 and x.dtype in PACKED:
+    if x.dim() == 4 and can_be_packed([x]):
         twin = copy.deepcopy(module) if isinstance(module, Branches) else nn.Sequential(module)
         for name, layer in list(twin.named_children()):
             if type(layer) is nn.Conv2d and _is_plain(layer):

@@ -106,10 +106,11 @@ def test_models_of_one_class_are_not_taken_for_each_other() -> None:
         assert_equal(model(X[:1]), call(X[:1]), 1e-5)
 
 
-def test_a_model_in_float64(compact: nn.Module) -> None:
-    """Torch could not pack its weights: compiling it failed."""
-    model, x = compact.double(), X.double()
-    assert_equal(model(x), dspfx.compile(model, x)(x), 1e-12)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+def test_a_model_in_another_type(compact: nn.Module, dtype: torch.dtype, tolerance: float) -> None:
+    """It was run with its example in float32; nor could torch pack weights in float64."""
+    model, x = compact.to(dtype), X.to(dtype)
+    assert_equal(model(x), dspfx.compile(model, x)(x), tolerance)
 
 
 def test_flags_are_not_mixed_up() -> None:
