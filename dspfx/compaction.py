@@ -113,6 +113,7 @@ class _Reader:
         self.analysis = analysis
         self.nodes = {node.name: node for node in analysis.ops}
         self.weights_left = most_weights
+        self.counted: set[tuple[object, ...]] = set()
 
     def read(self) -> CompactionPlan:
         record = self.record
@@ -169,11 +170,14 @@ class _Reader:
         filters = self._channels(layer.filters, 0, op.filters, op.filters)
         inputs = self._channels(layer.inputs, 0, op.channels, op.channels)
         lowering = tuple(_part(part, len(filters), len(inputs)) for part in layer.parts)
-        self.weights_left -= op.taps * sum(part.weights for part in lowering)
+        norm = None if layer.norm is None else self._node(layer.norm)
+        plan = LayerPlan((), lowering, filters, inputs, norm)
+        if (op.layer, plan.key) not in self.counted:  # calls that are alike share their weights
+            self.counted.add((op.layer, plan.key))
+            self.weights_left -= op.taps * sum(part.weights for part in lowering)
         if not lowering or self.weights_left < 0:
             raise ValueError(f"{name} has other weights than there are")
-        norm = None if layer.norm is None else self._node(layer.norm)
-        return LayerPlan((), lowering, filters, inputs, norm)
+        return plan
 
 
 def _part(record: PartRecord, filters: int, inputs: int) -> Part:

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -65,10 +66,10 @@ class ConcreteProxy(Proxy):
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.concrete, Mapping):
             return iter(self.concrete)
-        return iter([self._item(i) for i in range(len(self.concrete))])
+        return iter([self._item(i) for i in range(len(self))])
 
     def __len__(self) -> int:
-        return len(self.concrete)
+        return int(self.size(0)) if isinstance(self.concrete, Tensor) else len(self.concrete)
 
     def __contains__(self, item: Any) -> bool:
         return _value(item) in self._number()
@@ -117,7 +118,7 @@ class ConcreteProxy(Proxy):
         if isinstance(self.concrete, Tensor):
             raise TypeError(f"control flow depends on the values of '{self.node.name}'")
         if _SIZE in self.node.meta:
-            self.tracer.insist_on(self)
+            self.tracer.insist_on(self, sys._getframe(2))
         return self.concrete
 
 
@@ -138,6 +139,7 @@ class ConcreteTracer(fx.Tracer):
         self.leaves = leaves
         self.executing = False
         self.checked: set[Node] = set()
+        self.asked: list[_Asked] = []
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -210,24 +212,37 @@ class ConcreteTracer(fx.Tracer):
         self._check(self._call(same, proxy, value), told)
         return value
 
-    def insist_on(self, size: ConcreteProxy) -> None:
-        """Code was told this number: let the graph check that it is the same in every call."""
+    def insist_on(self, size: ConcreteProxy, frame: FrameType) -> None:
+        """Code, in `frame`, is told this number: let the graph check that it stays the same."""
         if self.executing or size.node in self.checked:
             return
-        self.checked.add(size.node)
+        earlier, self.asked = self.asked, []
         place = f" ({line})" if (line := _line()) else ""
         match size.concrete:
             case True:
-                check: Any = size
+                same: Any = size
             case False:  # dynamo has no `==` for what is true of symbolic sizes
-                check = self._call(operator.not_, size)
+                same = self._call(operator.not_, size)
             case number:
-                check = self._call(operator.eq, size, number)
+                same = self._call(operator.eq, size, number)
         told = f"for other sizes, and its code may do otherwise for these{place}"
-        self._check(check, f"{told}; prepare it with an example of the size that it is called with")
+        how = "prepare it with an example of the size that it is called with"
+        check = self._check(same, f"{told}; {how}")
+        self.checked.add(size.node)
+        made = [proxy.node for proxy in (check, same) if proxy is not size]
+        self.asked = [*earlier, _Asked(frame, frame.f_lasti, size.node, made)]
 
-    def _check(self, condition: Any, told: str) -> None:
-        self._call(torch._assert, condition, f"the model was prepared {told}")
+    def _passed_on(self, node: Node) -> None:
+        """Take back checks of what was not told: torch looks at the numbers it is passed."""
+        asked, self.asked = self.asked, []
+        for own in asked:
+            if own.size in node.all_input_nodes and own.under_way():
+                self.checked.remove(own.size)
+                for made in own.check:
+                    self.graph.erase_node(made)
+
+    def _check(self, condition: Any, told: str) -> Any:
+        return self._call(torch._assert, condition, f"the model was prepared {told}")
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         return self.create_proxy("call_function", function, args, {})
@@ -252,6 +267,7 @@ class ConcreteTracer(fx.Tracer):
             proxy.node.meta[WRITTEN] = written
         if not isinstance(proxy.concrete, Tensor) and _made_of_sizes(proxy.node):
             proxy.node.meta[_SIZE] = True
+        self._passed_on(proxy.node)
         return proxy
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -313,6 +329,23 @@ class ConcreteTracer(fx.Tracer):
         return create
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Which instruction asked for a size, and the nodes of the check, each behind its users."""
+
+    frame: FrameType
+    instruction: int
+    size: Node
+    check: list[Node]
+
+    def under_way(self) -> bool:
+        """Whether that instruction has not ended."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None and frame.f_lasti == self.instruction
+
+
 def _line() -> str:
     """The innermost line of the user's code under way: "file.py:12: code"."""
     frame: FrameType | None = sys._getframe(1)
@@ -331,23 +364,27 @@ def _made_of_sizes(node: Node) -> bool:
 
     A whole shape is not: who asks for it asks for the count of the channels.
     """
-    match node.op, node.target, *node.args[1:]:
+    match node.op, node.target, *node.args[1:], *node.kwargs.values():
         case ("call_method", "dim") | ("call_method", "size", _) | (_, builtins.getattr, "ndim"):
             return True
-        case _, operator.getitem, int() if _is_shape(node.all_input_nodes[0]):
-            return True
+        case _, operator.getitem, int() | slice() as items if _is_shape(node.all_input_nodes[0]):
+            return isinstance(items, int) or _without_channels(items)
     inputs = node.all_input_nodes
-    return node.op == "call_function" and bool(inputs) and all(_SIZE in n.meta for n in inputs)
+    return node.op.startswith("call") and bool(inputs) and all(_SIZE in n.meta for n in inputs)
 
 
 def _is_shape(node: Node) -> bool:
-    """Whether it is the shape of a tensor, or of an image in it."""
-    match node.op, node.target, *node.args[1:]:
+    """Whether it is the shape of a tensor."""
+    match node.op, node.target, *node.args[1:], *node.kwargs.values():
         case ("call_method", "size") | (_, builtins.getattr, "shape"):
             return True
-        case _, operator.getitem, slice(start=2 | -2, stop=None, step=None):
-            return _is_shape(node.all_input_nodes[0])
     return False
+
+
+def _without_channels(items: slice) -> bool:
+    """Whether these items of a shape are sizes of an image alone."""
+    first = items.start
+    return isinstance(first, int) and (first >= 2 or -2 <= first < 0) and items.step is None
 
 
 def _versions(args: Any) -> list[int | None]:

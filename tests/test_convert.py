@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,7 +212,7 @@ class Pyramid(nn.Module):
         return [self.head(stem(x[..., ::n, ::n])) for n, stem in enumerate(self.stems, 1)]
 
 
-def test_calls_that_are_left_alike_share_one_module() -> None:
+def test_calls_that_are_left_alike_share_one_module(tmp_path: Path) -> None:
     """A network whose trunk has two inputs came out larger than it went in."""
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     prepared = dspfx.prepare(randomise(Pyramid()).double(), x)
@@ -226,6 +227,8 @@ def test_calls_that_are_left_alike_share_one_module() -> None:
     assert len(layers) == 4
     reported = dspfx.report(compact).emitted.parameters
     assert sum(p.numel() for p in compact.parameters()) <= reported
+    dspfx.save(compact, tmp_path / "compact.dspfx")
+    assert_equal(compact(x), dspfx.load(tmp_path / "compact.dspfx", Pyramid().double())(x), 0)
 
 
 def test_calls_that_keep_other_channels_do_not() -> None:

@@ -1,10 +1,13 @@
 """Code that counts, compares and iterates over shapes is traced; code that reads values is not."""
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
@@ -181,7 +184,7 @@ class BranchesOnSizes(nn.Module):
         y = torch.relu(self.a(x))
         h = y.shape[-2:][0]
         if max(h, 8) > 8:
-            y = nn.functional.avg_pool2d(y, 2)
+            y = F.avg_pool2d(y, 2)
         if x.dtype == torch.float64 and not x.is_cuda:
             y = y + 0
         z = self.b(y)
@@ -207,11 +210,69 @@ def test_sizes_that_code_branches_on_are_checked_at_every_call() -> None:
     compact.float()(large.float())
 
 
+TELLING: dict[str, Callable[[Tensor], Any]] = {
+    "size": lambda y: y.size(2) > 8,
+    "size by name": lambda y: y.size(dim=-1) > 8,
+    "equal sizes": lambda y: y.shape[-2:] == (8, 8),
+    "contained": lambda y: 8 in y.shape[2:],
+    "product": lambda y: math.prod(y.shape[2:]) > 64,
+    "numel of an image": lambda y: y.shape[2:].numel() > 64,
+    "rounded": lambda y: math.ceil(y.shape[2] / 3) > 3,
+    "largest": lambda y: max(y.shape) > 8,
+    "iterated": lambda y: sum(1 for _ in range(y.shape[3])) > 8,
+}
+PASSING: dict[str, Callable[[Tensor], Tensor]] = {
+    "reshape": lambda y: torch.reshape(y, (y.shape[0], 4, y.shape[2], y.shape[3])),
+    "narrow": lambda y: torch.narrow(y, 2, 0, y.shape[2] // 2),
+    "roll": lambda y: torch.roll(y, (y.shape[2] // 2, 1), (2, 3)),
+    "pool": lambda y: y * F.avg_pool2d(y, (y.shape[2], y.shape[3])),
+    "pool of a shape": lambda y: y * F.avg_pool2d(y, y.size()[2:]),
+    "unflatten": lambda y: torch.unflatten(y.flatten(2), 2, (y.shape[2], y.shape[3])),
+    "index": lambda y: y[:, :, y.shape[2] // 2 :],
+    "scalar": lambda y: torch.add(y, y.shape[2], alpha=y.shape[3]),
+    "interpolate": lambda y: F.interpolate(y, size=(y.shape[2] * 2, y.shape[3])),
+}
+
+
+class Asks(Convs):
+    def __init__(self, question: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.question = question
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(self.stem(x)))
+        return -y if self.question(y) else y
+
+
+class PassesOn(Asks):
+    def forward(self, x: Tensor) -> Any:
+        return self.question(self.b(self.a(self.stem(x))))
+
+
+@pytest.mark.parametrize("question", TELLING)
+def test_whatever_code_is_told_of_sizes_is_checked(question: str) -> None:
+    """The convolutions take two rows and two columns away."""
+    model, x = randomise(Asks(TELLING[question])).double(), torch.randn(2, 3, 10, 10).double()
+    prepared = dspfx.prepare(model, x).eval()
+    assert_equal(model(x), prepared(x), 1e-12)
+    with pytest.raises(AssertionError, match="other sizes"):
+        prepared(torch.randn(2, 3, 12, 14).double())
+
+
+@pytest.mark.parametrize("question", PASSING)
+def test_sizes_that_are_passed_on_are_not_checked(question: str) -> None:
+    """Torch looks at the numbers among its arguments before it sees that one is a proxy."""
+    model, x = randomise(PassesOn(PASSING[question])).double(), torch.randn(2, 3, 10, 10).double()
+    prepared = dspfx.prepare(model, x).eval()
+    for other in (x, torch.randn(3, 3, 16, 20).double(), torch.randn(1, 3, 12, 13).double()):
+        assert_equal(model(other), prepared(other), 1e-12)
+
+
 def test_counts_that_code_makes_are_checked_at_every_call() -> None:
     class PerSample(Convs):
         def forward(self, x: Tensor) -> Tensor:
             y = self.b(self.a(self.stem(x)))
-            return torch.stack([y[i] * (i + 1) for i in range(len(x.shape) and x.shape[0])])
+            return torch.stack([y[i] * (i + 1) for i in range(x.shape[0])])
 
     prepared = dspfx.prepare(PerSample().double(), X)
     assert_equal(prepared(X), dspfx.convert(prepared)(X))
