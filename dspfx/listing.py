@@ -1,11 +1,13 @@
 """A graph as text, a line for each node, equal where two graphs compute the same.
 
-What may differ between two machines is left out: devices, addresses, and the files that code is in.
+What may differ between two machines is left out: devices, addresses, the files that code is in, and
+what checks say, which names lines of it.
 """
 
 import hashlib
 import re
 
+import torch
 from torch import fx, nn
 from torch.fx.node import Node, map_arg
 
@@ -37,7 +39,8 @@ def _line(root: nn.Module, node: Node) -> str:
     if not isinstance(target, str):
         target = getattr(target, "__name__", type(target).__name__)
     called = _settings(root.get_submodule(target)) if node.op == "call_module" else ""
-    args = map_arg((node.args, node.kwargs), lambda n: f"%{n.name}")
+    told = node.args[:1] if node.target is torch._assert else node.args
+    args = map_arg((told, node.kwargs), lambda n: f"%{n.name}")
     return _LEFT_OUT.sub("", f"{node.name} = {node.op} {target}{called} {args}")
 
 

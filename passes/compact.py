@@ -237,7 +237,7 @@ class _Emitter:
         stored = plan.lowering, plan.filters, plan.inputs
         name = self._module(
             op.layer,
-            (layer, plan.key, node if is_weighted(layer) else None),
+            (layer, plan.key, None if computed is None else _bytes(computed)),
             lambda: emit(layer, weight, bias, *stored, op.structural_groups),
         )
         return self.graph.call_module(name, (x,))
@@ -331,6 +331,10 @@ def _private(module: nn.Module, kept: Order, channels: int) -> nn.Module:
     if hasattr(own, "inplace"):
         setattr(own, "inplace", False)  # noqa: B010 (activations do not declare it)
     return own.requires_grad_(False)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _is_whole(wanted: IntArray, channels: int) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import runpy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -358,3 +359,32 @@ def test_the_callers_randomness_is_left_alone(tmp_path: Path) -> None:
     dspfx.save(compact, tmp_path / "m")
     dspfx.load(tmp_path / "m", fresh)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_lines_of_source_may_move(tmp_path: Path) -> None:
+    """What a check of sizes says names a line: it was part of the graph that has to be the same."""
+    code = """
+import torch
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(4, 4, 1) for _ in range(3))
+    def forward(self, x):
+        y = self.b(torch.relu(self.a(x)))
+        if y.shape[2] > 4:
+            y = torch.relu(y)
+        return self.c(y)
+"""
+
+    def model(text: str, name: str) -> nn.Module:
+        (tmp_path / f"{name}.py").write_text(text)
+        return randomise(runpy.run_path(str(tmp_path / f"{name}.py"))["Branches"]())
+
+    x = torch.randn(2, 4, 6, 6)
+    prepared = dspfx.prepare(model(code, "before"), x).eval()
+    for module in (prepared, dspfx.convert(prepared)):
+        dspfx.save(module, tmp_path / "saved.dspfx")
+        loaded = dspfx.load(tmp_path / "saved.dspfx", model(f"# moved\n{code}", "behind"))
+        assert_equal(module(x), loaded(x), 0)
+        with pytest.raises(AssertionError, match=r"behind.py:10: if y.shape"):
+            loaded(x[..., :4, :4])
