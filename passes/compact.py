@@ -233,14 +233,14 @@ class _Emitter:
         layer: Any = self.source.get_submodule(op.layer)
         plan = self.plan.layers[node]
         computed = self._constant(node.args[1]) if is_weighted(layer) else None  # type: ignore[arg-type]
-        weight, bias = _folded(self.source, layer, plan, computed)
-        stored = plan.lowering, plan.filters, plan.inputs
-        name = self._module(
-            op.layer,
-            (layer, plan.key, None if computed is None else _bytes(computed)),
-            lambda: emit(layer, weight, bias, *stored, op.structural_groups),
-        )
-        return self.graph.call_module(name, (x,))
+
+        def make() -> nn.Module:
+            weight, bias = _folded(self.source, layer, plan, computed)
+            stored = plan.lowering, plan.filters, plan.inputs
+            return emit(layer, weight, bias, *stored, op.structural_groups)
+
+        key = layer, plan.key, None if computed is None else _bytes(computed)
+        return self.graph.call_module(self._module(op.layer, key, make), (x,))
 
     def _channelwise(self, node: Node, op: Channelwise) -> Node:
         if node in self.plan.folded:

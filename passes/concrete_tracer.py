@@ -57,6 +57,12 @@ class ConcreteProxy(Proxy):
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.concrete, name)
+        if name in ("dim", "ndim", "shape", "size") and isinstance(self.concrete, Tensor):
+            if self.node.op == "get_attr":  # of a parameter: it has one for good
+                return value
+            if name in ("dim", "ndim"):
+                self.tracer.insist_on_ranks()
+                return value
         if callable(value):
             return lambda *args, **kwargs: self.tracer.create_proxy(
                 "call_method", name, (self, *args), kwargs
@@ -140,6 +146,7 @@ class ConcreteTracer(fx.Tracer):
         self.executing = False
         self.checked: set[Node] = set()
         self.asked: list[_Asked] = []
+        self.unchecked: list[ConcreteProxy] = []  # inputs whose number of dimensions is free
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -205,6 +212,8 @@ class ConcreteTracer(fx.Tracer):
         """A proxy; for a value that code may branch on the value, and a check that it stays so."""
         proxy = self.create_proxy("placeholder", name, default, {})
         value = proxy.concrete
+        if isinstance(value, Tensor):
+            self.unchecked.append(proxy)
         if name in self.inputs and not isinstance(value, str | bool | None):
             return proxy
         same = operator.is_ if value is None else operator.eq
@@ -231,6 +240,12 @@ class ConcreteTracer(fx.Tracer):
         self.checked.add(size.node)
         made = [proxy.node for proxy in (check, same) if proxy is not size]
         self.asked = [*earlier, _Asked(frame, frame.f_lasti, size.node, made)]
+
+    def insist_on_ranks(self) -> None:
+        """Code is told a number of dimensions; it follows from those of the inputs."""
+        inputs, self.unchecked = self.unchecked, []
+        for tensor in inputs:
+            self.insist_on(self.create_proxy("call_method", "dim", (tensor,), {}), sys._getframe())
 
     def _passed_on(self, node: Node) -> None:
         """Take back checks of what was not told: torch looks at the numbers it is passed."""

@@ -11,7 +11,8 @@ unread. Every operator wants its operands aligned to certain lists of channels:
 3. An elementwise operator aligns its operands to the longest of them, without what is not kept.
 4. A gather takes from each operand the channels that are kept; all of them, if it moves all.
 5. An opaque operator takes its operands whole.
-6. A batch norm that alone reads a layer is folded into it, unless it makes a constant of a zero.
+6. A batch norm that alone reads a layer, but for its sizes, is folded into it, unless it makes a
+   constant of a zero.
 """
 
 from collections import defaultdict
@@ -38,6 +39,7 @@ from dspfx.passes.values import (
     IntArray,
     Mix,
     Op,
+    Query,
     any_along,
 )
 
@@ -188,8 +190,9 @@ class _Planner:
         self._set(node, filters, (None if op.restored else inputs,))
 
     def _norm_to_fold(self, node: Node, kept: BoolArray) -> Node | None:
-        readers = self.readers[node]
-        if not self.fold or len(readers) != 1 or len(node.users) != 1:
+        readers = [r for r in self.readers[node] if not isinstance(self.analysis.ops[r], Query)]
+        users = [u for u in node.users if not isinstance(self.analysis.ops.get(u), Query)]
+        if not self.fold or len(readers) != 1 or len(users) != 1:
             return None
         norm = readers[0]
         if norm.op != "call_module" or norm not in self.live.kept:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,6 +198,36 @@ def test_modules_called_twice_are_compacted_call_by_call() -> None:
     prepared = dspfx.prepare(randomise(Twice()).double(), x)
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.4))
     assert_equal(prepared.eval()(x), dspfx.convert(prepared)(x))
+
+
+class AsksForSizes(nn.Module):
+    """As timm's norms do, and its convolutions that pad as TensorFlow does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        pad = self.a.weight.shape[-1] // 2
+        y = self.a(F.pad(x, (pad, pad, pad, self.a.weight.dim() - 3)))
+        torch._assert(y.ndim == 4, f"an image has 4 dimensions, not {y.ndim}")
+        rows = y.size(2)
+        return self.head(torch.relu(self.norm(y)))[:, :, : rows // 2]
+
+
+def test_who_asks_for_sizes_does_not_keep_norms_and_weights() -> None:
+    """Norms were not folded, and dense weights kept, where code read no more than a shape."""
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    prepared = dspfx.prepare(randomise(AsksForSizes()).double(), x)
+    dspfx.prune(prepared, dspfx.Budget(macs=0.5))
+    compact = dspfx.convert(prepared)
+    assert not list(compact.buffers())
+    for other in (x, torch.randn(3, 3, 9, 10, dtype=torch.float64)):
+        assert_equal(prepared.eval()(other), compact(other))
+    with pytest.raises(AssertionError, match="other sizes"):
+        compact(x[0])
 
 
 class Pyramid(nn.Module):
