@@ -25,7 +25,7 @@ ACTIVATIONS = {
     "leaky": lambda: nn.LeakyReLU(0.1),
     "elu": nn.ELU,
 }
-SMOOTH = ("silu", "leaky", "elu", "hardswish")
+SMOOTH = ("silu", "leaky", "elu")  # zero for nothing but zero
 # steps after which values may be zero that no rule can know to be
 BY_VALUE = ("mix", "instance", "pixels")
 
