@@ -2,11 +2,10 @@
 
 Every proxy knows the value that it had with the example inputs. Code that asks a proxy for a
 number (`len`, `int`, `if x.shape[2] > 32`, iteration, unpacking) is answered from it, and so is
-specialised to the shapes of the example; of a size, the graph checks that the answer stays true.
+specialised to the shapes of the example; `size_checks` makes sure that the answers stay true.
 Code that asks for the value of a tensor is refused: that depends on the data.
 """
 
-import builtins
 import inspect
 import linecache
 import math
@@ -15,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +27,7 @@ from torch.nn.utils import parametrize
 
 from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
+from dspfx.passes.size_checks import SizeChecks, note_size
 
 # create tensors from sizes alone, so that nothing in their arguments tells fx of a proxy
 FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
@@ -36,7 +35,6 @@ FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "ran
 # keys of `Node.meta`
 LINE = "line of source"
 WRITTEN = "positions of the arguments that the call overwrote"
-_SIZE = "made of sizes of tensors alone"
 _PLAIN = int | float | str | bool | None  # values that an input can be compared with
 _MACHINERY = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
@@ -61,7 +59,7 @@ class ConcreteProxy(Proxy):
             if self.node.op == "get_attr":  # of a parameter: it has one for good
                 return value
             if name in ("dim", "ndim"):
-                self.tracer.insist_on_ranks()
+                self.tracer.told_rank()
                 return value
         if callable(value):
             return lambda *args, **kwargs: self.tracer.create_proxy(
@@ -123,8 +121,7 @@ class ConcreteProxy(Proxy):
         """The value, unless it depends on the data."""
         if isinstance(self.concrete, Tensor):
             raise TypeError(f"control flow depends on the values of '{self.node.name}'")
-        if _SIZE in self.node.meta:
-            self.tracer.insist_on(self, sys._getframe(2))
+        self.tracer.told(self, sys._getframe(2))
         return self.concrete
 
 
@@ -144,9 +141,7 @@ class ConcreteTracer(fx.Tracer):
         self.opaque = opaque
         self.leaves = leaves
         self.executing = False
-        self.checked: set[Node] = set()
-        self.asked: list[_Asked] = []
-        self.unchecked: list[ConcreteProxy] = []  # inputs whose number of dimensions is free
+        self.sizes = SizeChecks(self._call, self._check)
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -213,48 +208,13 @@ class ConcreteTracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", name, default, {})
         value = proxy.concrete
         if isinstance(value, Tensor):
-            self.unchecked.append(proxy)
+            self.sizes.inputs.append(proxy)
         if name in self.inputs and not isinstance(value, str | bool | None):
             return proxy
         same = operator.is_ if value is None else operator.eq
         told = f"with {name}={value!r} and cannot be called otherwise"
         self._check(self._call(same, proxy, value), told)
         return value
-
-    def insist_on(self, size: ConcreteProxy, frame: FrameType) -> None:
-        """Code, in `frame`, is told this number: let the graph check that it stays the same."""
-        if self.executing or size.node in self.checked:
-            return
-        earlier, self.asked = self.asked, []
-        place = f" ({line})" if (line := _line()) else ""
-        match size.concrete:
-            case True:
-                same: Any = size
-            case False:  # dynamo has no `==` for what is true of symbolic sizes
-                same = self._call(operator.not_, size)
-            case number:
-                same = self._call(operator.eq, size, number)
-        told = f"for other sizes, and its code may do otherwise for these{place}"
-        how = "prepare it with an example of the size that it is called with"
-        check = self._check(same, f"{told}; {how}")
-        self.checked.add(size.node)
-        made = [proxy.node for proxy in (check, same) if proxy is not size]
-        self.asked = [*earlier, _Asked(frame, frame.f_lasti, size.node, made)]
-
-    def insist_on_ranks(self) -> None:
-        """Code is told a number of dimensions; it follows from those of the inputs."""
-        inputs, self.unchecked = self.unchecked, []
-        for tensor in inputs:
-            self.insist_on(self.create_proxy("call_method", "dim", (tensor,), {}), sys._getframe())
-
-    def _passed_on(self, node: Node) -> None:
-        """Take back checks of what was not told: torch looks at the numbers it is passed."""
-        asked, self.asked = self.asked, []
-        for own in asked:
-            if own.size in node.all_input_nodes and own.under_way():
-                self.checked.remove(own.size)
-                for made in own.check:
-                    self.graph.erase_node(made)
 
     def _check(self, condition: Any, told: str) -> Any:
         return self._call(torch._assert, condition, f"the model was prepared {told}")
@@ -280,10 +240,20 @@ class ConcreteTracer(fx.Tracer):
         written = [i for i, version in enumerate(_versions(args)) if version != versions[i]]
         if written:
             proxy.node.meta[WRITTEN] = written
-        if not isinstance(proxy.concrete, Tensor) and _made_of_sizes(proxy.node):
-            proxy.node.meta[_SIZE] = True
-        self._passed_on(proxy.node)
+        if not isinstance(proxy.concrete, Tensor):
+            note_size(proxy.node)
+        self.sizes.passed_on(proxy.node)
         return proxy
+
+    def told(self, proxy: ConcreteProxy, frame: FrameType) -> None:
+        """Code, in `frame`, is told what `proxy` is."""
+        if not self.executing:
+            self.sizes.insist_on(proxy, frame, _line())
+
+    def told_rank(self) -> None:
+        """Code is told how many dimensions a tensor has."""
+        if not self.executing:
+            self.sizes.insist_on_ranks(_line())
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace a call of `m`, or just make it where a leaf is being run."""
@@ -344,23 +314,6 @@ class ConcreteTracer(fx.Tracer):
         return create
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Which instruction asked for a size, and the nodes of the check, each behind its users."""
-
-    frame: FrameType
-    instruction: int
-    size: Node
-    check: list[Node]
-
-    def under_way(self) -> bool:
-        """Whether that instruction has not ended."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None and frame.f_lasti == self.instruction
-
-
 def _line() -> str:
     """The innermost line of the user's code under way: "file.py:12: code"."""
     frame: FrameType | None = sys._getframe(1)
@@ -372,34 +325,6 @@ def _line() -> str:
         return ""
     file, number = frame.f_code.co_filename, frame.f_lineno
     return f"{Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
-
-
-def _made_of_sizes(node: Node) -> bool:
-    """Whether it is a number of dimensions, a size of one, or reckoned from such numbers alone.
-
-    A whole shape is not: who asks for it asks for the count of the channels.
-    """
-    match node.op, node.target, *node.args[1:], *node.kwargs.values():
-        case ("call_method", "dim") | ("call_method", "size", _) | (_, builtins.getattr, "ndim"):
-            return True
-        case _, operator.getitem, int() | slice() as items if _is_shape(node.all_input_nodes[0]):
-            return isinstance(items, int) or _without_channels(items)
-    inputs = node.all_input_nodes
-    return node.op.startswith("call") and bool(inputs) and all(_SIZE in n.meta for n in inputs)
-
-
-def _is_shape(node: Node) -> bool:
-    """Whether it is the shape of a tensor."""
-    match node.op, node.target, *node.args[1:], *node.kwargs.values():
-        case ("call_method", "size") | (_, builtins.getattr, "shape"):
-            return True
-    return False
-
-
-def _without_channels(items: slice) -> bool:
-    """Whether these items of a shape are sizes of an image alone."""
-    first = items.start
-    return isinstance(first, int) and (first >= 2 or -2 <= first < 0) and items.step is None
 
 
 def _versions(args: Any) -> list[int | None]:
