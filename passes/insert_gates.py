@@ -77,7 +77,7 @@ def plan_gates(
             value = analysis.values[node]
             assert value.dim is not None
             norms[name, calls[name]] = value.channels, value.dim
-            calls[name] += 1
+        calls[name] += 1  # of whatever kind: `_follow_norms` counts them all
     layers = {name: elements for name, elements in layers.items() if name not in left_alone}
     return GatePlan(layers, norms, left_alone)
 

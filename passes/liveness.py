@@ -166,8 +166,6 @@ def _zero(
             return np.repeat(zero[op.operands[0]], op.repeat) & op.keeps_zero
         case Gate():
             held = zero[op.normalised] if alive is None else ~alive[op.gate]
-            if not len(held):  # what is normalised has no channels of its own
-                return zero[op.operands[0]]
             return held | zero[op.operands[0]]
         case Elementwise():
             terms = [
