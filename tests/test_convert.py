@@ -200,6 +200,30 @@ def test_modules_called_twice_are_compacted_call_by_call() -> None:
     assert_equal(prepared.eval()(x), dspfx.convert(prepared)(x))
 
 
+class PositionsTwice(nn.Module):
+    """A depthwise layer for tokens, whose channels nobody can follow, and an image, as in CoaT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 1)
+        self.a = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.positions = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        tokens = x.flatten(2).transpose(1, 2).sort(1)[0].reshape(len(x), -1)
+        first = self.positions(tokens.view(len(x), 8, 6, 6))
+        return self.head(first + self.positions(self.a(x)))
+
+
+def test_a_gate_stands_behind_the_call_that_it_was_planned_for() -> None:
+    """Calls were counted in two ways where one of a layer's has channels that are not followed."""
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    prepared = dspfx.prepare(randomise(PositionsTwice()).double(), x)
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.5))
+    assert_equal(prepared.eval()(x), dspfx.convert(prepared)(x))
+
+
 class AsksForSizes(nn.Module):
     """As timm's norms do, and its convolutions that pad as TensorFlow does."""
 
