@@ -121,7 +121,7 @@ class Compiled:
         self._call: Callable[..., Any] = model
         if how != AS_IT_IS:
             self._call = torch.compile(_with_code_of_its_own(model), options=guards)
-        on_cpu = all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
+        on_cpu = all(buffer.device.type == "cpu" for buffer in model.buffers())
         freezing = on_cpu and can_be_packed(model.parameters())
         self._settings = {"freezing": freezing, "cpp_wrapper": how == FROM_CPP}
         self._met: set[tuple[object, ...]] = set()

@@ -35,7 +35,7 @@ from dspfx.convert import emit_compact, exchanged, indices
 from dspfx.errors import DspfxError, LoadError, PrepareError, TraceError
 from dspfx.fill import fill, matching
 from dspfx.gates import GATED, gated_layers
-from dspfx.gating import Task, analyse_prepared, fitting, gate
+from dspfx.gating import Task, analyse_prepared, fitting_inputs, gate
 from dspfx.inputs import Call, fresh, parameter_dtype_and_device
 from dspfx.listing import structure
 from dspfx.module import CompactModule, PreparedModule
@@ -45,7 +45,6 @@ from dspfx.passes.trace import copy_model
 from dspfx.records import from_json
 from dspfx.save import ORIGINAL, Plan
 from dspfx.stored_inputs import DTYPES, from_plain
-from dspfx.trees import map_leaves
 
 LARGER = 16  # times the size of the model that its file may have at most
 ROOM = 2**26  # bytes that it may have besides
@@ -220,6 +219,6 @@ def _run(root: nn.Module) -> None:
     """Run every part once, so that what cannot run is not returned."""
     compact: list[Any] = [part for _, part in compact_parts_of(root)]
     for part in compact or [part.module for part in parts_of(root)]:
-        part.example_inputs = map_leaves(fitting(part), part.example_inputs)
+        part.example_inputs = fitting_inputs(part)
         with torch.no_grad(), part.evaluation_view() as view:
             view(*fresh(part.example_inputs))

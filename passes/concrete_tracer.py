@@ -141,7 +141,7 @@ class ConcreteTracer(fx.Tracer):
         self.opaque = opaque
         self.leaves = leaves
         self.executing = False
-        self.sizes = SizeChecks(self._call, self._check)
+        self.sizes = SizeChecks(self._call, self._check, _line)
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -248,12 +248,12 @@ class ConcreteTracer(fx.Tracer):
     def told(self, proxy: ConcreteProxy, frame: FrameType) -> None:
         """Code, in `frame`, is told what `proxy` is."""
         if not self.executing:
-            self.sizes.insist_on(proxy, frame, _line())
+            self.sizes.insist_on(proxy, frame)
 
     def told_rank(self) -> None:
         """Code is told how many dimensions a tensor has."""
         if not self.executing:
-            self.sizes.insist_on_ranks(_line())
+            self.sizes.insist_on_ranks()
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace a call of `m`, or just make it where a leaf is being run."""

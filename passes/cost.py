@@ -1,7 +1,8 @@
 """What a network costs, from its liveness alone: multiply-accumulates and parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from torch.fx.node import Node
@@ -62,8 +63,18 @@ def _mix(op: Mix, node: Node, live: Liveness | None) -> Cost:
     return Cost(weights * op.taps * op.positions, weights * op.taps + biases)
 
 
-def total(costs: dict[Node, Cost], analysis: ChannelAnalysis) -> Cost:
-    """Of the model: MACs for every call, parameters once for every layer."""
+def total(
+    costs: Mapping[Node, Cost],
+    analysis: ChannelAnalysis,
+    emitted: Mapping[Node, object] = MappingProxyType({}),
+) -> Cost:
+    """Of the model: MACs for every call, parameters once for every layer.
+
+    Of calls whose `emitted` differs, which says how they are emitted, each has parameters.
+    """
     macs = sum(cost.macs for cost in costs.values())
-    owners = {getattr(analysis.ops[node], "layer", None) or node.target: node for node in costs}
+    owners = {
+        (getattr(analysis.ops[node], "layer", None) or node.target, emitted.get(node)): node
+        for node in costs
+    }
     return Cost(macs, sum(costs[node].parameters for node in owners.values()))

@@ -26,16 +26,22 @@ class SizeChecks:
     Args:
         call: makes a traced call of a function.
         check: makes a traced call that raises a text where a condition does not hold.
+        line: the line of the user's code under way, empty if it is not known.
     """
 
-    def __init__(self, call: Callable[..., Any], check: Callable[[Any, str], Any]) -> None:
-        self.call, self.check = call, check
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        check: Callable[[Any, str], Any],
+        line: Callable[[], str],
+    ) -> None:
+        self.call, self.check, self.line = call, check, line
         self.checked: set[Node] = set()
         self.asked: list[_Asked] = []
         self.inputs: list[Any] = []  # tensors whose number of dimensions is not checked yet
 
-    def insist_on(self, size: Any, frame: FrameType, line: str) -> None:
-        """Check that `size`, a proxy, is what `frame` is told in `line`, if it is a size."""
+    def insist_on(self, size: Any, frame: FrameType) -> None:
+        """Check that `size`, a proxy, is what `frame` is told, if it is a size."""
         if _SIZE not in size.node.meta or size.node in self.checked:
             return
         earlier, self.asked = self.asked, []
@@ -46,19 +52,19 @@ class SizeChecks:
                 same = self.call(operator.not_, size)
             case number:
                 same = self.call(operator.eq, size, number)
-        place = f" ({line})" if line else ""
+        place = f" ({line})" if (line := self.line()) else ""
         told = f"for other sizes, and its code may do otherwise for these{place}; {_HOW}"
         check = self.check(same, told)
         self.checked.add(size.node)
         made = [proxy.node for proxy in (check, same) if proxy is not size]
         self.asked = [*earlier, _Asked(frame, frame.f_lasti, size.node, made)]
 
-    def insist_on_ranks(self, line: str) -> None:
+    def insist_on_ranks(self) -> None:
         """Check that the inputs have as many dimensions as they have now."""
         inputs, self.inputs = self.inputs, []
         for tensor in inputs:
             rank = tensor.tracer.create_proxy("call_method", "dim", (tensor,), {})
-            self.insist_on(rank, sys._getframe(), line)
+            self.insist_on(rank, sys._getframe())
 
     def passed_on(self, node: Node) -> None:
         """Take back the checks of what `node`, a new call, is given in the same instruction."""

@@ -106,7 +106,7 @@ def summarise(
         tuple(layers),
         total(before, analysis),
         total(after, analysis),
-        _stored(emitted, analysis, plan),
+        total(emitted, analysis, {node: layer.key for node, layer in plan.layers.items()}),
         with_lines(analysis.declined, lines),
     )
 
@@ -132,17 +132,6 @@ def _emitted(analysis: ChannelAnalysis, plan: CompactionPlan) -> dict[Node, Cost
         biases = len(written(layer.lowering)) if op.has_bias else 0
         costs[node] = Cost(weights * op.positions, weights + biases)
     return costs
-
-
-def _stored(emitted: Mapping[Node, Cost], analysis: ChannelAnalysis, plan: CompactionPlan) -> Cost:
-    """Of the model: MACs for every call, parameters once for calls that are emitted alike."""
-    alike: dict[tuple[object, ...], int] = {}
-    for node, cost in emitted.items():
-        op = analysis.ops[node]
-        owner = getattr(op, "layer", None) or node.target
-        how = plan.layers[node].key if node in plan.layers else None
-        alike[owner, how] = cost.parameters
-    return Cost(sum(cost.macs for cost in emitted.values()), sum(alike.values()))
 
 
 def _writers(analysis: ChannelAnalysis) -> dict[int, dict[str, None]]:
