@@ -55,6 +55,8 @@ class ConcreteProxy(Proxy):
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.concrete, name)
+        if name in ("values", "items") and isinstance(self.concrete, Mapping):
+            return getattr({key: self._item(key) for key in self.concrete}, name)
         if name in ("dim", "ndim", "shape", "size") and isinstance(self.concrete, Tensor):
             if self.node.op == "get_attr":  # of a parameter: it has one for good
                 return value
@@ -105,14 +107,6 @@ class ConcreteProxy(Proxy):
     def keys(self) -> Any:
         """The keys of a mapping, as they were."""
         return self.concrete.keys()
-
-    def items(self) -> Any:
-        """Keys as they were, and proxies of the values."""
-        return [(key, self._item(key)) for key in self.concrete]
-
-    def values(self) -> Any:
-        """Proxies of the values of a mapping."""
-        return [self._item(key) for key in self.concrete]
 
     def _item(self, key: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})

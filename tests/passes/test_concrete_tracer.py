@@ -66,11 +66,18 @@ class HoldsATensor(Convs):
         return self.b(self.a(self.stem(x)) + self.offset)
 
 
+class NamesItsResults(Convs):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.stem(x))
+        return self.b(x.sort(dim=3).values + x.cummax(dim=2).indices)
+
+
 X = torch.randn(2, 3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
-    "kind", [AsksForSizes, MakesTensorsOfSizes, Iterates, Optional, HoldsATensor]
+    "kind",
+    [AsksForSizes, MakesTensorsOfSizes, Iterates, Optional, HoldsATensor, NamesItsResults],
 )
 def test_awkward_code_goes_through(kind: type[Convs]) -> None:
     model = randomise(kind()).double()
@@ -83,6 +90,20 @@ def test_awkward_code_goes_through(kind: type[Convs]) -> None:
     assert_equal(prepared(X[:1]), compact(X[:1]))
     assert_equal(prepared(X), copy.deepcopy(prepared)(X), tolerance=0)
     assert [k for k in prepared.state_dict() if "gate" not in k] == list(model.state_dict())
+
+
+class ReadsAMapping(Convs):
+    def forward(self, images: dict[str, Tensor]) -> Tensor:
+        x = sum(images.values()) + sum(x for name, x in images.items() if name == "right")
+        return self.b(self.a(self.stem(x + len(images.keys() - {"left"}))))
+
+
+def test_an_input_may_be_a_mapping() -> None:
+    model, images = randomise(ReadsAMapping()).double(), {"left": X, "right": 2 * X}
+    prepared = dspfx.prepare(model, (images,))
+    assert_equal(model(images), prepared(images), tolerance=0)
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
+    assert_equal(prepared(images), dspfx.convert(prepared)(images))
 
 
 class Picky(nn.Module):
