@@ -117,7 +117,7 @@ def _positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:
     for node in graph.find_nodes(op="placeholder"):
         name = str(node.target)
         if name.startswith("*"):
-            inputs += arguments.pop(name)
+            inputs += arguments.pop(name, ())
         elif name in arguments:
             inputs.append(arguments.pop(name))
         elif arguments:

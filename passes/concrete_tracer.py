@@ -2,7 +2,7 @@
 
 Every proxy knows the value that it had with the example inputs. Code that asks a proxy for a
 number (`len`, `int`, `if x.shape[2] > 32`, iteration, unpacking) is answered from it, and so is
-specialised to the shapes of the example; `size_checks` makes sure that the answers stay true.
+specialised to the shapes of the example; `answers` makes sure that they stay true.
 Code that asks for the value of a tensor is refused: that depends on the data.
 """
 
@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
-from dspfx.passes.size_checks import SizeChecks, note_size
+from dspfx.passes.answers import Answers, note_origin
 
 # create tensors from sizes alone, so that nothing in their arguments tells fx of a proxy
 FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
@@ -53,10 +53,15 @@ class ConcreteProxy(Proxy):
     concrete: Any
     tracer: "ConcreteTracer"
 
+    @property  # type: ignore[misc]  # it is not for writing
+    def __class__(self) -> type:
+        """That of the value, which `isinstance` looks at."""
+        return type(self.concrete)
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.concrete, name)
         if name in ("values", "items") and isinstance(self.concrete, Mapping):
-            return getattr({key: self._item(key) for key in self.concrete}, name)
+            return getattr({key: self._item(key) for key in self.keys()}, name)
         if name in ("dim", "ndim", "shape", "size") and isinstance(self.concrete, Tensor):
             if self.node.op == "get_attr":  # of a parameter: it has one for good
                 return value
@@ -71,14 +76,21 @@ class ConcreteProxy(Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.concrete, Mapping):
-            return iter(self.concrete)
+            return iter(self.keys())
         return iter([self._item(i) for i in range(len(self))])
 
     def __len__(self) -> int:
-        return int(self.size(0)) if isinstance(self.concrete, Tensor) else len(self.concrete)
+        if isinstance(self.concrete, Tensor):
+            return int(self.size(0))
+        self.tracer.told_items(self, sys._getframe(1))
+        return len(self.concrete)
 
     def __contains__(self, item: Any) -> bool:
-        return _value(item) in self._number()
+        if isinstance(self.concrete, Mapping) and not self.tracer.answers.are_checked(self):
+            return _value(item) in self.concrete
+        if isinstance(self.concrete, Tensor):
+            return bool(self._number())
+        return bool(self.tracer._call(operator.contains, self, item))
 
     def __bool__(self) -> bool:
         return bool(self._number())
@@ -106,6 +118,7 @@ class ConcreteProxy(Proxy):
 
     def keys(self) -> Any:
         """The keys of a mapping, as they were."""
+        self.tracer.told_items(self, sys._getframe(1))
         return self.concrete.keys()
 
     def _item(self, key: Any) -> Any:
@@ -135,7 +148,7 @@ class ConcreteTracer(fx.Tracer):
         self.opaque = opaque
         self.leaves = leaves
         self.executing = False
-        self.sizes = SizeChecks(self._call, self._check, _line)
+        self.answers = Answers(self._call, self._check, _line)
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -180,7 +193,7 @@ class ConcreteTracer(fx.Tracer):
         for parameter in parameters:
             match parameter.kind:
                 case inspect.Parameter.VAR_POSITIONAL:
-                    args += self.create_proxy("placeholder", f"*{parameter.name}", (), {})
+                    args += list(self.create_proxy("placeholder", f"*{parameter.name}", (), {}))
                 case inspect.Parameter.VAR_KEYWORD:
                     collected = [k for k in self.inputs if k not in named and k[0] != "*"]
                     kwargs |= {key: self._input(key, (None,)) for key in collected}
@@ -202,7 +215,7 @@ class ConcreteTracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", name, default, {})
         value = proxy.concrete
         if isinstance(value, Tensor):
-            self.sizes.inputs.append(proxy)
+            self.answers.inputs.append(proxy)
         if name in self.inputs and not isinstance(value, str | bool | None):
             return proxy
         same = operator.is_ if value is None else operator.eq
@@ -215,6 +228,10 @@ class ConcreteTracer(fx.Tracer):
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         return self.create_proxy("call_function", function, args, {})
+
+    def create_arg(self, a: Any) -> Any:
+        """A proxy is one, whatever it pretends to be."""
+        return a.node if type(a) is ConcreteProxy else super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy for `node`; `create_proxy` gives it its value."""
@@ -234,20 +251,31 @@ class ConcreteTracer(fx.Tracer):
         written = [i for i, version in enumerate(_versions(args)) if version != versions[i]]
         if written:
             proxy.node.meta[WRITTEN] = written
-        if not isinstance(proxy.concrete, Tensor):
-            note_size(proxy.node)
-        self.sizes.passed_on(proxy.node)
+        note_origin(proxy.node, proxy.concrete)
+        self.answers.passed_on(proxy.node)
+        if proxy.concrete is None and self._may_be_told(proxy):
+            self.told(proxy, sys._getframe(1))
+            return None
         return proxy
+
+    def _may_be_told(self, proxy: ConcreteProxy) -> bool:
+        """Whether it is an item of an input, such as one that `dict.get` does not find."""
+        return proxy.node.op == "call_method" and self.answers.are_checked(proxy)
 
     def told(self, proxy: ConcreteProxy, frame: FrameType) -> None:
         """Code, in `frame`, is told what `proxy` is."""
         if not self.executing:
-            self.sizes.insist_on(proxy, frame)
+            self.answers.insist_on(proxy, frame)
+
+    def told_items(self, container: ConcreteProxy, frame: FrameType) -> None:
+        """Code, in `frame`, is told how many items a container has, or which keys."""
+        if not self.executing:
+            self.answers.insist_on_items(container, frame)
 
     def told_rank(self) -> None:
         """Code is told how many dimensions a tensor has."""
         if not self.executing:
-            self.sizes.insist_on_ranks()
+            self.answers.insist_on_ranks()
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace a call of `m`, or just make it where a leaf is being run."""

@@ -92,18 +92,61 @@ def test_awkward_code_goes_through(kind: type[Convs]) -> None:
     assert [k for k in prepared.state_dict() if "gate" not in k] == list(model.state_dict())
 
 
-class ReadsAMapping(Convs):
-    def forward(self, images: dict[str, Tensor]) -> Tensor:
-        x = sum(images.values()) + sum(x for name, x in images.items() if name == "right")
-        return self.b(self.a(self.stem(x + len(images.keys() - {"left"}))))
+class AsksForItems(Convs):
+    """Takes any number of images, named or not, among them how often to double them."""
+
+    def forward(self, images: Any, *more: Tensor) -> Tensor:
+        if isinstance(images, dict):
+            kept = [x for name, x in images.items() if name not in ("large", "times")]
+            kept += [images["large"][..., ::2]] if "large" in images else []
+            x = kept[0] if images.get("only first") is not None else sum(kept)
+            for _ in range(images.get("times", 1)):
+                x = x * 2
+        elif isinstance(images, Tensor):
+            x = images
+        else:
+            x = sum(images) if len(images) > 1 else images[0]
+        for image in more:
+            x = x + image
+        return self.b(self.a(self.stem(x)))
 
 
-def test_an_input_may_be_a_mapping() -> None:
-    model, images = randomise(ReadsAMapping()).double(), {"left": X, "right": 2 * X}
-    prepared = dspfx.prepare(model, (images,))
-    assert_equal(model(images), prepared(images), tolerance=0)
+ITEMS: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "list": (([X, X],), ([X],), ([X, X, X],)),
+    "tuple": (((X, X),), ((X,),), ((X, X, X),)),
+    "positional": ((X, X, X), (X, X), (X, X, X, X), (X,)),
+    "mapping": (({"a": X, "b": X},), ({"a": X},), ({"a": X, "c": X},), ({"b": X, "a": X},)),
+    "number": (({"a": X, "times": 2},), ({"a": X, "times": 3},), ({"a": X},)),
+}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_items_of_inputs_are_checked_at_every_call(kind: str) -> None:
+    """Items that the example did not have were ignored, without a word."""
+    inputs, *others = ITEMS[kind]
+    model = randomise(AsksForItems()).double()
+    prepared = dspfx.prepare(model, inputs)
+    assert_equal(model(*inputs), prepared(*inputs), tolerance=0)
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
-    assert_equal(prepared(images), dspfx.convert(prepared)(images))
+    for module in (prepared, dspfx.convert(prepared)):
+        assert_equal(prepared(*inputs), module(*inputs))
+        for other in others:
+            with pytest.raises(AssertionError, match="other inputs"):
+                module(*other)
+
+
+def test_a_key_that_code_asks_for_is_checked_and_others_are_not() -> None:
+    class Masked(Convs):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            y = self.b(self.a(self.stem(batch["image"])))
+            return y * batch["mask"] if "mask" in batch else y
+
+    model, mask = randomise(Masked()).double(), torch.zeros(2, 1, 1, 1).double()
+    prepared = dspfx.prepare(model, ({"image": X},))
+    named = {"image": X, "label": mask}
+    assert_equal(model(named), prepared(named), tolerance=0)
+    with pytest.raises(AssertionError, match=r"other inputs.*if"):
+        prepared({"image": X, "mask": mask})
 
 
 class Picky(nn.Module):
@@ -148,6 +191,30 @@ def test_a_root_that_reads_values_is_refused() -> None:
 
     with pytest.raises(dspfx.TraceError, match="depends on the values of 'gt'"):
         dspfx.prepare(Reads().double(), X)
+
+
+READING: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda y: y.mean().item() > 0,
+    "list": lambda y: max(y[0, 0, 0].tolist()) > 0,
+    "equal": lambda y: torch.equal(y, y.abs()),
+    "float": lambda y: round(y.sum().item() / y.shape[0]) > 0,
+    "contained": lambda y: 0.0 in y,
+    "new tensor": lambda y: y.new_tensor(1).item() > 0,
+}
+
+
+@pytest.mark.parametrize("question", READING)
+def test_code_that_reads_numbers_out_of_tensors_is_refused(question: str) -> None:
+    """What it did for the example was taken for what it always does, without a word."""
+    with pytest.raises(dspfx.TraceError, match="depends on the values of"):
+        dspfx.prepare(randomise(Asks(READING[question])).double(), X)
+
+
+def test_numbers_that_are_read_and_passed_on_are_computed_in_every_call() -> None:
+    model = randomise(PassesOn(lambda y: y * y.mean().item() + y[0, 0, 0].tolist()[0])).double()
+    prepared = dspfx.prepare(model, X)
+    for x in (X, -X):
+        assert_equal(model(x), prepared(x), tolerance=0)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +287,7 @@ def test_sizes_that_code_branches_on_are_checked_at_every_call() -> None:
     dspfx.prune(prepared, dspfx.Budget(macs=0.5))
     compact = dspfx.convert(prepared)
     assert compact.a.weight.shape[0] < 8  # who compares shapes does not keep channels
-    told = r"(?s)other sizes.*test_concrete_tracer.py:\d+: if max"
+    told = r"(?s)other inputs.*test_concrete_tracer.py:\d+: if max"
     refused = AssertionError, torch._dynamo.exc.TorchRuntimeError  # the latter while it compiles
     for module in (prepared, compact, dspfx.narrow(prepared), dspfx.compile(compact, large)):
         assert_equal(prepared(large[..., 2:]), module(large[..., 2:]), 1e-12)
@@ -276,7 +343,7 @@ def test_whatever_code_is_told_of_sizes_is_checked(question: str) -> None:
     model, x = randomise(Asks(TELLING[question])).double(), torch.randn(2, 3, 10, 10).double()
     prepared = dspfx.prepare(model, x).eval()
     assert_equal(model(x), prepared(x), 1e-12)
-    with pytest.raises(AssertionError, match="other sizes"):
+    with pytest.raises(AssertionError, match="other inputs"):
         prepared(torch.randn(2, 3, 12, 14).double())
 
 
@@ -297,5 +364,5 @@ def test_counts_that_code_makes_are_checked_at_every_call() -> None:
 
     prepared = dspfx.prepare(PerSample().double(), X)
     assert_equal(prepared(X), dspfx.convert(prepared)(X))
-    with pytest.raises(AssertionError, match=r"other sizes.*for i in range"):
+    with pytest.raises(AssertionError, match=r"other inputs.*for i in range"):
         prepared(torch.cat([X, X]))

@@ -1,0 +1,200 @@
+"""What traced code is told, and what its graph checks of it in every call.
+
+1. A number that is made of sizes of tensors, and of inputs that are no tensors, is compared with
+   the answer that the code got; of a list or a mapping among the inputs, its length or its keys.
+2. Of a number of dimensions, it is enough to check those of the inputs.
+3. Properties that do not change with sizes, a dtype for instance, are not checked; nor are whole
+   shapes and counts of elements, which tell the count of the channels.
+4. All else that is no tensor is computed from the values of tensors: code is not told of it.
+5. Torch looks at the numbers among its arguments before it sees that one is a proxy. Such a number
+   is passed on, not told: its check is taken back.
+"""
+
+import builtins
+import enum
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.node import Node
+
+# functions and methods that tell nothing of the values of a tensor
+_PROPERTIES = frozenset([
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "get_device",
+    "type", "element_size", "getattr", "is_contiguous", "is_floating_point", "is_complex",
+    "is_signed", "is_conj", "is_neg", "is_inference", "is_pinned", "is_shared", "is_same_size",
+    "is_set_to", "has_names", "is_tensor", "data_ptr", "result_type", "can_cast",
+])  # fmt: skip
+_ORIGIN = "what it is made of"  # a key of `Node.meta`
+_HOW = "prepare it with an example of the sizes and the items that it is called with"
+
+
+class _Origin(enum.Enum):
+    """What a value is made of."""
+
+    SIZES = "sizes of tensors and inputs that are no tensors"
+    PROPERTIES = "these, and properties of tensors that are not checked"
+    VALUES = "values of tensors"
+
+
+class Answers:
+    """The answers that code has got, and their checks in one graph.
+
+    Args:
+        call: makes a traced call of a function.
+        check: makes a traced call that raises a text where a condition does not hold.
+        line: the line of the user's code under way, empty if it is not known.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        check: Callable[[Any, str], Any],
+        line: Callable[[], str],
+    ) -> None:
+        self.call, self.check, self.line = call, check, line
+        self.checked: set[Node] = set()
+        self.asked: list[_Asked] = []
+        self.inputs: list[Any] = []  # tensors whose number of dimensions is not checked yet
+
+    def insist_on(self, asked: Any, frame: FrameType) -> None:
+        """Check that `asked`, a proxy of a number, is what `frame` is told.
+
+        Raises:
+            TypeError: it depends on the values of tensors.
+        """
+        if _origin(asked.node) is _Origin.VALUES:
+            raise TypeError(f"control flow depends on the values of '{asked.node.name}'")
+        if _origin(asked.node) is _Origin.SIZES:
+            match asked.concrete:
+                case True:
+                    self._insist_on(asked, frame, lambda: [])
+                case False:  # dynamo has no `==` for what is true of symbolic sizes
+                    self._insist_on(asked, frame, lambda: [self.call(operator.not_, asked)])
+                case number:
+                    self._insist_on(asked, frame, lambda: [self.call(operator.eq, asked, number)])
+
+    def insist_on_items(self, container: Any, frame: FrameType) -> None:
+        """Check that `container`, a proxy, has as many items as it has now, or the same keys."""
+        value = container.concrete
+        if isinstance(value, torch.Size):
+            self.insist_on_ranks()
+        elif self.are_checked(container):
+            counted = list if isinstance(value, Mapping) else len
+
+            def compare() -> list[Any]:
+                found = self.call(counted, container)
+                return [found, self.call(operator.eq, found, counted(value))]
+
+            self._insist_on(container, frame, compare)
+
+    def insist_on_ranks(self) -> None:
+        """Check that the inputs have as many dimensions as they have now."""
+        inputs, self.inputs = self.inputs, []
+        for tensor in inputs:
+            rank = tensor.tracer.create_proxy("call_method", "dim", (tensor,), {})
+            self.insist_on(rank, sys._getframe())
+
+    def are_checked(self, container: Any) -> bool:
+        """Whether `container`, a proxy, is an input, or lies in one."""
+        return _origin(container.node) is _Origin.SIZES
+
+    def _insist_on(self, asked: Any, frame: FrameType, compare: Callable[[], list[Any]]) -> None:
+        """Check, once, what the last of the calls that `compare` makes says; `asked` if none."""
+        if asked.node in self.checked:
+            return
+        earlier, self.asked = self.asked, []
+        calls = compare()
+        place = f" ({line})" if (line := self.line()) else ""
+        told = f"for other inputs, and its code may do otherwise for these{place}; {_HOW}"
+        calls.append(self.check([asked, *calls][-1], told))
+        self.checked.add(asked.node)
+        made = [proxy.node for proxy in reversed(calls)]
+        self.asked = [*earlier, _Asked(frame, frame.f_lasti, asked.node, made)]
+
+    def passed_on(self, node: Node) -> None:
+        """Take back the checks of what `node`, a new call, is given in the same instruction."""
+        asked, self.asked = self.asked, []
+        for own in asked:
+            if own.node in node.all_input_nodes and own.under_way():
+                self.checked.remove(own.node)
+                for made in own.check:
+                    made.graph.erase_node(made)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Which instruction asked for a node, and the nodes of the check, each behind its users."""
+
+    frame: FrameType
+    instruction: int
+    node: Node
+    check: list[Node]
+
+    def under_way(self) -> bool:
+        """Whether that instruction has not ended."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None and frame.f_lasti == self.instruction
+
+
+def note_origin(node: Node, value: Any) -> None:
+    """Remember of `node` what `value`, that it computes, is made of."""
+    node.meta[_ORIGIN] = _made_of(node, value)
+
+
+def _origin(node: Node) -> _Origin:
+    found: _Origin = node.meta.get(_ORIGIN, _Origin.VALUES)  # a tensor that the code holds has none
+    return found
+
+
+def _made_of(node: Node, value: Any) -> _Origin:
+    if node.op == "placeholder":
+        return _Origin.VALUES if isinstance(value, Tensor) else _Origin.SIZES
+    origins = {_origin(n) for n in node.all_input_nodes}
+    if node.op in ("get_attr", "call_module") or not origins:
+        return _Origin.VALUES
+    if origins == {_Origin.SIZES} or _is_size(node):
+        return _Origin.SIZES
+    if not isinstance(value, Tensor) and (_Origin.VALUES not in origins or _is_property(node)):
+        return _Origin.PROPERTIES
+    return _Origin.VALUES
+
+
+def _is_size(node: Node) -> bool:
+    """Whether it is a number of dimensions, or one or more sizes of a tensor, but no whole shape.
+
+    Who asks for a whole shape asks for the count of the channels.
+    """
+    match node.op, node.target, *node.args[1:], *node.kwargs.values():
+        case ("call_method", "dim") | ("call_method", "size", _) | (_, builtins.getattr, "ndim"):
+            return True
+        case _, operator.getitem, int() | slice() as items if _is_shape(node.all_input_nodes[0]):
+            return isinstance(items, int) or _without_channels(items)
+    return False
+
+
+def _is_property(node: Node) -> bool:
+    """Whether it asks tensors for what does not depend on their values."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _PROPERTIES
+
+
+def _is_shape(node: Node) -> bool:
+    """Whether it is the shape of a tensor."""
+    match node.op, node.target, *node.args[1:], *node.kwargs.values():
+        case ("call_method", "size") | (_, builtins.getattr, "shape"):
+            return True
+    return False
+
+
+def _without_channels(items: slice) -> bool:
+    """Whether these items of a shape are sizes of an image alone."""
+    first = items.start
+    return isinstance(first, int) and (first >= 2 or -2 <= first < 0) and items.step is None
