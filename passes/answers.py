@@ -110,6 +110,8 @@ class Answers:
             return
         earlier, self.asked = self.asked, []
         calls = compare()
+        for proxy in calls:
+            proxy.node.meta["is_wrapped"] = True  # fx traces it again when it is unpickled
         place = f" ({line})" if (line := self.line()) else ""
         told = f"for other inputs, and its code may do otherwise for these{place}; {_HOW}"
         calls.append(self.check([asked, *calls][-1], told))

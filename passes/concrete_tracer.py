@@ -90,7 +90,7 @@ class ConcreteProxy(Proxy):
             return _value(item) in self.concrete
         if isinstance(self.concrete, Tensor):
             return bool(self._number())
-        return bool(self.tracer._call(operator.contains, self, item))
+        return bool(self.tracer.create_proxy("call_method", "__contains__", (self, item), {}))
 
     def __bool__(self) -> bool:
         return bool(self._number())

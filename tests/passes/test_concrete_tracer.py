@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -128,7 +129,9 @@ def test_items_of_inputs_are_checked_at_every_call(kind: str) -> None:
     prepared = dspfx.prepare(model, inputs)
     assert_equal(model(*inputs), prepared(*inputs), tolerance=0)
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
-    for module in (prepared, dspfx.convert(prepared)):
+    compact = dspfx.convert(prepared)
+    pickled = [pickle.loads(pickle.dumps(module)) for module in (prepared, compact)]
+    for module in (prepared, compact, *pickled):
         assert_equal(prepared(*inputs), module(*inputs))
         for other in others:
             with pytest.raises(AssertionError, match="other inputs"):
