@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from dspfx.config import PrepareConfig
 from dspfx.errors import PrepareError, TraceError
 from dspfx.inputs import Call, evaluate, fresh, parameter_dtype_and_device
+from dspfx.kept import buffers_kept
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.origin import Origin
 from dspfx.passes.channels import analyse
@@ -87,7 +88,7 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
 
 def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:
     """The analysis of the evaluation graph, whose nodes are the keys of the result."""
-    with prepared.evaluation_view() as view:
+    with buffers_kept(prepared), prepared.evaluation_view() as view:
         return analyse(view, fitting_inputs(prepared), prepared.frozen, prepared.config.rules)
 
 
@@ -127,7 +128,7 @@ def _positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
     """Compare the evaluation graph's outputs for the example inputs with the model's own."""
-    with torch.no_grad(), prepared.evaluation_view() as view:
+    with torch.no_grad(), buffers_kept(prepared), prepared.evaluation_view() as view:
         actual = list(leaves(view(*fresh(prepared.example_inputs))))
     expected = list(leaves(expected))
     same = len(expected) == len(actual) and all(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import PrepareError
+from dspfx.kept import buffers_kept
 from dspfx.trees import leaves, map_leaves
 
 IMAGE_SIZES = (224, 32, 28, 64, 299)
@@ -119,7 +120,7 @@ def evaluate(root: nn.Module, call: Call) -> Any:
     modes = {module: module.training for module in root.modules()}
     call = call.map(fresh)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(root):
             return root.eval()(*call.args, **call.kwargs)
     finally:
         for module, mode in modes.items():

@@ -37,6 +37,7 @@ from dspfx.fill import fill, matching
 from dspfx.gates import GATED, gated_layers
 from dspfx.gating import Task, analyse_prepared, fitting_inputs, gate
 from dspfx.inputs import Call, fresh, parameter_dtype_and_device
+from dspfx.kept import buffers_kept
 from dspfx.listing import structure
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.parts import compact_parts_of, parts_of, prepare_in_parts
@@ -220,5 +221,5 @@ def _run(root: nn.Module) -> None:
     compact: list[Any] = [part for _, part in compact_parts_of(root)]
     for part in compact or [part.module for part in parts_of(root)]:
         part.example_inputs = fitting_inputs(part)
-        with torch.no_grad(), part.evaluation_view() as view:
+        with torch.no_grad(), buffers_kept(part), part.evaluation_view() as view:
             view(*fresh(part.example_inputs))

@@ -28,6 +28,8 @@ from torch.nn.utils import parametrize
 from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
 from dspfx.passes.answers import Answers, note_origin
+from dspfx.passes.buffers import Buffers, write_back
+from dspfx.passes.unrecorded import Unrecorded
 
 # create tensors from sizes alone, so that nothing in their arguments tells fx of a proxy
 FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
@@ -57,6 +59,11 @@ class ConcreteProxy(Proxy):
     def __class__(self) -> type:
         """That of the value, which `isinstance` looks at."""
         return type(self.concrete)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "concrete"):
+            raise TypeError(f"'{self.node.name}.{name}' is assigned")
+        object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.concrete, name)
@@ -135,6 +142,8 @@ class ConcreteProxy(Proxy):
 class ConcreteTracer(fx.Tracer):
     """Enters everything but torch's own layers and the modules named `opaque`."""
 
+    proxy_buffer_attributes = True
+
     def __init__(
         self,
         inputs: Mapping[str, Any],
@@ -149,6 +158,7 @@ class ConcreteTracer(fx.Tracer):
         self.leaves = leaves
         self.executing = False
         self.answers = Answers(self._call, self._check, _line)
+        self.unrecorded = Unrecorded(lambda x: self.create_proxy("call_method", "detach", (x,), {}))
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -157,14 +167,21 @@ class ConcreteTracer(fx.Tracer):
         Raises:
             UntraceableError: with the innermost submodule whose code could not be traced.
         """
+        buffers = Buffers(root)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), self._factories():
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]), self._factories():
                 graph = self.trace(root)
         except Exception as error:
             nodes = list(self.graph.nodes) if hasattr(self, "graph") else []
             last = nodes[-1].name if nodes else ""
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UntraceableError(self.failed_in or "", last, reason[:300]) from error
+        finally:
+            assigned = buffers.take_back()
+        if not root.training and (name := buffers.remembered(graph, assigned)) is not None:
+            reason = f"what it computes depends on earlier calls, by way of its buffer '{name}'"
+            raise UntraceableError(name.rpartition(".")[0], name, reason)
+        write_back(graph, assigned)
         graph._tracer_cls = None
         return graph
 
@@ -231,7 +248,7 @@ class ConcreteTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A proxy is one, whatever it pretends to be."""
-        return a.node if type(a) is ConcreteProxy else super().create_arg(a)
+        return self.unrecorded.read(a).node if type(a) is ConcreteProxy else super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy for `node`; `create_proxy` gives it its value."""
@@ -241,6 +258,8 @@ class ConcreteTracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
     ) -> Any:
         """Record the call, and make it."""
+        if not torch.is_grad_enabled() and operators.overwrites(kind, target):
+            args = self.unrecorded.written(*args)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         assert isinstance(proxy, ConcreteProxy)
         line = _line()
@@ -252,6 +271,7 @@ class ConcreteTracer(fx.Tracer):
         if written:
             proxy.node.meta[WRITTEN] = written
         note_origin(proxy.node, proxy.concrete)
+        self.unrecorded.note(proxy.node)
         self.answers.passed_on(proxy.node)
         if proxy.concrete is None and self._may_be_told(proxy):
             self.told(proxy, sys._getframe(1))
@@ -289,8 +309,8 @@ class ConcreteTracer(fx.Tracer):
             raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters are proxies, but not inside a leaf that is being run."""
-        if self.executing:
+        """Parameters and buffers are proxies, but not inside a leaf that is being run."""
+        if self.executing or type(attr_val) is ConcreteProxy:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -302,11 +322,12 @@ class ConcreteTracer(fx.Tracer):
             args, kwargs = map_aggregate(args, _value), map_aggregate(kwargs, _value)
             if kind == "get_attr":
                 return operator.attrgetter(target)(self.root)
-            if kind == "call_module":
-                return self.root.get_submodule(target)(*args, **kwargs)
-            if kind == "call_method":
-                return getattr(args[0], target)(*args[1:], **kwargs)
-            return target(*args, **kwargs)
+            with torch.inference_mode(mode=False), torch.no_grad():
+                if kind == "call_module":
+                    return self.root.get_submodule(target)(*args, **kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                return target(*args, **kwargs)
         finally:
             self.executing = outside
 

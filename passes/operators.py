@@ -184,6 +184,12 @@ def is_in_place(node: Node, root: nn.Module) -> bool:
     return False
 
 
+def overwrites(kind: str, target: Any) -> bool:
+    """Whether a call of a method or function writes into its first argument, by its name."""
+    name = target if kind == "call_method" else getattr(target, "__name__", "")
+    return kind in ("call_method", "call_function") and _has_in_place_name(name)
+
+
 def sizes(node: Node) -> list[Any]:
     """The sizes that a `SIZED` operator is given, numbers or nodes; none if they are one node."""
     given = node.args[1:] or tuple(node.kwargs.values())

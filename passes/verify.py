@@ -17,6 +17,7 @@ from torch.fx.node import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspfx.errors import EquivalenceError
+from dspfx.kept import buffers_kept
 from dspfx.passes.compact import compact
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.plan import CompactionPlan, Order
@@ -48,7 +49,8 @@ def verify(
     widest, inputs, dtype = _widest(masked, inputs)
     compacted = compact(widest, analysis, plan)
     module = fx.GraphModule(compacted.root, compacted.graph)
-    with torch.no_grad(), nullcontext() if widest is masked else _InFloat64():
+    exact = nullcontext() if widest is masked else _InFloat64()
+    with torch.no_grad(), buffers_kept(widest), exact:
         worst = difference(widest(*inputs), module(*inputs))
         if worst is not None:
             return worst, dtype
