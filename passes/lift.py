@@ -48,7 +48,19 @@ def lift(graphs: set[fx.Graph], root: nn.Module) -> bool:
             _replace_module(root, name, first)
             for node, _ in sites:
                 _replace_call(node, name, is_weighted(first))
+            for graph in graphs:
+                _leave_counting_to(name, graph)
     return lifted
+
+
+def _leave_counting_to(norm: str, graph: fx.Graph) -> None:
+    """A norm counts batches itself."""
+    for counter in graph.find_nodes(op="get_attr"):
+        if counter.target == f"{norm}.num_batches_tracked":
+            for node in [node for node in counter.users if node.target == "add_"]:
+                graph.erase_node(node)
+            if not counter.users:
+                graph.erase_node(counter)
 
 
 def _module_of(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
