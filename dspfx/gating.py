@@ -138,6 +138,6 @@ def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
     if not same:
         raise TraceError(
             f"the graph of {name} does not compute what the model does: its code probably reads "
-            "a tensor under one name after overwriting it under another (`+=`); write "
-            "`y = y + x` there"
+            "a tensor under one name after overwriting it under another (`+=`), or compares "
+            "`type(x)`; write `y = y + x`, or `isinstance`, there"
         )
