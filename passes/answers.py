@@ -1,10 +1,12 @@
 """What traced code is told, and what its graph checks of it in every call.
 
 1. A number that is made of sizes of tensors, and of inputs that are no tensors, is compared with
-   the answer that the code got; of a list or a mapping among the inputs, its length or its keys.
-2. Of a number of dimensions, it is enough to check those of the inputs.
+   the answer that the code got. Of a list or a mapping among the inputs, its length or its keys
+   are; of an input whose class is asked for, or of an item that may be None, the kind.
+2. Of a number of dimensions, it is enough to check those of the inputs; of a number of pieces, the
+   size of what was cut.
 3. Properties that do not change with sizes, a dtype for instance, are not checked; nor are whole
-   shapes and counts of elements, which tell the count of the channels.
+   shapes and counts of elements that tell the count of channels which may be pruned.
 4. All else that is no tensor is computed from the values of tensors: code is not told of it.
 5. Torch looks at the numbers among its arguments before it sees that one is a proxy. Such a number
    is passed on, not told: its check is taken back.
@@ -30,6 +32,13 @@ _PROPERTIES = frozenset([
     "is_signed", "is_conj", "is_neg", "is_inference", "is_pinned", "is_shared", "is_same_size",
     "is_set_to", "has_names", "is_tensor", "data_ptr", "result_type", "can_cast",
 ])  # fmt: skip
+# their results have as many elements as the values say
+_COUNTING = frozenset([
+    "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "bincount",
+    "repeat_interleave",
+])  # fmt: skip
+_SPLITTING = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2}  # and where `dim` stands
+_ITEMS = (operator.getitem, builtins.getattr, "get")
 _ORIGIN = "what it is made of"  # a key of `Node.meta`
 _HOW = "prepare it with an example of the sizes and the items that it is called with"
 
@@ -37,9 +46,13 @@ _HOW = "prepare it with an example of the sizes and the items that it is called 
 class _Origin(enum.Enum):
     """What a value is made of."""
 
-    SIZES = "sizes of tensors and inputs that are no tensors"
+    INPUTS = "an input that is no tensor, or an item of one"
+    SIZES = "sizes of tensors, and such inputs"
     PROPERTIES = "these, and properties of tensors that are not checked"
     VALUES = "values of tensors"
+
+
+_CHECKED = frozenset((_Origin.INPUTS, _Origin.SIZES))
 
 
 class Answers:
@@ -58,9 +71,18 @@ class Answers:
         line: Callable[[], str],
     ) -> None:
         self.call, self.check, self.line = call, check, line
-        self.checked: set[Node] = set()
+        self.checked: set[tuple[Node, str]] = set()
         self.asked: list[_Asked] = []
         self.inputs: list[Any] = []  # tensors whose number of dimensions is not checked yet
+        self.cut: dict[Node, tuple[Any, int]] = {}  # pieces -> the tensor they are of, along where
+
+    def note(self, made: Any, args: Any, kwargs: Any) -> None:
+        """Remember what `made`, a proxy of a new call, is made of."""
+        made.node.meta[_ORIGIN] = _made_of(made.node, made.concrete)
+        place = _SPLITTING.get(_name(made.node))
+        if place is not None:
+            dim = kwargs.get("dim", args[place] if len(args) > place else 0)
+            self.cut[made.node] = args[0], dim
 
     def insist_on(self, asked: Any, frame: FrameType) -> None:
         """Check that `asked`, a proxy of a number, is what `frame` is told.
@@ -70,14 +92,14 @@ class Answers:
         """
         if _origin(asked.node) is _Origin.VALUES:
             raise TypeError(f"control flow depends on the values of '{asked.node.name}'")
-        if _origin(asked.node) is _Origin.SIZES:
+        if self.are_checked(asked):
             match asked.concrete:
                 case True:
-                    self._insist_on(asked, frame, lambda: [])
+                    self._insist("value", asked, frame, lambda: [])
                 case False:  # dynamo has no `==` for what is true of symbolic sizes
-                    self._insist_on(asked, frame, lambda: [self.call(operator.not_, asked)])
+                    self._insist("value", asked, frame, lambda: [self.call(operator.not_, asked)])
                 case number:
-                    self._insist_on(asked, frame, lambda: [self.call(operator.eq, asked, number)])
+                    self._insist("value", asked, frame, lambda: self._equal(asked, number))
 
     def insist_on_items(self, container: Any, frame: FrameType) -> None:
         """Check that `container`, a proxy, has as many items as it has now, or the same keys."""
@@ -86,12 +108,15 @@ class Answers:
             self.insist_on_ranks()
         elif self.are_checked(container):
             counted = list if isinstance(value, Mapping) else len
+            self._insist_on_what(counted, container, counted(value))
+        elif container.node in self.cut:
+            tensor, dim = self.cut[container.node]
+            self.insist_on(tensor.size(dim), frame)
 
-            def compare() -> list[Any]:
-                found = self.call(counted, container)
-                return [found, self.call(operator.eq, found, counted(value))]
-
-            self._insist_on(container, frame, compare)
+    def insist_on_kind(self, asked: Any) -> None:
+        """Check that `asked`, a proxy, is of its present kind, if it is an input or lies in one."""
+        if _is_given(asked.node):
+            self._insist_on_what(kind_of, asked, kind_of(asked.concrete))
 
     def insist_on_ranks(self) -> None:
         """Check that the inputs have as many dimensions as they have now."""
@@ -100,13 +125,27 @@ class Answers:
             rank = tensor.tracer.create_proxy("call_method", "dim", (tensor,), {})
             self.insist_on(rank, sys._getframe())
 
-    def are_checked(self, container: Any) -> bool:
-        """Whether `container`, a proxy, is an input, or lies in one."""
-        return _origin(container.node) is _Origin.SIZES
+    def are_checked(self, asked: Any) -> bool:
+        """Whether `asked`, a proxy, is made of sizes and of inputs alone."""
+        return _origin(asked.node) in _CHECKED
 
-    def _insist_on(self, asked: Any, frame: FrameType, compare: Callable[[], list[Any]]) -> None:
+    def _equal(self, asked: Any, value: Any) -> list[Any]:
+        return [self.call(operator.eq, asked, value)]
+
+    def _insist_on_what(self, question: Callable[[Any], Any], asked: Any, answer: Any) -> None:
+        """Check that `question` is answered alike. It is not torch that asks."""
+
+        def compare() -> list[Any]:
+            found = self.call(question, asked)
+            return [found, *self._equal(found, answer)]
+
+        self._insist(question.__name__, asked, None, compare)
+
+    def _insist(
+        self, what: str, asked: Any, frame: FrameType | None, compare: Callable[[], list[Any]]
+    ) -> None:
         """Check, once, what the last of the calls that `compare` makes says; `asked` if none."""
-        if asked.node in self.checked:
+        if (asked.node, what) in self.checked:
             return
         earlier, self.asked = self.asked, []
         calls = compare()
@@ -115,23 +154,24 @@ class Answers:
         place = f" ({line})" if (line := self.line()) else ""
         told = f"for other inputs, and its code may do otherwise for these{place}; {_HOW}"
         calls.append(self.check([asked, *calls][-1], told))
-        self.checked.add(asked.node)
+        self.checked.add((asked.node, what))
         made = [proxy.node for proxy in reversed(calls)]
-        self.asked = [*earlier, _Asked(frame, frame.f_lasti, asked.node, made)]
+        now = [] if frame is None else [_Asked(frame, frame.f_lasti, asked.node, made)]
+        self.asked = [*earlier, *now]
 
     def passed_on(self, node: Node) -> None:
-        """Take back the checks of what `node`, a new call, is given in the same instruction."""
+        """Take back the checks of numbers that `node`, a new call, is given in one instruction."""
         asked, self.asked = self.asked, []
         for own in asked:
             if own.node in node.all_input_nodes and own.under_way():
-                self.checked.remove(own.node)
+                self.checked.remove((own.node, "value"))
                 for made in own.check:
                     made.graph.erase_node(made)
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """Which instruction asked for a node, and the nodes of the check, each behind its users."""
+    """Which instruction asked for a number, and the nodes of the check, each behind its users."""
 
     frame: FrameType
     instruction: int
@@ -146,9 +186,27 @@ class _Asked:
         return frame is not None and frame.f_lasti == self.instruction
 
 
-def note_origin(node: Node, value: Any) -> None:
-    """Remember of `node` what `value`, that it computes, is made of."""
-    node.meta[_ORIGIN] = _made_of(node, value)
+def kind_of(value: Any) -> str:
+    """What code that asks for the class of an input tells apart."""
+    kinds: dict[str, Any] = {
+        "tensor": Tensor,
+        "bool": bool,
+        "int": int | torch.SymInt,
+        "float": float | torch.SymFloat,
+    }
+    for name, kind in kinds.items():
+        if isinstance(value, kind):
+            return name
+    return type(value).__name__
+
+
+def is_item(node: Node) -> bool:
+    """Whether it takes an item out of an input."""
+    return node.target in _ITEMS and _origin(node.all_input_nodes[0]) is _Origin.INPUTS
+
+
+def _is_given(node: Node) -> bool:
+    return node.op == "placeholder" or is_item(node)
 
 
 def _origin(node: Node) -> _Origin:
@@ -157,12 +215,15 @@ def _origin(node: Node) -> _Origin:
 
 
 def _made_of(node: Node, value: Any) -> _Origin:
-    if node.op == "placeholder":
-        return _Origin.VALUES if isinstance(value, Tensor) else _Origin.SIZES
-    origins = {_origin(n) for n in node.all_input_nodes}
-    if node.op in ("get_attr", "call_module") or not origins:
+    if _is_given(node):
+        return _Origin.VALUES if isinstance(value, Tensor) else _Origin.INPUTS
+    inputs = node.all_input_nodes
+    if node.op in ("get_attr", "call_module") or not inputs:
         return _Origin.VALUES
-    if origins == {_Origin.SIZES} or _is_size(node):
+    origins = {_origin(n) for n in inputs}
+    if _is_property(node) and _name(inputs[0]) in _COUNTING:
+        return _Origin.VALUES
+    if origins <= _CHECKED or _is_size(node):
         return _Origin.SIZES
     if not isinstance(value, Tensor) and (_Origin.VALUES not in origins or _is_property(node)):
         return _Origin.PROPERTIES
@@ -170,22 +231,23 @@ def _made_of(node: Node, value: Any) -> _Origin:
 
 
 def _is_size(node: Node) -> bool:
-    """Whether it is a number of dimensions, or one or more sizes of a tensor, but no whole shape.
+    """Whether it is a number of dimensions, or sizes of which none is a count of channels.
 
-    Who asks for a whole shape asks for the count of the channels.
+    The channels of inputs may be counted; and one size alone may be, since it stays what it is.
     """
+    source = node.all_input_nodes[0]
     match node.op, node.target, *node.args[1:], *node.kwargs.values():
         case ("call_method", "dim") | ("call_method", "size", _) | (_, builtins.getattr, "ndim"):
             return True
-        case _, operator.getitem, int() | slice() as items if _is_shape(node.all_input_nodes[0]):
+        case _, operator.getitem, int() | slice() as items if _is_shape(source):
             return isinstance(items, int) or _without_channels(items)
-    return False
+    return _is_given(source) and (_is_shape(node) or _name(node) in ("numel", "nelement"))
 
 
 def _is_property(node: Node) -> bool:
     """Whether it asks tensors for what does not depend on their values."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _PROPERTIES
+    compared = node.target in (operator.eq, operator.ne) and None in node.args
+    return compared or _name(node) in _PROPERTIES
 
 
 def _is_shape(node: Node) -> bool:
@@ -194,6 +256,11 @@ def _is_shape(node: Node) -> bool:
         case ("call_method", "size") | (_, builtins.getattr, "shape"):
             return True
     return False
+
+
+def _name(node: Node) -> str:
+    """What the method or function is called."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _without_channels(items: slice) -> bool:

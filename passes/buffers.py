@@ -3,7 +3,7 @@
 1. In-place calls are nodes like others. An assignment, `self.average = ...`, becomes a copy into
    the buffer at the end of the graph, and whatever reads the buffer before has a copy of its own.
 2. A buffer that is written in evaluation, and decides what comes out, makes the output depend on
-   earlier calls. Channels can be followed through one call only.
+   earlier calls, and so does one that was None. Channels can be followed through one call only.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,9 +32,12 @@ class Buffers:
             module._buffers.update(before)
         return assigned
 
-    def remembered(self, graph: fx.Graph, assigned: Iterable[str]) -> str | None:
-        """A buffer that is written, and decides what comes out; None if there is none."""
+    def remembered(self, graph: fx.Graph, assigned: Iterable[str], evaluation: bool) -> str | None:
+        """A buffer that is made, or in evaluation written and read; None if there is none."""
         now = dict(self.root.named_buffers())
+        made = sorted(name for name in assigned if name not in now)
+        if made or not evaluation:
+            return made[0] if made else None
         written = {name for name, version in self.versions.items() if now[name]._version != version}
         for name in sorted(written.union(assigned)):
             reads = [n for n in graph.find_nodes(op="get_attr") if n.target == name]

@@ -46,6 +46,7 @@ from dspfx.passes.values import (
     Source,
     Value,
 )
+from dspfx.trees import leaves
 from dspfx.weighted import is_weighted
 
 LAYERS = frozenset((*GATED, *GATED.values()))
@@ -131,7 +132,8 @@ class _Analyser(fx.Interpreter):
         if not operands:
             return self._size_or_nothing(node, result)
         if not isinstance(result, Tensor):
-            return self._size(node, operands) or self._parts(node, operands)
+            of_inputs = self._of_inputs(operands, result)
+            return of_inputs or self._size(node, operands) or self._parts(node, operands)
         rule = self._rule(node)
         found = None if rule is None else rule(self, node, operands, result)
         return found or self._opaque(node, operands)
@@ -144,7 +146,7 @@ class _Analyser(fx.Interpreter):
 
     def _is_input(self, node: Node) -> bool:
         """Whether a node is an input of the model, or an item of a container that is."""
-        if node.target in (operator.getitem, getattr):
+        if node.target in (operator.getitem, getattr, "get"):
             return isinstance(node.args[0], Node) and node.args[0] in self.containers
         return node.op == "placeholder"
 
@@ -190,6 +192,12 @@ class _Analyser(fx.Interpreter):
 
     # -- sizes -------------------------------------------------------------------------------
 
+    def _of_inputs(self, operands: tuple[Node, ...], result: Any) -> Op | None:
+        """What is asked of inputs alone, whose channels are not the graph's to count."""
+        inputs = all(isinstance(self.ops[n], Source) for n in operands)
+        asked = inputs and not any(isinstance(leaf, Tensor) for leaf in leaves(result))
+        return Query(operands, None) if asked else None
+
     def _size(self, node: Node, operands: tuple[Node, ...]) -> Op | None:
         """A size of a tensor; a channel count becomes the constant that it always was."""
         key = operators.key(node, self.root)
@@ -225,8 +233,8 @@ class _Analyser(fx.Interpreter):
         whole = node.args[0] if node.target is operator.getitem else None
         query = self.ops.get(whole) if isinstance(whole, Node) else None
         if isinstance(query, Query) and isinstance(node.args[1], int):
-            value = self.values[query.operands[0]]
-            if node.args[1] % len(value.shape) == value.dim:
+            value, asked = self.values[query.operands[0]], self.ops[query.operands[0]]
+            if node.args[1] % len(value.shape) == value.dim and not isinstance(asked, Source):
                 return Query(query.operands, int(result))
             return None
         if isinstance(result, Tensor):
@@ -248,6 +256,8 @@ class _Analyser(fx.Interpreter):
             return None
         if value is None or len(value.shape) != result.dim():
             return None
+        if not isinstance(layer, nn.Linear) and result.dim() != layer.weight.dim():
+            return None  # one image, without a batch
         dim = result.dim() - 1 if isinstance(layer, nn.Linear) else 1
         weight, groups = filters_first(layer), structural_groups(layer)
         filters, width = weight.shape[:2]

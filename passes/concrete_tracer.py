@@ -6,6 +6,8 @@ specialised to the shapes of the example; `answers` makes sure that they stay tr
 Code that asks for the value of a tensor is refused: that depends on the data.
 """
 
+import builtins
+import dis
 import inspect
 import linecache
 import math
@@ -27,17 +29,22 @@ from torch.nn.utils import parametrize
 
 from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
-from dspfx.passes.answers import Answers, note_origin
+from dspfx.passes.answers import Answers, is_item
 from dspfx.passes.buffers import Buffers, write_back
 from dspfx.passes.unrecorded import Unrecorded
 
-# create tensors from sizes alone, so that nothing in their arguments tells fx of a proxy
-FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn")
+# nothing in the arguments of these, sizes or types, tells fx of a proxy
+FACTORIES = (
+    *("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn"),
+    *("tensor", "as_tensor", "finfo", "iinfo"),
+)
 
 # keys of `Node.meta`
 LINE = "line of source"
 WRITTEN = "positions of the arguments that the call overwrote"
 _PLAIN = int | float | str | bool | None  # values that an input can be compared with
+_isinstance, _records = isinstance, torch.is_grad_enabled
+_IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
 _MACHINERY = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -55,15 +62,13 @@ class ConcreteProxy(Proxy):
     concrete: Any
     tracer: "ConcreteTracer"
 
-    @property  # type: ignore[misc]  # it is not for writing
-    def __class__(self) -> type:
-        """That of the value, which `isinstance` looks at."""
-        return type(self.concrete)
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node", "concrete"):
             raise TypeError(f"'{self.node.name}.{name}' is assigned")
         object.__setattr__(self, name, value)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError(f"'{self.node.name}' is copied")
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.concrete, name)
@@ -75,6 +80,10 @@ class ConcreteProxy(Proxy):
             if name in ("dim", "ndim"):
                 self.tracer.told_rank()
                 return value
+        if name == "type" and isinstance(
+            self.concrete, torch.device
+        ):  # of contexts such as autocast
+            return value
         if callable(value):
             return lambda *args, **kwargs: self.tracer.create_proxy(
                 "call_method", name, (self, *args), kwargs
@@ -84,13 +93,20 @@ class ConcreteProxy(Proxy):
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.concrete, Mapping):
             return iter(self.keys())
-        return iter([self._item(i) for i in range(len(self))])
+        count = len(self.concrete)
+        if not _unpacks(sys._getframe(1)):  # which fails where there are more or fewer
+            count = len(self)
+        return iter([self._item(i) for i in range(count)])
 
     def __len__(self) -> int:
+        count = len(self.concrete)
         if isinstance(self.concrete, Tensor):
             return int(self.size(0))
         self.tracer.told_items(self, sys._getframe(1))
-        return len(self.concrete)
+        return count
+
+    def __hash__(self) -> int:
+        return hash(self._number()) if isinstance(self.concrete, _PLAIN) else id(self)
 
     def __contains__(self, item: Any) -> bool:
         if isinstance(self.concrete, Mapping) and not self.tracer.answers.are_checked(self):
@@ -100,7 +116,8 @@ class ConcreteProxy(Proxy):
         return bool(self.tracer.create_proxy("call_method", "__contains__", (self, item), {}))
 
     def __bool__(self) -> bool:
-        return bool(self._number())
+        counts = isinstance(self.concrete, tuple | list | Mapping)
+        return len(self) > 0 if counts else bool(self._number())
 
     def __int__(self) -> int:
         return int(self._number())
@@ -122,6 +139,9 @@ class ConcreteProxy(Proxy):
 
     def __trunc__(self) -> int:
         return math.trunc(float(self))
+
+    def __format__(self, how: str) -> str:
+        return format(self._number(), how) if how else str(self)
 
     def keys(self) -> Any:
         """The keys of a mapping, as they were."""
@@ -169,7 +189,7 @@ class ConcreteTracer(fx.Tracer):
         """
         buffers = Buffers(root)
         try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]), self._factories():
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]), self._patches(root):
                 graph = self.trace(root)
         except Exception as error:
             nodes = list(self.graph.nodes) if hasattr(self, "graph") else []
@@ -178,7 +198,7 @@ class ConcreteTracer(fx.Tracer):
             raise UntraceableError(self.failed_in or "", last, reason[:300]) from error
         finally:
             assigned = buffers.take_back()
-        if not root.training and (name := buffers.remembered(graph, assigned)) is not None:
+        if (name := buffers.remembered(graph, assigned, evaluation=not root.training)) is not None:
             reason = f"what it computes depends on earlier calls, by way of its buffer '{name}'"
             raise UntraceableError(name.rpartition(".")[0], name, reason)
         write_back(graph, assigned)
@@ -248,7 +268,11 @@ class ConcreteTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A proxy is one, whatever it pretends to be."""
-        return self.unrecorded.read(a).node if type(a) is ConcreteProxy else super().create_arg(a)
+        if type(a) is not ConcreteProxy:
+            return super().create_arg(a)
+        if a.tracer is not self:
+            raise TypeError(f"'{a.node.name}' is remembered from an earlier call, or copied")
+        return self.unrecorded.read(a).node
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy for `node`; `create_proxy` gives it its value."""
@@ -268,19 +292,22 @@ class ConcreteTracer(fx.Tracer):
         versions = _versions(args)
         proxy.concrete = self._execute(kind, target, args, kwargs)
         written = [i for i, version in enumerate(_versions(args)) if version != versions[i]]
+        if any(isinstance(args[i], Tensor) for i in written):
+            raise TypeError(f"'{proxy.node.name}' writes into a tensor that the code has made")
         if written:
             proxy.node.meta[WRITTEN] = written
-        note_origin(proxy.node, proxy.concrete)
+        self.answers.note(proxy, args, kwargs)
         self.unrecorded.note(proxy.node)
         self.answers.passed_on(proxy.node)
-        if proxy.concrete is None and self._may_be_told(proxy):
-            self.told(proxy, sys._getframe(1))
-            return None
-        return proxy
+        return self._item(proxy) if is_item(proxy.node) else proxy
 
-    def _may_be_told(self, proxy: ConcreteProxy) -> bool:
-        """Whether it is an item of an input, such as one that `dict.get` does not find."""
-        return proxy.node.op == "call_method" and self.answers.are_checked(proxy)
+    def _item(self, proxy: ConcreteProxy) -> Any:
+        """An item of an input; that it is None, as it may be for `dict.get`, it says itself."""
+        if proxy.concrete is None or proxy.node.target is not operator.getitem:
+            self.answers.insist_on_kind(proxy)
+        if isinstance(proxy.concrete, Tensor):
+            self.answers.inputs.append(proxy)
+        return None if proxy.concrete is None else proxy
 
     def told(self, proxy: ConcreteProxy, frame: FrameType) -> None:
         """Code, in `frame`, is told what `proxy` is."""
@@ -331,9 +358,12 @@ class ConcreteTracer(fx.Tracer):
         finally:
             self.executing = outside
 
-    def _factories(self) -> ExitStack:
-        """While tracing, let torch's tensor factories notice proxies among their sizes."""
+    def _patches(self, root: nn.Module) -> ExitStack:
+        """While tracing, code may ask for the classes of values, and give factories sizes."""
         stack = ExitStack()
+        stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
+        if not root.training:  # as where the model is tried
+            stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
         for name in FACTORIES:
             stack.enter_context(
                 mock.patch.object(torch, name, self._noticing(getattr(torch, name)))
@@ -357,10 +387,36 @@ class ConcreteTracer(fx.Tracer):
         return create
 
 
+def _is_instance(item: Any, kinds: Any) -> bool:
+    """`isinstance`, to which a proxy is of the class of its value; but not for torch's own code."""
+    if type(item) is not ConcreteProxy:
+        return _isinstance(item, kinds)
+    frame = sys._getframe(1)
+    if frame.f_code is not _SET_ATTRIBUTE:  # which decides where the value goes
+        if _is_machinery(frame) and frame.f_code is not _IS_TENSOR:
+            return _isinstance(item, kinds)
+        item.tracer.answers.insist_on_kind(item)
+    return _isinstance(item.concrete, kinds)
+
+
+def _is_grad_enabled() -> bool:
+    """Code that asks is told that there are no gradients."""
+    return _is_machinery(sys._getframe(1)) and _records()
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_MACHINERY)
+
+
+def _unpacks(frame: FrameType) -> bool:
+    """Whether the instruction under way is `a, b = ...`."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "UNPACK_SEQUENCE"
+
+
 def _line() -> str:
     """The innermost line of the user's code under way: "file.py:12: code"."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+    while frame is not None and _is_machinery(frame):
         if frame.f_code is ConcreteTracer.trace_concretely.__code__:
             return ""
         frame = frame.f_back

@@ -204,7 +204,11 @@ def out_of_place(node: Node) -> None:
     if target in _FUNCTIONAL:
         node.target = _FUNCTIONAL[target]
     elif node.op == "call_method" and _has_in_place_name(target):
-        node.target = target[:-1]
+        if callable(getattr(torch.Tensor, target[:-1], None)):
+            node.target = target[:-1]
+        else:  # such as `copy_`: it overwrites a copy
+            with node.graph.inserting_before(node):
+                node.update_arg(0, node.graph.call_method("clone", (node.args[0],)))
     elif node.op == "call_function" and _twin(target) is not None:
         node.target = _twin(target)
     elif node.op == "call_function" and _argument(node, "inplace"):
