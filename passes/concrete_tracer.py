@@ -31,6 +31,7 @@ from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
 from dspfx.passes.answers import Answers, is_item
 from dspfx.passes.buffers import Buffers, write_back
+from dspfx.passes.own_gradients import OwnGradients
 from dspfx.passes.unrecorded import Unrecorded
 
 # nothing in the arguments of these, sizes or types, tells fx of a proxy
@@ -179,6 +180,7 @@ class ConcreteTracer(fx.Tracer):
         self.executing = False
         self.answers = Answers(self._call, self._check, _line)
         self.unrecorded = Unrecorded(lambda x: self.create_proxy("call_method", "detach", (x,), {}))
+        self.own_gradients = OwnGradients(_value)
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -282,6 +284,7 @@ class ConcreteTracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
     ) -> Any:
         """Record the call, and make it."""
+        self.own_gradients.refuse()
         if not torch.is_grad_enabled() and operators.overwrites(kind, target):
             args = self.unrecorded.written(*args)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)

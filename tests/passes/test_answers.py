@@ -245,6 +245,28 @@ def test_common_code_goes_through(kind: str) -> None:
             assert_equal(prepared(*inputs).exp(), compact(*inputs).exp())
 
 
+def test_gradients_flow_through_functions_of_autograd() -> None:
+    """Torch runs their code without recording it."""
+    model = randomise(Asks(FREE["a function of autograd"][0])).double()
+    prepared = dspfx.prepare(model, (TWO,))
+    for module in (model, prepared):
+        module(TWO).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert_equal(parameter.grad, prepared.get_parameter(name).grad, tolerance=1e-12)
+
+
+class Rounds(torch.autograd.Function):
+    """Lets gradients through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def overwritten(y: Tensor) -> Tensor:
     total = torch.zeros(2, dtype=y.dtype)
     total[0] = y.mean()
@@ -252,6 +274,7 @@ def overwritten(y: Tensor) -> Tensor:
 
 
 UNTRACEABLE: dict[str, Callable[[Tensor], Any]] = {
+    "an estimator": Rounds.apply,
     "vmap": torch.vmap(lambda t: t * 2),
     "a constant that is overwritten": overwritten,
     "a count of values": lambda y: y * (y > 0).nonzero().shape[0] if len(y.unique()) else y,
@@ -281,6 +304,10 @@ def test_what_cannot_be_traced_is_an_opaque_leaf(kind: str) -> None:
     for x in (TWO, X, -X):
         assert_equal(model(x), prepared(x), tolerance=0)
         assert_equal(model(x), compact(x))
+    for module in (model, prepared):
+        module(TWO).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert_equal(parameter.grad, prepared.get_parameter(name).grad, tolerance=1e-12)
 
 
 def test_layers_that_see_one_image_without_a_batch_are_left_alone() -> None:

@@ -1,0 +1,97 @@
+"""Functions of autograd: their code is traced where it has the gradient that they say it has.
+
+Autograd finds the gradient of what is traced. That of a memory-saving activation is the same; that
+of an estimator, which lets gradients pass through a rounding, is not, and is no part of a graph.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+from torch.fx.node import map_aggregate
+
+
+class OwnGradients:
+    """The functions that there are, and the calls of them that have been looked at.
+
+    Args:
+        value: what a proxy among their arguments stands for.
+    """
+
+    def __init__(self, value: Callable[[Any], Any]) -> None:
+        self.value = value
+        self.functions = {
+            code: function
+            for function in _below(Function)
+            if (code := getattr(inspect.unwrap(function.forward), "__code__", None)) is not None
+        }
+        self.seen: set[FrameType] = set()
+
+    def refuse(self) -> None:
+        """Look at the calls under way.
+
+        Raises:
+            TypeError: one is of a function that has another gradient than its code.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            function = self.functions.get(frame.f_code)
+            if function is not None and frame not in self.seen:
+                self.seen.add(frame)
+                arguments = [self.value(argument) for argument in _arguments(frame)]
+                if not _is_its_codes(function, map_aggregate(arguments, self.value)):
+                    name = function.__name__
+                    raise TypeError(f"the gradient of '{name}' is not that of its code")
+                torch.set_grad_enabled(True)  # until it returns: it is like other code
+            frame = frame.f_back
+
+
+def _below(kind: Any) -> Iterator[Any]:
+    for own in kind.__subclasses__():
+        yield own
+        yield from _below(own)
+
+
+def _arguments(frame: FrameType) -> list[Any]:
+    """What the function that runs in `frame` was given by position."""
+    code: CodeType = frame.f_code
+    given = [frame.f_locals[name] for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += frame.f_locals[code.co_varnames[code.co_argcount + code.co_kwonlyargcount]]
+    return [argument for argument in given if not isinstance(argument, FunctionCtx)]
+
+
+def _is_its_codes(function: Any, args: Any) -> bool:
+    """Whether the gradient of `function` at `args` is that of the code of its `forward`."""
+    takes_context = function.setup_context is Function.setup_context
+    context = (FunctionCtx(),) if takes_context else ()
+    own = _gradients(function.apply, args)
+    traced = _gradients(lambda *args: function.forward(*context, *args), args)
+    return all(torch.allclose(a, b, equal_nan=True) for a, b in zip(own, traced, strict=True))
+
+
+def _gradients(function: Callable[..., Any], args: Any) -> list[Tensor]:
+    """Those of a weighted sum of the results, for every argument that can have one."""
+    inputs: list[Tensor] = []
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        inputs.append(value.detach().clone().requires_grad_())
+        return inputs[-1].clone()  # it may be overwritten
+
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        out = function(*map_aggregate(args, fresh))
+        results = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
+        weights = [torch.linspace(0.5, 1.5, x.numel()).reshape(x.shape).to(x) for x in results]
+        pairs = zip(results, weights, strict=True)
+        total = sum((x * w).sum() for x, w in pairs if x.requires_grad)
+        if not isinstance(total, Tensor):
+            return [torch.zeros_like(x) for x in inputs]
+        return list(torch.autograd.grad(total, inputs, materialize_grads=True))
