@@ -1,25 +1,14 @@
 """An `fx` tracer that runs the model while it traces it.
 
-Every proxy knows the value that it had with the example inputs. Code that asks a proxy for a
-number (`len`, `int`, `if x.shape[2] > 32`, iteration, unpacking) is answered from it, and so is
-specialised to the shapes of the example; `answers` makes sure that they stay true.
-Code that asks for the value of a tensor is refused: that depends on the data.
+Every proxy knows the value that it had with the example inputs (`concrete_proxy`), and the code is
+specialised to what it asks of them (`answers`).
 """
 
-import builtins
-import dis
 import inspect
-import linecache
-import math
 import operator
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,22 +20,15 @@ from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
 from dspfx.passes.answers import Answers, is_item
 from dspfx.passes.buffers import Buffers, write_back
+from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
+from dspfx.passes.frames import line_under_way
 from dspfx.passes.own_gradients import OwnGradients
+from dspfx.passes.patched import patched
 from dspfx.passes.unrecorded import Unrecorded
-
-# nothing in the arguments of these, sizes or types, tells fx of a proxy
-FACTORIES = (
-    *("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn"),
-    *("tensor", "as_tensor", "finfo", "iinfo"),
-)
 
 # keys of `Node.meta`
 LINE = "line of source"
 WRITTEN = "positions of the arguments that the call overwrote"
-_PLAIN = int | float | str | bool | None  # values that an input can be compared with
-_isinstance, _records = isinstance, torch.is_grad_enabled
-_IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
-_MACHINERY = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 class UntraceableError(Exception):
@@ -55,109 +37,6 @@ class UntraceableError(Exception):
     def __init__(self, module: str, node: str, reason: str) -> None:
         super().__init__(reason)
         self.module, self.node, self.reason = module, node, reason
-
-
-class ConcreteProxy(Proxy):
-    """A proxy with the value it had in this run."""
-
-    concrete: Any
-    tracer: "ConcreteTracer"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node", "concrete"):
-            raise TypeError(f"'{self.node.name}.{name}' is assigned")
-        object.__setattr__(self, name, value)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise TypeError(f"'{self.node.name}' is copied")
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.concrete, name)
-        if name in ("values", "items") and isinstance(self.concrete, Mapping):
-            return getattr({key: self._item(key) for key in self.keys()}, name)
-        if name in ("dim", "ndim", "shape", "size") and isinstance(self.concrete, Tensor):
-            if self.node.op == "get_attr":  # of a parameter: it has one for good
-                return value
-            if name in ("dim", "ndim"):
-                self.tracer.told_rank()
-                return value
-        if name == "type" and isinstance(
-            self.concrete, torch.device
-        ):  # of contexts such as autocast
-            return value
-        if callable(value):
-            return lambda *args, **kwargs: self.tracer.create_proxy(
-                "call_method", name, (self, *args), kwargs
-            )
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __iter__(self) -> Iterator[Any]:
-        if isinstance(self.concrete, Mapping):
-            return iter(self.keys())
-        count = len(self.concrete)
-        if not _unpacks(sys._getframe(1)):  # which fails where there are more or fewer
-            count = len(self)
-        return iter([self._item(i) for i in range(count)])
-
-    def __len__(self) -> int:
-        count = len(self.concrete)
-        if isinstance(self.concrete, Tensor):
-            return int(self.size(0))
-        self.tracer.told_items(self, sys._getframe(1))
-        return count
-
-    def __hash__(self) -> int:
-        return hash(self._number()) if isinstance(self.concrete, _PLAIN) else id(self)
-
-    def __contains__(self, item: Any) -> bool:
-        if isinstance(self.concrete, Mapping) and not self.tracer.answers.are_checked(self):
-            return _value(item) in self.concrete
-        if isinstance(self.concrete, Tensor):
-            return bool(self._number())
-        return bool(self.tracer.create_proxy("call_method", "__contains__", (self, item), {}))
-
-    def __bool__(self) -> bool:
-        counts = isinstance(self.concrete, tuple | list | Mapping)
-        return len(self) > 0 if counts else bool(self._number())
-
-    def __int__(self) -> int:
-        return int(self._number())
-
-    def __index__(self) -> int:
-        return int(self._number().__index__())
-
-    def __float__(self) -> float:
-        return float(self._number())
-
-    def __round__(self, *digits: int) -> Any:
-        return round(self._number(), *digits)
-
-    def __ceil__(self) -> int:
-        return math.ceil(float(self))
-
-    def __floor__(self) -> int:
-        return math.floor(float(self))
-
-    def __trunc__(self) -> int:
-        return math.trunc(float(self))
-
-    def __format__(self, how: str) -> str:
-        return format(self._number(), how) if how else str(self)
-
-    def keys(self) -> Any:
-        """The keys of a mapping, as they were."""
-        self.tracer.told_items(self, sys._getframe(1))
-        return self.concrete.keys()
-
-    def _item(self, key: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
-
-    def _number(self) -> Any:
-        """The value, unless it depends on the data."""
-        if isinstance(self.concrete, Tensor):
-            raise TypeError(f"control flow depends on the values of '{self.node.name}'")
-        self.tracer.told(self, sys._getframe(2))
-        return self.concrete
 
 
 class ConcreteTracer(fx.Tracer):
@@ -178,9 +57,9 @@ class ConcreteTracer(fx.Tracer):
         self.opaque = opaque
         self.leaves = leaves
         self.executing = False
-        self.answers = Answers(self._call, self._check, _line)
+        self.answers = Answers(self._call, self._check, self._line)
         self.unrecorded = Unrecorded(lambda x: self.create_proxy("call_method", "detach", (x,), {}))
-        self.own_gradients = OwnGradients(_value)
+        self.own_gradients = OwnGradients(value_of)
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -191,7 +70,11 @@ class ConcreteTracer(fx.Tracer):
         """
         buffers = Buffers(root)
         try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]), self._patches(root):
+            with (
+                torch.enable_grad(),
+                torch.random.fork_rng(devices=[]),
+                patched(self._call, root.training),
+            ):
                 graph = self.trace(root)
         except Exception as error:
             nodes = list(self.graph.nodes) if hasattr(self, "graph") else []
@@ -245,7 +128,7 @@ class ConcreteTracer(fx.Tracer):
     def _argument(self, parameter: inspect.Parameter) -> Any:
         """An input, or the default of one that is left out and cannot be checked."""
         default = parameter.default
-        if parameter.name not in self.inputs and not isinstance(default, _PLAIN):
+        if parameter.name not in self.inputs and not isinstance(default, PLAIN):
             return default
         return self._input(parameter.name, () if default is parameter.empty else (default,))
 
@@ -265,8 +148,11 @@ class ConcreteTracer(fx.Tracer):
     def _check(self, condition: Any, told: str) -> Any:
         return self._call(torch._assert, condition, f"the model was prepared {told}")
 
-    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.create_proxy("call_function", function, args, {})
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.create_proxy("call_function", function, args, kwargs)
+
+    def _line(self) -> str:
+        return line_under_way(ConcreteTracer.trace_concretely.__code__)
 
     def create_arg(self, a: Any) -> Any:
         """A proxy is one, whatever it pretends to be."""
@@ -289,7 +175,7 @@ class ConcreteTracer(fx.Tracer):
             args = self.unrecorded.written(*args)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         assert isinstance(proxy, ConcreteProxy)
-        line = _line()
+        line = self._line()
         if line:
             proxy.node.meta[LINE] = line
         versions = _versions(args)
@@ -349,7 +235,7 @@ class ConcreteTracer(fx.Tracer):
             return self.inputs.get(target, args[0] if args else ())
         outside, self.executing = self.executing, True
         try:
-            args, kwargs = map_aggregate(args, _value), map_aggregate(kwargs, _value)
+            args, kwargs = map_aggregate(args, value_of), map_aggregate(kwargs, value_of)
             if kind == "get_attr":
                 return operator.attrgetter(target)(self.root)
             with torch.inference_mode(mode=False), torch.no_grad():
@@ -361,79 +247,8 @@ class ConcreteTracer(fx.Tracer):
         finally:
             self.executing = outside
 
-    def _patches(self, root: nn.Module) -> ExitStack:
-        """While tracing, code may ask for the classes of values, and give factories sizes."""
-        stack = ExitStack()
-        stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
-        if not root.training:  # as where the model is tried
-            stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
-        for name in FACTORIES:
-            stack.enter_context(
-                mock.patch.object(torch, name, self._noticing(getattr(torch, name)))
-            )
-        return stack
-
-    def _noticing(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-        def create(*args: Any, **kwargs: Any) -> Any:
-            found = False
-
-            def look(value: Any) -> Any:
-                nonlocal found
-                found = found or isinstance(value, Proxy)
-                return value
-
-            map_aggregate((args, kwargs), look)
-            if not found:
-                return factory(*args, **kwargs)
-            return self.create_proxy("call_function", factory, args, kwargs)
-
-        return create
-
-
-def _is_instance(item: Any, kinds: Any) -> bool:
-    """`isinstance`, to which a proxy is of the class of its value; but not for torch's own code."""
-    if type(item) is not ConcreteProxy:
-        return _isinstance(item, kinds)
-    frame = sys._getframe(1)
-    if frame.f_code is not _SET_ATTRIBUTE:  # which decides where the value goes
-        if _is_machinery(frame) and frame.f_code is not _IS_TENSOR:
-            return _isinstance(item, kinds)
-        item.tracer.answers.insist_on_kind(item)
-    return _isinstance(item.concrete, kinds)
-
-
-def _is_grad_enabled() -> bool:
-    """Code that asks is told that there are no gradients."""
-    return _is_machinery(sys._getframe(1)) and _records()
-
-
-def _is_machinery(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(_MACHINERY)
-
-
-def _unpacks(frame: FrameType) -> bool:
-    """Whether the instruction under way is `a, b = ...`."""
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "UNPACK_SEQUENCE"
-
-
-def _line() -> str:
-    """The innermost line of the user's code under way: "file.py:12: code"."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_machinery(frame):
-        if frame.f_code is ConcreteTracer.trace_concretely.__code__:
-            return ""
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    file, number = frame.f_code.co_filename, frame.f_lineno
-    return f"{Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
-
 
 def _versions(args: Any) -> list[int | None]:
     """How often each argument has been overwritten; None for what is no tensor."""
-    values = [_value(a) for a in args]
+    values = [value_of(a) for a in args]
     return [v._version if isinstance(v, Tensor) else None for v in values]
-
-
-def _value(item: Any) -> Any:
-    return item.concrete if isinstance(item, ConcreteProxy) else item

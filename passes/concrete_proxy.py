@@ -1,0 +1,130 @@
+"""What stands for a value while a model is traced, and knows the value that it had in this run.
+
+Code that asks it for a number (`len`, `int`, `if x.shape[2] > 32`, iteration, unpacking) is
+answered from it; `answers` makes sure that the answers stay true.
+"""
+
+import math
+import operator
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+from dspfx.passes.frames import unpacks
+
+if TYPE_CHECKING:
+    from dspfx.passes.concrete_tracer import ConcreteTracer
+
+PLAIN = int | float | str | bool | None  # values that an input can be compared with
+
+
+class ConcreteProxy(Proxy):
+    """A proxy with the value it had in this run."""
+
+    concrete: Any
+    tracer: "ConcreteTracer"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "concrete"):
+            raise TypeError(f"'{self.node.name}.{name}' is assigned")
+        object.__setattr__(self, name, value)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError(f"'{self.node.name}' is copied")
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.concrete, name)
+        if name in ("values", "items") and isinstance(self.concrete, Mapping):
+            return getattr({key: self._item(key) for key in self.keys()}, name)
+        if name in ("dim", "ndim", "shape", "size") and isinstance(self.concrete, Tensor):
+            if self.node.op == "get_attr":  # of a parameter: it has one for good
+                return value
+            if name in ("dim", "ndim"):
+                self.tracer.told_rank()
+                return value
+        if name == "type" and isinstance(
+            self.concrete, torch.device
+        ):  # of contexts such as autocast
+            return value
+        if callable(value):
+            return lambda *args, **kwargs: self.tracer.create_proxy(
+                "call_method", name, (self, *args), kwargs
+            )
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.concrete, Mapping):
+            return iter(self.keys())
+        count = len(self.concrete)
+        if not unpacks(sys._getframe(1)):  # which fails where there are more or fewer
+            count = len(self)
+        return iter([self._item(i) for i in range(count)])
+
+    def __len__(self) -> int:
+        count = len(self.concrete)
+        if isinstance(self.concrete, Tensor):
+            return int(self.size(0))
+        self.tracer.told_items(self, sys._getframe(1))
+        return count
+
+    def __hash__(self) -> int:
+        return hash(self._number()) if isinstance(self.concrete, PLAIN) else id(self)
+
+    def __contains__(self, item: Any) -> bool:
+        if isinstance(self.concrete, Mapping) and not self.tracer.answers.are_checked(self):
+            return value_of(item) in self.concrete
+        if isinstance(self.concrete, Tensor):
+            return bool(self._number())
+        return bool(self.tracer.create_proxy("call_method", "__contains__", (self, item), {}))
+
+    def __bool__(self) -> bool:
+        counts = isinstance(self.concrete, tuple | list | Mapping)
+        return len(self) > 0 if counts else bool(self._number())
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def __index__(self) -> int:
+        return int(self._number().__index__())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __round__(self, *digits: int) -> Any:
+        return round(self._number(), *digits)
+
+    def __ceil__(self) -> int:
+        return math.ceil(float(self))
+
+    def __floor__(self) -> int:
+        return math.floor(float(self))
+
+    def __trunc__(self) -> int:
+        return math.trunc(float(self))
+
+    def __format__(self, how: str) -> str:
+        return format(self._number(), how) if how else str(self)
+
+    def keys(self) -> Any:
+        """The keys of a mapping, as they were."""
+        self.tracer.told_items(self, sys._getframe(1))
+        return self.concrete.keys()
+
+    def _item(self, key: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+
+    def _number(self) -> Any:
+        """The value, unless it depends on the data."""
+        if isinstance(self.concrete, Tensor):
+            raise TypeError(f"control flow depends on the values of '{self.node.name}'")
+        self.tracer.told(self, sys._getframe(2))
+        return self.concrete
+
+
+def value_of(item: Any) -> Any:
+    """The value of a proxy; anything else is one itself."""
+    return item.concrete if isinstance(item, ConcreteProxy) else item

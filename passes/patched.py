@@ -1,0 +1,76 @@
+"""What is exchanged while a model is traced, so that its code takes proxies for values."""
+
+import builtins
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+from torch.fx.node import map_aggregate
+
+from dspfx.passes.concrete_proxy import ConcreteProxy
+from dspfx.passes.frames import is_machinery
+
+# nothing in the arguments of these, sizes or types, tells fx of a proxy
+FACTORIES = (
+    *("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn"),
+    *("tensor", "as_tensor", "finfo", "iinfo"),
+)
+_isinstance, _records = isinstance, torch.is_grad_enabled
+_IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
+
+
+def patched(call: Callable[..., Any], training: bool) -> ExitStack:
+    """Exchange it, until the result is closed.
+
+    Args:
+        call: makes a traced call of a function.
+        training: whether the model is in training; else code that asks is told that there are no
+            gradients, as where the model is tried.
+    """
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
+    if not training:
+        stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
+    for name in FACTORIES:
+        factory = _noticing(getattr(torch, name), call)
+        stack.enter_context(mock.patch.object(torch, name, factory))
+    return stack
+
+
+def _noticing(factory: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """`factory`, a traced call if there is a proxy among its arguments."""
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        found = False
+
+        def look(value: Any) -> Any:
+            nonlocal found
+            found = found or isinstance(value, Proxy)
+            return value
+
+        map_aggregate((args, kwargs), look)
+        return call(factory, *args, **kwargs) if found else factory(*args, **kwargs)
+
+    return create
+
+
+def _is_instance(item: Any, kinds: Any) -> bool:
+    """`isinstance`, to which a proxy is of the class of its value; but not for torch's own code."""
+    if type(item) is not ConcreteProxy:
+        return _isinstance(item, kinds)
+    frame = sys._getframe(1)
+    if frame.f_code is not _SET_ATTRIBUTE:  # which decides where the value goes
+        if is_machinery(frame) and frame.f_code is not _IS_TENSOR:
+            return _isinstance(item, kinds)
+        item.tracer.answers.insist_on_kind(item)
+    return _isinstance(item.concrete, kinds)
+
+
+def _is_grad_enabled() -> bool:
+    """Code that asks is told that there are no gradients."""
+    return is_machinery(sys._getframe(1)) and _records()
