@@ -3,41 +3,58 @@
 1. In-place calls are nodes like others. An assignment, `self.average = ...`, becomes a copy into
    the buffer at the end of the graph, and whatever reads the buffer before has a copy of its own.
 2. A buffer that is written in evaluation, and decides what comes out, makes the output depend on
-   earlier calls, and so does one that was None. Channels can be followed through one call only.
+   earlier calls, and so may one that takes another shape. Channels can be followed through one call
+   only.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Proxy
 from torch.fx.node import Node
 
 
 class Buffers:
-    """The buffers of `root`, before its code runs."""
+    """The buffers of `root`, before its code runs.
 
-    def __init__(self, root: nn.Module) -> None:
+    Args:
+        root: the module that is traced.
+        leaves: the paths of the modules whose code is not.
+    """
+
+    def __init__(self, root: nn.Module, leaves: Set[str]) -> None:
+        self.leaves = tuple(f"{leaf}." for leaf in leaves)
         self.own = {module: dict(module._buffers) for module in root.modules()}
         self.paths = {module: path for path, module in root.named_modules()}
         self.versions = {name: buffer._version for name, buffer in root.named_buffers()}
+        self.known = {id(buffer) for buffer in root.buffers()}
         self.root = root
+        self.strange: list[str] = []  # buffers that have become what a graph cannot make them
 
     def take_back(self) -> dict[str, Node]:
-        """Undo all assignments of proxies; the nodes by the names of the buffers."""
+        """Undo all assignments; of proxies, the nodes by the names of the buffers."""
         assigned: dict[str, Node] = {}
         for module, before in self.own.items():
             for name, now in module._buffers.items():
+                was, path = before.get(name), f"{self.paths[module]}.{name}".lstrip(".")
                 if isinstance(now, Proxy):
-                    assigned[f"{self.paths[module]}.{name}".lstrip(".")] = now.node
+                    assigned[path] = now.node
+                fitting = now is was or _is_alike(was, now) or _is_constant_cache(was, now)
+                if not fitting and not path.startswith(self.leaves):
+                    self.strange.append(path)
             module._buffers.update(before)
         return assigned
 
+    def is_new(self, buffer: Tensor) -> bool:
+        """Whether code has made it, to keep a constant."""
+        return id(buffer) not in self.known
+
     def remembered(self, graph: fx.Graph, assigned: Iterable[str], evaluation: bool) -> str | None:
-        """A buffer that is made, or in evaluation written and read; None if there is none."""
+        """A buffer that no graph can write, or in evaluation is written and read; None if none."""
+        if self.strange or not evaluation:
+            return self.strange[0] if self.strange else None
         now = dict(self.root.named_buffers())
-        made = sorted(name for name in assigned if name not in now)
-        if made or not evaluation:
-            return made[0] if made else None
         written = {name for name, version in self.versions.items() if now[name]._version != version}
         for name in sorted(written.union(assigned)):
             reads = [n for n in graph.find_nodes(op="get_attr") if n.target == name]
@@ -46,8 +63,8 @@ class Buffers:
         return None
 
 
-def write_back(graph: fx.Graph, assigned: Mapping[str, Node]) -> None:
-    """Write what was `assigned` into the buffers, at the end."""
+def write_back(graph: fx.Graph, assigned: Mapping[str, Node], unrecorded: Set[Node]) -> None:
+    """Write what was `assigned` into the buffers, at the end; what is `unrecorded`, detached."""
     kept = dict(assigned)
     for read in graph.find_nodes(op="get_attr"):
         if read.target in assigned:
@@ -57,7 +74,20 @@ def write_back(graph: fx.Graph, assigned: Mapping[str, Node]) -> None:
             kept = {name: copied if node is read else node for name, node in kept.items()}
     with graph.inserting_before(graph.output_node()):
         for name, node in kept.items():
-            graph.call_method("copy_", (graph.get_attr(name), node))
+            value = graph.call_method("detach", (node,)) if node in unrecorded else node
+            graph.call_method("copy_", (graph.get_attr(name), value))
+
+
+def _is_alike(was: Tensor | None, now: Any) -> bool:
+    """Whether `now` is a proxy that can be copied into `was`, which becomes the same."""
+    if was is None or not isinstance(now, Proxy):
+        return False
+    value = now.concrete
+    return isinstance(value, Tensor) and (value.shape, value.dtype) == (was.shape, was.dtype)
+
+
+def _is_constant_cache(was: Tensor | None, now: Any) -> bool:
+    return was is None and not isinstance(now, Proxy)
 
 
 def _reaches(starts: list[Node], goal: Node) -> bool:

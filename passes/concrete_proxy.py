@@ -81,6 +81,14 @@ class ConcreteProxy(Proxy):
             return bool(self._number())
         return bool(self.tracer.create_proxy("call_method", "__contains__", (self, item), {}))
 
+    def _overwrite(self, _: Any) -> Any:
+        """`y += x` makes a new tensor, if autograd then knows of it what it has to."""
+        if isinstance(self.concrete, Tensor) and not torch.is_grad_enabled():
+            self.tracer.unrecorded.refuse(self)
+        return NotImplemented
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = _overwrite
+
     def __bool__(self) -> bool:
         counts = isinstance(self.concrete, tuple | list | Mapping)
         return len(self) > 0 if counts else bool(self._number())

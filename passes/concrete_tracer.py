@@ -59,7 +59,8 @@ class ConcreteTracer(fx.Tracer):
         self.executing = False
         self.answers = Answers(self._call, self._check, self._line)
         self.unrecorded = Unrecorded(lambda x: self.create_proxy("call_method", "detach", (x,), {}))
-        self.own_gradients = OwnGradients(value_of)
+        self.own_gradients = OwnGradients(self._as_leaf)
+        self.constants: dict[int, Tensor] = {}  # of buffers that code has made, by their `id`
         self.failed_in: str | None = None
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -68,7 +69,8 @@ class ConcreteTracer(fx.Tracer):
         Raises:
             UntraceableError: with the innermost submodule whose code could not be traced.
         """
-        buffers = Buffers(root)
+        leaves = {path for path, module in root.named_modules() if type(module) in self.leaves}
+        self.buffers = buffers = Buffers(root, leaves | self.opaque)
         try:
             with (
                 torch.enable_grad(),
@@ -86,7 +88,7 @@ class ConcreteTracer(fx.Tracer):
         if (name := buffers.remembered(graph, assigned, evaluation=not root.training)) is not None:
             reason = f"what it computes depends on earlier calls, by way of its buffer '{name}'"
             raise UntraceableError(name.rpartition(".")[0], name, reason)
-        write_back(graph, assigned)
+        write_back(graph, assigned, self.unrecorded.nodes)
         graph._tracer_cls = None
         return graph
 
@@ -151,6 +153,14 @@ class ConcreteTracer(fx.Tracer):
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.create_proxy("call_function", function, args, kwargs)
 
+    def _as_leaf(self, function: Callable[[Any], Any], given: Any) -> Any:
+        """What `function` makes of the values of what it is given; nothing in it is traced."""
+        outside, self.executing = self.executing, True
+        try:
+            return function(map_aggregate(given, value_of))
+        finally:
+            self.executing = outside
+
     def _line(self) -> str:
         return line_under_way(ConcreteTracer.trace_concretely.__code__)
 
@@ -170,6 +180,8 @@ class ConcreteTracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
     ) -> Any:
         """Record the call, and make it."""
+        if kwargs.get("out") is not None:
+            raise TypeError("'out=' is written")
         self.own_gradients.refuse()
         if not torch.is_grad_enabled() and operators.overwrites(kind, target):
             args = self.unrecorded.written(*args)
@@ -181,8 +193,11 @@ class ConcreteTracer(fx.Tracer):
         versions = _versions(args)
         proxy.concrete = self._execute(kind, target, args, kwargs)
         written = [i for i, version in enumerate(_versions(args)) if version != versions[i]]
-        if any(isinstance(args[i], Tensor) for i in written):
-            raise TypeError(f"'{proxy.node.name}' writes into a tensor that the code has made")
+        for argument in (args[i] for i in written):
+            if isinstance(argument, Tensor):
+                raise TypeError(f"'{proxy.node.name}' writes into a tensor that the code has made")
+            if not torch.is_grad_enabled():
+                self.unrecorded.refuse(argument)
         if written:
             proxy.node.meta[WRITTEN] = written
         self.answers.note(proxy, args, kwargs)
@@ -228,14 +243,16 @@ class ConcreteTracer(fx.Tracer):
         """Parameters and buffers are proxies, but not inside a leaf that is being run."""
         if self.executing or type(attr_val) is ConcreteProxy:
             return attr_val
+        if type(attr_val) is Tensor and self.buffers.is_new(attr_val):
+            return self.constants.setdefault(id(attr_val), attr_val.clone())
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _execute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "placeholder":
             return self.inputs.get(target, args[0] if args else ())
-        outside, self.executing = self.executing, True
-        try:
-            args, kwargs = map_aggregate(args, value_of), map_aggregate(kwargs, value_of)
+
+        def make(values: Any) -> Any:
+            args, kwargs = values
             if kind == "get_attr":
                 return operator.attrgetter(target)(self.root)
             with torch.inference_mode(mode=False), torch.no_grad():
@@ -244,8 +261,8 @@ class ConcreteTracer(fx.Tracer):
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
-        finally:
-            self.executing = outside
+
+        return self._as_leaf(make, (args, kwargs))
 
 
 def _versions(args: Any) -> list[int | None]:

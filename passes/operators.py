@@ -187,7 +187,8 @@ def is_in_place(node: Node, root: nn.Module) -> bool:
 def overwrites(kind: str, target: Any) -> bool:
     """Whether a call of a method or function writes into its first argument, by its name."""
     name = target if kind == "call_method" else getattr(target, "__name__", "")
-    return kind in ("call_method", "call_function") and _has_in_place_name(name)
+    named = kind in ("call_method", "call_function") and _has_in_place_name(name)
+    return named or (kind == "call_function" and target in _FUNCTIONAL)
 
 
 def sizes(node: Node) -> list[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 from torch.fx.node import map_aggregate
+from torch.utils.checkpoint import CheckpointFunction
 
 from dspfx.passes.concrete_proxy import ConcreteProxy
 from dspfx.passes.frames import is_machinery
@@ -34,12 +35,18 @@ def patched(call: Callable[..., Any], training: bool) -> ExitStack:
     """
     stack = ExitStack()
     stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
+    stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _call_checkpointed))
     if not training:
         stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
     for name in FACTORIES:
         factory = _noticing(getattr(torch, name), call)
         stack.enter_context(mock.patch.object(torch, name, factory))
     return stack
+
+
+def _call_checkpointed(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+    """What is computed twice to save memory is traced once."""
+    return function(*args)
 
 
 def _noticing(factory: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:

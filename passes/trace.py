@@ -87,7 +87,12 @@ def trace(
         return _trace_graph(root.train(mode), inputs, opaque, failed, leaves)
 
     with _state_kept(root):
-        graphs = {mode: trace_in(mode) for mode in (False, True)}
+        graphs = {False: trace_in(False)}
+        known = set(failed)
+        graphs[True] = trace_in(True)
+        while failed.keys() != known:  # a leaf is one in both modes
+            known = set(failed)
+            graphs = {mode: trace_in(mode) for mode in (False, True)}
     if _signature(graphs[False]) == _signature(graphs[True]):
         graphs[True] = graphs[False]
     for graph in set(graphs.values()):

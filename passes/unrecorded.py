@@ -6,6 +6,7 @@
    history, and keeps it, no traced call can write: that is refused.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ class Unrecorded:
     def note(self, node: Node) -> None:
         """Remember of `node`, a new one, whether it is unrecorded, as are parts of what is."""
         off = node.op.startswith("call") and not torch.is_grad_enabled()
-        if off or any(n in self.nodes for n in node.all_input_nodes):
+        part = node.target in (operator.getitem, getattr) and node.all_input_nodes[0] in self.nodes
+        if off or part:
             self.nodes.add(node)
 
     def read(self, proxy: Any) -> Any:
@@ -42,20 +44,23 @@ class Unrecorded:
         return detached
 
     def written(self, target: Any, *values: Any) -> tuple[Any, ...]:
-        """The arguments of an unrecorded call that overwrites the first of them.
-
-        Raises:
-            TypeError: its history cannot be kept.
-        """
+        """The arguments of an unrecorded call that overwrites the first of them."""
 
         def detached(value: Any) -> Any:
             return self.detach(value) if isinstance(value, Proxy) and _has_history(value) else value
 
-        if target.node.op == "get_attr":
-            target = detached(target) if isinstance(target.concrete, nn.Parameter) else target
-        elif target.node.op.startswith("call") and target.node not in self.nodes:
-            raise TypeError(f"'{target.node.name}' is overwritten while autograd does not record")
+        if target.node.op == "get_attr" and isinstance(target.concrete, nn.Parameter):
+            target = detached(target)
         return target, *map_aggregate(values, detached)
+
+    def refuse(self, written: Any) -> None:
+        """Look at what an unrecorded call, of any kind, has overwritten.
+
+        Raises:
+            TypeError: its history cannot be kept.
+        """
+        if written.node.op.startswith("call") and written.node not in self.nodes:
+            raise TypeError(f"'{written.node.name}' is overwritten while autograd does not record")
 
 
 def _has_history(proxy: Any) -> bool:

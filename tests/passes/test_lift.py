@@ -96,6 +96,23 @@ def test_both_modes_compute_the_same_bits_and_count_batches() -> None:
         assert torch.equal(tensor, state[name]), name
 
 
+class CountsSlowly(nn.BatchNorm2d):
+    """In training, what it does depends on a number that it reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and int(self.num_batches_tracked) > 1:
+            x = x * 2
+        return super().forward(x)
+
+
+def test_a_norm_that_is_a_leaf_in_one_mode_is_one_in_both() -> None:
+    """Evaluation was lifted into a norm of torch's, and training then called that norm."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), CountsSlowly(8), nn.Conv2d(8, 4, 1)))
+    prepared = dspfx.prepare(model.double(), X)
+    for mode in (True, True, True, True, False):
+        assert_equal(model.train(mode)(X), prepared.train(mode)(X), tolerance=0)
+
+
 def test_lifted_layers_are_pruned_and_folded() -> None:
     prepared = dspfx.prepare(zoo().eval(), X)
     dspfx.set_masks(prepared, random_masks(prepared, drop=0.4))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dspfx
 from dspfx.gates import gated_layers
@@ -79,6 +80,45 @@ class Weighs(Convs):
         return y * weights + y * halves[0].mean()
 
 
+class AssignsUnrecorded(Convs):
+    """History must not grow from call to call."""
+
+    def between(self, y: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean = 0.9 * self.mean + 0.1 * mean(y)
+                self.steps *= 0.5
+        return y / self.mean
+
+
+class ReadsUnrecordedNumbers(Convs):
+    """Indices and sizes have no gradient, what is looked up by them has."""
+
+    def between(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            largest = y.mean((2, 3)).argmax(1)
+            batch, channels, height, width = y.shape
+            mask = y > y.mean()
+        rows = y.reshape(batch, channels, height * width).gather(1, largest[:, None, None])
+        return y.masked_fill(mask, 0.5) + rows.sum() + y.amax((2, 3), keepdim=True)
+
+
+class KeepsAMask(Convs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", None)
+
+    def between(self, y: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = torch.ones(8, 1, 1, dtype=torch.float64).tril()
+        return y * self.mask
+
+
+class Checkpoints(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        return checkpoint(lambda y: y * y.sigmoid(), y, use_reentrant=True) if self.training else y
+
+
 class Clamps(Convs):
     def between(self, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -99,6 +139,7 @@ class Freezes(Convs):
 
 KINDS = [
     *(WritesInPlace, Assigns, ReadsBeforeItAssigns, WritesUnrecorded),
+    *(AssignsUnrecorded, ReadsUnrecordedNumbers, KeepsAMask, Checkpoints),
     *(Weighs, Clamps, Freezes),
 ]
 
@@ -117,8 +158,9 @@ def test_it_trains_like_the_original(kind: type[Convs]) -> None:
             assert_equal(expected, actual, tolerance=0)
             expected.square().mean().backward()
             actual.square().mean().backward()
-        for name, buffer in twin.named_buffers():
-            assert_equal(buffer, module.get_buffer(name), tolerance=0)
+        for name in dict(model.named_buffers()):
+            assert_equal(twin.get_buffer(name), module.get_buffer(name), tolerance=0)
+            assert not module.get_buffer(name).requires_grad
         for name, parameter in twin.named_parameters():
             gradient = module.get_parameter(name).grad
             assert (parameter.grad is None) == (gradient is None), name
@@ -152,6 +194,19 @@ class StartsWithTheData(Convs):
         return y / self.mean
 
 
+class ForgetsToo(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            y += 1
+        return y
+
+
+class TakesAnotherShape(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        self.steps = mean(y.detach())
+        return y / self.steps
+
+
 class Forgets(Convs):
     """Autograd goes on to record what `y` was before."""
 
@@ -172,6 +227,8 @@ class Replaces(Convs):
     [
         (Remembers, "depends on earlier calls, by way of its buffer"),
         (StartsWithTheData, "depends on the values of 'eq'"),
+        (ForgetsToo, "'relu' is overwritten while autograd does not record"),
+        (TakesAnotherShape, "depends on earlier calls, by way of its buffer"),
         (Forgets, "'relu' is overwritten while autograd does not record"),
         (Replaces, "weight.data' is assigned"),
     ],
