@@ -47,10 +47,10 @@ def verify(
         EquivalenceError: if the outputs differ by more than the type's tolerance.
     """
     widest, inputs, dtype = _widest(masked, inputs)
-    compacted = compact(widest, analysis, plan)
-    module = fx.GraphModule(compacted.root, compacted.graph)
     exact = nullcontext() if widest is masked else _InFloat64()
     with torch.no_grad(), buffers_kept(widest), exact:
+        compacted = compact(widest, analysis, plan)
+        module = fx.GraphModule(compacted.root, compacted.graph)
         worst = difference(widest(*inputs), module(*inputs))
         if worst is not None:
             return worst, dtype

@@ -256,3 +256,16 @@ def test_what_a_graph_cannot_say_is_an_opaque_leaf(kind: type[Convs], reason: st
     compact, masked = dspfx.convert(prepared), copy.deepcopy(prepared)
     for step in range(3):
         assert_equal(masked(X + step), compact(X + step))
+
+
+def test_constants_that_are_cast_are_verified_in_float64_too() -> None:
+    """A buffer that was made float32 met activations that were not."""
+
+    class Rotates(Convs):
+        def between(self, y: Tensor) -> Tensor:
+            angles = self.mean.flatten(1).float() @ y.mean((0, 2, 3))[None].float()
+            return y * angles.cos().sum(1)[:, None, None].to(y.dtype)
+
+    prepared = dspfx.prepare(randomise(Rotates()), X.float())
+    dspfx.prune(prepared, dspfx.Budget(macs=0.8))
+    assert_equal(prepared.eval()(X.float()), dspfx.convert(prepared)(X.float()), tolerance=1e-5)
