@@ -11,12 +11,14 @@ from dspfx.config import PrepareConfig
 from dspfx.errors import PrepareError, TraceError
 from dspfx.inputs import Call, evaluate, fresh, parameter_dtype_and_device
 from dspfx.kept import buffers_kept
+from dspfx.modes import modes_kept
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.origin import Origin
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
+from dspfx.training_pass import Results, difference, training_pass
 from dspfx.trees import leaves, map_leaves
 
 
@@ -58,14 +60,15 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
     """
     config, name = task.config, type(root).__name__
     dtype, _ = parameter_dtype_and_device(root)
-    expected = evaluate(root, call)
+    expected, trained = evaluate(root, call), training_pass(root, call)
     leaves = frozenset(key for key in config.rules if isinstance(key, type))
     arguments = call.map(fresh).by_name(root)
+    frozen_modes = _frozen_modes(root)
     traced = trace(root, arguments, task.opaque, leaves)
     prepared = PreparedModule(root, {False: traced.eval, True: traced.train}, name)
     prepared.example_inputs = _positional(prepared.graph, call.by_name(root))
     prepared.frozen, prepared.config = task.frozen, config
-    prepared.lines = traced.lines
+    prepared.lines, prepared.frozen_modes = traced.lines, frozen_modes
     prepared.origin = Origin(call.map(fresh), task.opaque, task.gate_first, dtype)
     _check_trace(prepared, name, expected)
     analysis = analyse_prepared(prepared)
@@ -79,6 +82,8 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.recompile()
+    if trained is not None:
+        _check_training(prepared, name, trained)
     prepared.left_alone = plan.left_alone
     prepared.notes = task.notes + tuple(
         f"opaque, since it cannot be traced: {child}: {why}" for child, why in traced.opaque.items()
@@ -126,6 +131,12 @@ def _positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(inputs)
 
 
+def _frozen_modes(root: nn.Module) -> frozenset[str]:
+    """The modules that `root.train()` leaves in evaluation mode."""
+    with modes_kept(root):
+        return frozenset(n for n, module in root.train().named_modules() if not module.training)
+
+
 def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
     """Compare the evaluation graph's outputs for the example inputs with the model's own."""
     with torch.no_grad(), buffers_kept(prepared), prepared.evaluation_view() as view:
@@ -140,4 +151,17 @@ def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
             f"the graph of {name} does not compute what the model does: its code probably reads "
             "a tensor under one name after overwriting it under another (`+=`), or compares "
             "`type(x)`; write `y = y + x`, or `isinstance`, there"
+        )
+
+
+def _check_training(prepared: PreparedModule, name: str, expected: Results) -> None:
+    """Compare a pass forward and backward of the training graph with the model's own."""
+    actual = training_pass(prepared, Call(prepared.example_inputs))
+    different = "whether it runs" if actual is None else difference(expected, actual)
+    if different is not None:
+        raise TraceError(
+            f"the graph of {name} does not train as the model does: after one pass, {different} "
+            "differs. Its code probably uses random numbers that are not torch's, writes into what "
+            "`parameters()` or `buffers()` return, sets the mode of a module or has hooks; move it "
+            "out of `forward`, or name the module that does it in PrepareConfig(opaque=...)"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import PrepareError
-from dspfx.kept import buffers_kept
+from dspfx.kept import state_kept
 from dspfx.trees import leaves, map_leaves
 
 IMAGE_SIZES = (224, 32, 28, 64, 299)
@@ -117,14 +117,9 @@ def _inferred(root: nn.Module) -> tuple[Call, tuple[str, ...]]:
 
 def evaluate(root: nn.Module, call: Call) -> Any:
     """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments."""
-    modes = {module: module.training for module in root.modules()}
     call = call.map(fresh)
-    try:
-        with torch.no_grad(), buffers_kept(root):
-            return root.eval()(*call.args, **call.kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), state_kept(root):
+        return root.eval()(*call.args, **call.kwargs)
 
 
 def _failure(root: nn.Module, call: Call) -> Exception | None:

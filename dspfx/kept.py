@@ -1,23 +1,61 @@
-"""What running a model must not change."""
+"""What running a model must not change: the values of tensors, and attributes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_OWNED = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """`tensors` have afterwards the values that they had, and no other history."""
+    before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, version, value in before:
+                if tensor._version == version and torch.equal(tensor, value):
+                    continue  # `.data` is written without a new version
+                if tensor.grad_fn is not None:
+                    tensor.detach_()
+                tensor.copy_(value)
 
 
 @contextmanager
 def buffers_kept(root: nn.Module) -> Iterator[None]:
     """The buffers of `root` are afterwards the tensors that they were, with the same values."""
     own = {module: dict(module._buffers) for module in root.modules()}
-    values = [(buffer, buffer._version, buffer.clone()) for buffer in root.buffers()]
-    try:
-        yield
-    finally:
-        for module, before in own.items():
-            module._buffers.update(before)
-        with torch.no_grad():
-            for buffer, version, value in values:
-                if buffer._version != version:
-                    buffer.copy_(value)
+    with values_kept(root.buffers()):
+        try:
+            yield
+        finally:
+            for module, before in own.items():
+                module._buffers.update(before)
+
+
+@contextmanager
+def state_kept(root: nn.Module, but: str | None = None) -> Iterator[None]:
+    """Everything that `root` and its modules own is afterwards what it was.
+
+    Args:
+        root: any module.
+        but: new attributes whose names start like this remain.
+    """
+    attributes = {module: dict(vars(module)) for module in root.modules()}
+    owned = {m: {kind: dict(vars(m)[kind]) for kind in _OWNED} for m in attributes}
+    with values_kept([*root.parameters(), *root.buffers()]):
+        try:
+            yield
+        finally:
+            for module, before in attributes.items():
+                new = vars(module).items() if but is not None else ()
+                made = {name: value for name, value in new if name.startswith(str(but))}
+                vars(module).clear()
+                vars(module).update(made | before)
+                for kind, own in owned[module].items():
+                    before[kind].clear()
+                    before[kind].update(own)

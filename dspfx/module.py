@@ -20,6 +20,7 @@ from dspfx.origin import Origin
 
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+_CARRIED = ("frozen_modes", "stands_for")
 
 
 class _Retracer(fx.Tracer):
@@ -29,11 +30,17 @@ class _Retracer(fx.Tracer):
 
 
 class TwoModeModule(fx.GraphModule):
-    """A `GraphModule` with one graph for evaluation and one for training, often the same."""
+    """A `GraphModule` with one graph for evaluation and one for training, often the same.
+
+    Attributes:
+        frozen_modes: names of the modules that stay in evaluation mode, as frozen batch norms do
+            where the model's own `train` says so.
+    """
 
     carried: ClassVar[tuple[str, ...]] = ()
     graphs: dict[bool, fx.Graph]
     stands_for: tuple[type[nn.Module], dict[str, Any]] | None = None
+    frozen_modes: frozenset[str] = frozenset()
 
     def __init__(self, root: nn.Module, graphs: dict[bool, fx.Graph], name: str) -> None:
         vars(self)["graphs"] = graphs  # `recompile` asks for them
@@ -50,6 +57,11 @@ class TwoModeModule(fx.GraphModule):
         plain = {name: value for name, value in vars(module).items() if name not in own}
         self.stands_for = type(module), plain
 
+    def answer_like(self, other: "TwoModeModule") -> None:
+        """Be found to have what `other` has beyond its graphs."""
+        self.stands_for = copy.deepcopy(other.stands_for)
+        self.frozen_modes = other.frozen_modes
+
     def __getattr__(self, name: str) -> Any:
         stands_for = vars(self).get("stands_for")
         if stands_for is not None:
@@ -64,6 +76,8 @@ class TwoModeModule(fx.GraphModule):
     def train(self, mode: bool = True) -> Self:
         """Switch every submodule to `mode`, and to the graph of that mode."""
         nn.Module.train(self, mode)
+        for name, module in self.named_modules() if self.frozen_modes else ():
+            module.training = mode and name not in self.frozen_modes
         if self.graph is not self.graphs[mode]:
             self.graph = self.graphs[mode]
         return self
@@ -123,7 +137,7 @@ class TwoModeModule(fx.GraphModule):
         return _unpickle, (self._kind(), plain, state, self.training, self._carried(), name)
 
     def _carried(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*self.carried, "stands_for")}
+        return {name: getattr(self, name) for name in (*self.carried, *_CARRIED)}
 
     @classmethod
     def _kind(cls) -> "type[TwoModeModule]":

@@ -5,8 +5,8 @@ by each of its channels. Behind a norm and an activation channels differ by orde
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dspfx.errors import DataError
 from dspfx.filters import filters_first, structural_groups
 from dspfx.gating import analyse_prepared
-from dspfx.module import CompactModule, PreparedModule, TwoModeModule
+from dspfx.modes import only_training
+from dspfx.module import CompactModule, PreparedModule
 from dspfx.parts import parts_of
 from dspfx.passes.values import Mix
 from dspfx.processes import Processes
@@ -158,25 +159,6 @@ def _sees_input(moments: Moments) -> Callable[..., None]:
         moments.see(args[0] if args else kwargs["input"])
 
     return see
-
-
-@contextmanager
-def only_training(model: nn.Module, chosen: Collection[nn.Module]) -> Iterator[None]:
-    """All of `model` is in evaluation mode, except `chosen`; afterwards as before."""
-    modes = {module: module.training for module in model.modules()}
-    _set_modes({module: module in chosen for module in modes})
-    try:
-        yield
-    finally:
-        _set_modes(modes)
-
-
-def _set_modes(modes: dict[nn.Module, bool]) -> None:
-    for module, mode in modes.items():
-        if isinstance(module, TwoModeModule):
-            module.train(mode)  # it has a graph for either
-    for module, mode in modes.items():
-        module.training = mode
 
 
 def _call(model: nn.Module, batch: Any) -> None:

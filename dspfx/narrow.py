@@ -10,7 +10,6 @@ no dead channels, so that a step is as cheap as the channels are few, and is tra
 3. `widen` copies the elements to where they come from.
 """
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -102,7 +101,8 @@ def _narrow(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> Na
         )
     graphs = {False: compacted.graph, True: training}
     module = NarrowModule(root, graphs, type(prepared).__name__)
-    module.origins, module.stands_for = origins, copy.deepcopy(prepared.stands_for)
+    module.origins = origins
+    module.answer_like(prepared)
     return module
 
 

@@ -1,7 +1,6 @@
 """`recalibrate`: the running statistics of batch norms, anew from a few batches."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -9,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dspfx.errors import DataError
-from dspfx.moments import Moments, observe, only_training
+from dspfx.kept import buffers_kept
+from dspfx.modes import only_training
+from dspfx.moments import Moments, observe
 from dspfx.processes import Processes
 from dspfx.wrappers import unwrapped
 
@@ -48,7 +49,7 @@ def recalibrate(
     model = unwrapped(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     found = {norm: _of_batch_norm(norm) for norm in norms if norm.running_mean is not None}
-    with only_training(model, found.keys()), _statistics_kept(found):
+    with only_training(model, found.keys()), buffers_kept(model):
         count = observe(model, found, batches, call, processes)
     if count == 0:
         raise DataError("there is no batch to recalibrate with; give at least one")
@@ -74,15 +75,3 @@ def _take_over(norm: _BatchNorm, moments: Moments, batches: int) -> None:
     norm.running_var.copy_(moments.squares / max(moments.count - 1, 1))
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.fill_(batches)
-
-
-@contextmanager
-@torch.no_grad()
-def _statistics_kept(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """The statistics of `norms` are afterwards what they were."""
-    buffers = [(b, b.clone()) for norm in norms for b in norm._buffers.values() if b is not None]
-    try:
-        yield
-    finally:
-        for buffer, saved in buffers:
-            buffer.copy_(saved)

@@ -6,7 +6,8 @@ specialised to what it asks of them (`answers`).
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
 from dspfx.passes.frames import line_under_way
 from dspfx.passes.own_gradients import OwnGradients
 from dspfx.passes.patched import patched
+from dspfx.passes.randomness import drawn_so_far, generators_kept
 from dspfx.passes.unrecorded import Unrecorded
 
 # keys of `Node.meta`
@@ -75,7 +77,9 @@ class ConcreteTracer(fx.Tracer):
             with (
                 torch.enable_grad(),
                 torch.random.fork_rng(devices=[]),
-                patched(self._call, root.training),
+                generators_kept(),
+                patched(self._call, root.training, recording=lambda: not self.executing),
+                self._nothing_drawn(),
             ):
                 graph = self.trace(root)
         except Exception as error:
@@ -157,7 +161,8 @@ class ConcreteTracer(fx.Tracer):
         """What `function` makes of the values of what it is given; nothing in it is traced."""
         outside, self.executing = self.executing, True
         try:
-            return function(map_aggregate(given, value_of))
+            with generators_kept():
+                return function(map_aggregate(given, value_of))
         finally:
             self.executing = outside
 
@@ -233,11 +238,19 @@ class ConcreteTracer(fx.Tracer):
         if self.executing:
             return forward(*args, **kwargs)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            with self._nothing_drawn():
+                return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed_in is None:
                 self.failed_in = self.path_of_module(m)
             raise
+
+    @contextmanager
+    def _nothing_drawn(self) -> Iterator[None]:
+        before = drawn_so_far()
+        yield
+        if drawn_so_far() != before:
+            raise TypeError("it draws random numbers that are not torch's")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers are proxies, but not inside a leaf that is being run."""

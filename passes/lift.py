@@ -48,7 +48,7 @@ def lift(graphs: set[fx.Graph], root: nn.Module) -> bool:
             _replace_module(root, name, first)
             for node, _ in sites:
                 _replace_call(node, name, is_weighted(first))
-            for graph in graphs:
+            for graph in graphs if isinstance(first, BATCH_NORMS) else ():
                 _leave_counting_to(name, graph)
     return lifted
 
@@ -57,7 +57,7 @@ def _leave_counting_to(norm: str, graph: fx.Graph) -> None:
     """A norm counts batches itself."""
     for counter in graph.find_nodes(op="get_attr"):
         if counter.target == f"{norm}.num_batches_tracked":
-            for node in [node for node in counter.users if node.target == "add_"]:
+            for node in [n for n in counter.users if n.target == "add_" and n.args[1:] == (1,)]:
                 graph.erase_node(node)
             if not counter.users:
                 graph.erase_node(counter)

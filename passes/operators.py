@@ -173,22 +173,15 @@ def is_in_place(node: Node, root: nn.Module) -> bool:
     """Whether a call overwrites its first argument."""
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return _has_in_place_name(str(node.target))
-    if node.op == "call_function":
-        return (
-            node.target in _FUNCTIONAL
-            or _twin(node.target) is not None
-            or bool(_argument(node, "inplace"))
-        )
-    return False
+    asked = node.op == "call_function" and bool(_argument(node, "inplace"))
+    return asked or overwrites(node.op, node.target)
 
 
 def overwrites(kind: str, target: Any) -> bool:
-    """Whether a call of a method or function writes into its first argument, by its name."""
-    name = target if kind == "call_method" else getattr(target, "__name__", "")
-    named = kind in ("call_method", "call_function") and _has_in_place_name(name)
-    return named or (kind == "call_function" and target in _FUNCTIONAL)
+    """Whether a call of a method or function overwrites its first argument, by its name."""
+    if kind == "call_method":
+        return _has_in_place_name(target)
+    return kind == "call_function" and (target in _FUNCTIONAL or _twin(target) is not None)
 
 
 def sizes(node: Node) -> list[Any]:

@@ -39,7 +39,7 @@ class OwnGradients:
         Raises:
             TypeError: one is of a function that has another gradient than its code.
         """
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1) if self.functions else None
         while frame is not None:
             if frame.f_code in self.functions and frame not in self.seen:
                 self.seen.add(frame)

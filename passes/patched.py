@@ -18,28 +18,32 @@ from dspfx.passes.frames import is_machinery
 
 # nothing in the arguments of these, sizes or types, tells fx of a proxy
 FACTORIES = (
-    *("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn"),
+    *("arange", "zeros", "ones", "full", "empty", "linspace", "eye"),
     *("tensor", "as_tensor", "finfo", "iinfo"),
 )
+# of numbers alone they are values too, but other ones in every call
+RANDOM = ("rand", "randn", "randint", "randperm", "normal")
 _isinstance, _records = isinstance, torch.is_grad_enabled
 _IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
 
 
-def patched(call: Callable[..., Any], training: bool) -> ExitStack:
+def patched(call: Callable[..., Any], training: bool, recording: Callable[[], bool]) -> ExitStack:
     """Exchange it, until the result is closed.
 
     Args:
         call: makes a traced call of a function.
         training: whether the model is in training; else code that asks is told that there are no
             gradients, as where the model is tried.
+        recording: whether calls are traced now.
     """
     stack = ExitStack()
     stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
     stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _call_checkpointed))
     if not training:
         stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
-    for name in FACTORIES:
-        factory = _noticing(getattr(torch, name), call)
+    for name in FACTORIES + RANDOM:
+        record = recording if name in RANDOM else lambda: False
+        factory = _noticing(getattr(torch, name), call, record)
         stack.enter_context(mock.patch.object(torch, name, factory))
     return stack
 
@@ -49,11 +53,13 @@ def _call_checkpointed(function: Callable[..., Any], _: bool, *args: Any) -> Any
     return function(*args)
 
 
-def _noticing(factory: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
-    """`factory`, a traced call if there is a proxy among its arguments."""
+def _noticing(
+    factory: Callable[..., Any], call: Callable[..., Any], record: Callable[[], bool]
+) -> Callable[..., Any]:
+    """`factory`, a traced call if `record` says so or there is a proxy among its arguments."""
 
     def create(*args: Any, **kwargs: Any) -> Any:
-        found = False
+        found = record()
 
         def look(value: Any) -> Any:
             nonlocal found

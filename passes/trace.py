@@ -15,21 +15,19 @@
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 
 from dspfx.errors import TraceError
+from dspfx.kept import state_kept
 from dspfx.passes.concrete_tracer import LINE, WRITTEN, ConcreteTracer, UntraceableError
 from dspfx.passes.lift import lift
 from dspfx.passes.operators import is_in_place
 
-_OWNED = ("_parameters", "_buffers", "_modules")
 _CONSTANT = "_tensor_constant"  # how fx names the tensors that it makes attributes of
 
 
@@ -86,7 +84,7 @@ def trace(
     def trace_in(mode: bool) -> fx.Graph:
         return _trace_graph(root.train(mode), inputs, opaque, failed, leaves)
 
-    with _state_kept(root):
+    with state_kept(root, but=_CONSTANT):
         graphs = {False: trace_in(False)}
         known = set(failed)
         graphs[True] = trace_in(True)
@@ -104,27 +102,6 @@ def trace(
         graph.lint()
     lines = {n.name: n.meta[LINE] for g in graphs.values() for n in g.nodes if LINE in n.meta}
     return Traced(graphs[False], graphs[True], failed, lines)
-
-
-@contextmanager
-def _state_kept(root: nn.Module) -> Iterator[None]:
-    """Values and attributes are afterwards what they were; code may cache proxies in the latter."""
-    attributes = {module: dict(vars(module)) for module in root.modules()}
-    values = {tensor: tensor.clone() for tensor in (*root.parameters(), *root.buffers())}
-    children = {m: {k: dict(vars(m)[k]) for k in _OWNED} for m in attributes}
-    try:
-        yield
-    finally:
-        for module, before in attributes.items():
-            made = {k: v for k, v in vars(module).items() if k.startswith(_CONSTANT)}
-            vars(module).clear()
-            vars(module).update(made | before)
-            for kind, owned in children[module].items():
-                before[kind].clear()
-                before[kind].update(owned)
-        with torch.no_grad():
-            for tensor, value in values.items():
-                tensor.copy_(value)
 
 
 def _trace_graph(

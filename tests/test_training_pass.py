@@ -1,0 +1,247 @@
+"""A model that does not train as its graph would is refused, or runs as it is."""
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dspfx
+from dspfx.gates import gated_layers
+from helpers import assert_equal, randomise
+
+X = torch.randn(3, 3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Convs(nn.Module):
+    """Two convolutions, between which something happens that shows in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.norm(self.a(x)).relu()))
+
+    def between(self, y: Tensor) -> Tensor:
+        return y
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+class Reverses(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        return Reverse.apply(y)
+
+
+class SetsAMode(Convs):
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.eval()
+        return super().forward(x)
+
+
+class AsksForGradients(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        return 2 * y if y.requires_grad else y
+
+
+class Decays(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            for parameter in self.b.parameters() if self.training else ():
+                parameter.mul_(0.9)
+        return y
+
+
+class WritesThroughAList(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        for buffer in self.buffers(recurse=False) if self.training else ():
+            buffer.add_(1)
+        return y
+
+
+class CallsHooks(Convs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.register_full_backward_hook(self.double)
+
+    def double(self, _: nn.Module, given: tuple[Tensor, ...], *__: Any) -> tuple[Tensor, ...]:
+        return tuple(2 * gradient for gradient in given)
+
+
+class PassesOnWhatIsNotRecorded(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = (2 * y).chunk(2, 1)
+        return torch.cat(parts, 1)
+
+
+REFUSED = [
+    (Reverses, "the gradient of inner.a.weight"),
+    (SetsAMode, "the gradient of inner.a.weight"),
+    (AsksForGradients, "the gradient of inner.a.weight"),
+    (Decays, "the gradient of inner.a.weight"),
+    (WritesThroughAList, "the buffer inner.calls"),
+    (CallsHooks, "the gradient of inner.a.weight"),
+    (PassesOnWhatIsNotRecorded, "the gradient of inner.a.weight"),
+]
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.c, self.d = inner, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.inner(x)).relu())
+
+
+@pytest.mark.parametrize(("kind", "what"), REFUSED)
+def test_a_graph_that_trains_otherwise_is_refused(kind: type[Convs], what: str) -> None:
+    """All of these were prepared, and learned something else than the model."""
+    model = randomise(Around(kind())).double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(dspfx.TraceError, match=f"after one pass, {what} differs"):
+        dspfx.prepare(model, X)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    prepared = dspfx.prepare(model, X, config=dspfx.PrepareConfig(opaque=("inner",)))
+    assert list(gated_layers(prepared)) == ["c", "d"]
+    assert_trains_alike(model, prepared)
+
+
+def assert_trains_alike(model: nn.Module, prepared: nn.Module) -> None:
+    """For three steps: outputs, gradients and buffers."""
+    model, prepared = copy.deepcopy(model).train(), copy.deepcopy(prepared).train()
+    for step in range(3):
+        results = []
+        for module in (model, prepared):
+            torch.manual_seed(step)
+            random.seed(step)
+            np.random.seed(step)
+            results.append(module(X + step))
+            results[-1].square().mean().backward()
+        assert_equal(*results, tolerance=1e-12)
+    for name, buffer in model.named_buffers():
+        assert_equal(buffer, prepared.get_buffer(name), tolerance=1e-12)
+    for name, parameter in model.named_parameters():
+        expected, actual = parameter.grad, prepared.get_parameter(name).grad
+        assert (expected is None) == (actual is None)
+        if expected is not None:
+            assert_equal(expected, actual, tolerance=1e-12)
+
+
+class SkipsByChance(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        return y if self.training and random.random() < 0.5 else 2 * y
+
+
+class ScalesByChance(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        return y * np.random.uniform(0.5, 1.5) if self.training else y
+
+
+class TossesACoin(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        return y if self.training and torch.rand(1) < 0.5 else 2 * y
+
+
+@pytest.mark.parametrize("kind", [SkipsByChance, ScalesByChance, TossesACoin])
+def test_chance_is_not_fixed_to_what_it_was(kind: type[Convs]) -> None:
+    """The branch that was taken, or the number that was drawn, while tracing was taken for good."""
+    state = random.getstate()
+    with pytest.raises(dspfx.TraceError, match=r"draws random numbers|depends on the values"):
+        dspfx.prepare(randomise(kind()).double(), X)
+    model = randomise(Around(kind())).double()
+    prepared = dspfx.prepare(model, X)
+    assert list(gated_layers(prepared)) == ["c", "d"]
+    assert_trains_alike(model, prepared)
+    assert random.getstate() != state or kind is TossesACoin  # drawn by the steps above
+
+
+class AddsNoise(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        if not self.training:
+            return y
+        some = torch.randn(8, 1, 1) + torch.rand(8, 1, 1) + torch.normal(0.0, 1.0, (8, 1, 1))
+        return y[torch.randperm(3)] + some * torch.randint(0, 8, (8, 1, 1))
+
+
+def test_noise_of_a_constant_size_is_drawn_in_every_call() -> None:
+    """It was drawn once, while tracing."""
+    model = randomise(AddsNoise()).double()
+    prepared = dspfx.prepare(model, X)
+    assert "b" in gated_layers(prepared)
+    assert_trains_alike(model, prepared)
+
+
+def test_preparing_draws_nothing() -> None:
+    models = [Around(kind()).double() for kind in (ScalesByChance, SkipsByChance)]
+
+    def draw() -> tuple[float, ...]:
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    def start() -> None:
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(0)
+
+    start()
+    expected = draw()
+    start()
+    for model in models:
+        dspfx.prepare(model, X)
+    assert draw() == expected
+
+
+class FreezesItsNorm(Convs):
+    def train(self, mode: bool = True) -> "FreezesItsNorm":
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_modules_that_the_model_keeps_in_evaluation_stay_there(inside: bool) -> None:
+    """The batch norm learned, since a prepared module had only torch's `train`."""
+    model = randomise(Around(FreezesItsNorm()) if inside else FreezesItsNorm()).double().train()
+    norm = "inner.norm" if inside else "norm"
+    prepared = dspfx.prepare(model, X)
+    copies = [prepared, copy.deepcopy(prepared)]
+    dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.8))
+    narrow = dspfx.narrow(prepared.train())
+    for module in (*copies, narrow, copy.deepcopy(narrow)):
+        for mode in (False, True):
+            module.train(mode)
+            frozen = {name for name, child in module.named_modules() if not child.training}
+            assert frozen == {norm} if mode else norm in frozen
+    assert_trains_alike(model, copies[1])
+    assert_equal(prepared.train()(X), narrow.train()(X))
+
+
+class WritesData(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        self.calls.data += 1
+        return y
+
+
+def test_values_that_were_written_without_a_trace_are_put_back() -> None:
+    model = Around(WritesData()).double()
+    config = dspfx.PrepareConfig(opaque=("inner",))
+    prepared = dspfx.prepare(model, X, config=config)
+    assert float(prepared.get_buffer("inner.calls")) == 0
+    dspfx.convert(prepared.eval())
+    assert float(prepared.get_buffer("inner.calls")) == 0
