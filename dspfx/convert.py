@@ -13,6 +13,7 @@ from dspfx.gates import ChannelGate, FilterGate
 from dspfx.gating import fitting_inputs
 from dspfx.listing import structure
 from dspfx.masks import arranged_masks, present_liveness
+from dspfx.modes import put_all
 from dspfx.module import CompactModule, PreparedModule, TwoModeModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.compact import compact
@@ -52,7 +53,9 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
     compact = {
         part.module: _convert(part.module, verify, cost_model) for part in parts_of(prepared)
     }
-    return exchanged(prepared, compact).eval()
+    whole = exchanged(prepared, compact)
+    put_all(whole, mode=False)
+    return whole
 
 
 def exchanged(model: nn.Module, parts: Mapping[PreparedModule, TwoModeModule]) -> nn.Module:

@@ -143,11 +143,10 @@ class GatedLayer(nn.Module):
 
     @classmethod
     def wrap(cls, layer: nn.Module, gate: FilterGate) -> Self:
-        """A gated layer that shares the parameters of `layer`."""
+        """A gated layer that shares the parameters, and the hooks, of `layer`."""
         gated = cls.__new__(cls)
-        nn.Module.__init__(gated)
-        vars(gated).update({k: v for k, v in vars(layer).items() if k not in vars(gated)})
-        gated._parameters.update(layer._parameters)
+        own = {kind: dict(vars(layer)[kind]) for kind in ("_parameters", "_buffers", "_modules")}
+        vars(gated).update(vars(layer) | own)
         gated.gate = gate
         return gated.train(layer.training)
 

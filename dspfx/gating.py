@@ -51,8 +51,11 @@ class Task:
         )
 
 
-def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
+def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> PreparedModule:
     """Trace `root`, a private copy, for the arguments of `call`, and put gates into it.
+
+    With `prove` it is run, and its graph, forward and backward in training mode, where it can train
+    on `call` alone.
 
     Raises:
         TraceError: it has no graph, or its graph computes something else.
@@ -60,7 +63,7 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
     """
     config, name = task.config, type(root).__name__
     dtype, _ = parameter_dtype_and_device(root)
-    expected, trained = evaluate(root, call), training_pass(root, call)
+    expected, trained = evaluate(root, call), training_pass(root, call) if prove else None
     leaves = frozenset(key for key in config.rules if isinstance(key, type))
     arguments = call.map(fresh).by_name(root)
     frozen_modes = _frozen_modes(root)
@@ -71,6 +74,8 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
     prepared.lines, prepared.frozen_modes = traced.lines, frozen_modes
     prepared.origin = Origin(call.map(fresh), task.opaque, task.gate_first, dtype)
     _check_trace(prepared, name, expected)
+    if trained is not None:
+        _check_training(prepared, name, trained)
     analysis = analyse_prepared(prepared)
     with prepared.evaluation_view() as view:  # whatever mode the model is in
         plan = plan_gates(view, analysis, config.layers, task.frozen, task.gate_first)
@@ -82,8 +87,6 @@ def gate(root: nn.Module, call: Call, task: Task) -> PreparedModule:
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.recompile()
-    if trained is not None:
-        _check_training(prepared, name, trained)
     prepared.left_alone = plan.left_alone
     prepared.notes = task.notes + tuple(
         f"opaque, since it cannot be traced: {child}: {why}" for child, why in traced.opaque.items()
@@ -134,7 +137,8 @@ def _positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:
 def _frozen_modes(root: nn.Module) -> frozenset[str]:
     """The modules that `root.train()` leaves in evaluation mode."""
     with modes_kept(root):
-        return frozenset(n for n, module in root.train().named_modules() if not module.training)
+        root.train()
+        return frozenset(name for name, module in root.named_modules() if not module.training)
 
 
 def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
@@ -161,7 +165,7 @@ def _check_training(prepared: PreparedModule, name: str, expected: Results) -> N
     if different is not None:
         raise TraceError(
             f"the graph of {name} does not train as the model does: after one pass, {different} "
-            "differs. Its code probably uses random numbers that are not torch's, writes into what "
-            "`parameters()` or `buffers()` return, sets the mode of a module or has hooks; move it "
-            "out of `forward`, or name the module that does it in PrepareConfig(opaque=...)"
+            "differs. Its code probably writes into what `parameters()` or `buffers()` return, or "
+            "sets the mode of a module; move it out of `forward`, or name the module that does it "
+            "in PrepareConfig(opaque=...)"
         )

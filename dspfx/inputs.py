@@ -119,7 +119,8 @@ def evaluate(root: nn.Module, call: Call) -> Any:
     """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments."""
     call = call.map(fresh)
     with torch.no_grad(), state_kept(root):
-        return root.eval()(*call.args, **call.kwargs)
+        root.eval()  # anybody's; it may return nothing
+        return root(*call.args, **call.kwargs)
 
 
 def _failure(root: nn.Module, call: Call) -> Exception | None:

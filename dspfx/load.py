@@ -39,6 +39,7 @@ from dspfx.gating import Task, analyse_prepared, fitting_inputs, gate
 from dspfx.inputs import Call, fresh, parameter_dtype_and_device
 from dspfx.kept import buffers_kept
 from dspfx.listing import structure
+from dspfx.modes import put_all
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.parts import compact_parts_of, parts_of, prepare_in_parts
 from dspfx.passes.operators import Key, Rule
@@ -103,7 +104,11 @@ def _built(
     if not compact:
         _check_masks(root, plan.parts)
     _run(root)
-    return root.train(plan.training)
+    if compact:
+        put_all(root, plan.training)
+    else:
+        root.train(plan.training)
+    return root
 
 
 def _prepared(
@@ -143,7 +148,7 @@ def _gated(child: nn.Module, part: Blueprint, rules: Mapping[Key, Rule]) -> Prep
     config = PrepareConfig(*settings)
     task = Task(config, frozenset(part.frozen), frozenset(part.opaque), part.gate_first)
     try:
-        gated = gate(child, _call(child, part), task)
+        gated = gate(child, _call(child, part), task, prove=False)
     except (TraceError, PrepareError) as error:
         raise LoadError(f"it cannot be prepared as it was: {error}") from error
     gated.notes = part.notes
@@ -179,7 +184,9 @@ def _compacted(
             buffer.data = matching(name, buffer, tensors[ORIGINAL + part.full_name(name)])
         most = sum(tensor.numel() for tensor in tensors.values())
         compact[part.module] = _emitted(part.module, stored, most)
-    return exchanged(root, compact).eval()
+    whole = exchanged(root, compact)
+    put_all(whole, mode=False)
+    return whole
 
 
 def _emitted(prepared: PreparedModule, part: Blueprint, most_weights: int) -> CompactModule:

@@ -26,6 +26,14 @@ def only_training(model: nn.Module, chosen: Collection[nn.Module]) -> Iterator[N
         yield
 
 
+def put_all(model: nn.Module, mode: bool) -> None:
+    """Put every module into `mode`, but not by the model's `train`.
+
+    That may ask for modules which are no longer there.
+    """
+    _set_modes(dict.fromkeys(model.modules(), mode))
+
+
 def _set_modes(modes: dict[nn.Module, bool]) -> None:
     for module, mode in modes.items():
         if isinstance(module, TwoModeModule):

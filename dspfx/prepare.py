@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dspfx.config import PrepareConfig, matching
 from dspfx.errors import PrepareError, TraceError
@@ -92,5 +93,10 @@ def _for_part(child: nn.Module, call: Call) -> Call:
 
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise PrepareError(
+                f"{name} has no shape yet, as of a lazy module; call the model once, with an "
+                "example, before it is prepared"
+            )
         if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise PrepareError(f"{name} holds NaN or infinite values; repair the weights first")

@@ -5,6 +5,7 @@ gradient than its operators, shows only where both run.
 """
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -47,12 +48,14 @@ def training_pass(module: nn.Module, call: Call) -> Results | None:
             modes_kept(module),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             generators_kept(),
+            warnings.catch_warnings(action="ignore"),
             torch.inference_mode(mode=False),
             torch.enable_grad(),
         ):
             start_all_anew()
             given = call.map(fresh)
-            outputs = list(leaves(module.train()(*given.args, **given.kwargs)))
+            module.train()
+            outputs = list(leaves(module(*given.args, **given.kwargs)))
             _weighted_sum(outputs).backward()  # type: ignore[no-untyped-call]
             results |= {f"output {i}": x for i, x in enumerate(outputs) if isinstance(x, Tensor)}
             results |= {what: module.get_buffer(name) for what, name in buffers.items()}

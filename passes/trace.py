@@ -82,7 +82,8 @@ def trace(
     failed: dict[str, str] = {}
 
     def trace_in(mode: bool) -> fx.Graph:
-        return _trace_graph(root.train(mode), inputs, opaque, failed, leaves)
+        root.train(mode)
+        return _trace_graph(root, inputs, opaque, failed, leaves)
 
     with state_kept(root, but=_CONSTANT):
         graphs = {False: trace_in(False)}

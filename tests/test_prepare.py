@@ -189,6 +189,16 @@ def test_bad_models(model: nn.Module, inputs: object, error: type[Exception], wo
         dspfx.prepare(model, inputs)
 
 
+def test_lazy_modules_are_to_be_called_first() -> None:
+    """Torch's own error came out of the check for NaN."""
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.LazyConv2d(4, 3))
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(dspfx.PrepareError, match=r"0\.weight has no shape yet"):
+        dspfx.prepare(model, x)
+    model(x)
+    assert list(dspfx.get_masks(dspfx.prepare(model, x))) == ["2"]
+
+
 def test_bad_settings() -> None:
     with pytest.raises(dspfx.PrepareError, match="at least 1"):
         PrepareConfig(groups=0)

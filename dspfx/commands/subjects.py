@@ -124,7 +124,8 @@ def open_subject(
             f"the .json beside {path} names code that would be run, {found.name}; if you trust it, "
             f"name it yourself: --model {found.name}"
         )
-    dense = found.build().eval()
+    dense = found.build()
+    dense.eval()
     return Subject(found, dense, load(path, dense))
 
 
@@ -152,7 +153,8 @@ def open_model(
     if weights is not None:
         start_from(dense, read_weights(weights), f"the weights in {weights}")
     reads = input_channels(dense) or architecture.channels
-    return Subject(replace(architecture, channels=reads), dense.eval(), None)
+    dense.eval()
+    return Subject(replace(architecture, channels=reads), dense, None)
 
 
 def _file(named: str) -> Path | None:

@@ -78,7 +78,8 @@ def check(model: nn.Module, example: Tensor, classes: int) -> None:
     shape = "x".join(str(size) for size in example.shape[1:])
     try:
         with torch.no_grad():
-            output = model.eval()(example)
+            model.eval()
+            output = model(example)
     except Exception as error:  # the model is anybody's
         raise RecipeError(
             f"the model does not take images of {shape} ({error}); --image-size gives them another"

@@ -193,7 +193,10 @@ class _Steps:
             self._pruned(found, 0, prepared, training)
             recalibrate(prepared, self._some_batches(training))
             return
-        teacher = model.eval().requires_grad_(False) if self.recipe.distill else None
+        teacher = None
+        if self.recipe.distill:
+            model.eval()
+            teacher = model.requires_grad_(False)
         reference = training.facts.get("dense_validation")
         doing = "fine-tuning" if self.recipe.gradual else "pruning and fine-tuning"
         self._announce(doing, self.recipe.tune.epochs)

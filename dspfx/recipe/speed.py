@@ -56,9 +56,8 @@ def speed(
         rounds: how often each is timed.
         say: is told what is being done.
     """
-    calls: dict[str, Callable[[], Any]] = {
-        "dense, eager": partial(_without_gradients, dense.eval(), x)
-    }
+    dense.eval()
+    calls: dict[str, Callable[[], Any]] = {"dense, eager": partial(_without_gradients, dense, x)}
     compiled: Mapping[str, nn.Module | None] = {
         "dense, compiled": dense,
         "compact, compiled": compact,
