@@ -16,6 +16,7 @@ from dspfx.module import CompactModule, PreparedModule
 from dspfx.origin import Origin
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
+from dspfx.passes.randomness import generators_kept
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
 from dspfx.training_pass import Results, difference, training_pass
@@ -72,6 +73,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
     prepared.example_inputs = _positional(prepared.graph, call.by_name(root))
     prepared.frozen, prepared.config = task.frozen, config
     prepared.lines, prepared.frozen_modes = traced.lines, frozen_modes
+    prepared.left_alone, prepared.notes = {}, task.notes
     prepared.origin = Origin(call.map(fresh), task.opaque, task.gate_first, dtype)
     _check_trace(prepared, name, expected)
     if trained is not None:
@@ -88,7 +90,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.recompile()
     prepared.left_alone = plan.left_alone
-    prepared.notes = task.notes + tuple(
+    prepared.notes += tuple(
         f"opaque, since it cannot be traced: {child}: {why}" for child, why in traced.opaque.items()
     )
     return prepared
@@ -135,15 +137,21 @@ def _positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _frozen_modes(root: nn.Module) -> frozenset[str]:
-    """The modules that `root.train()` leaves in evaluation mode."""
+    """The modules that `root.train(True)` leaves in evaluation mode; what it freezes is frozen."""
     with modes_kept(root):
-        root.train()
+        root.train(True)
         return frozenset(name for name, module in root.named_modules() if not module.training)
 
 
 def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
     """Compare the evaluation graph's outputs for the example inputs with the model's own."""
-    with torch.no_grad(), buffers_kept(prepared), prepared.evaluation_view() as view:
+    with (
+        torch.no_grad(),
+        buffers_kept(prepared),
+        torch.random.fork_rng(devices=[]),
+        generators_kept(),
+        prepared.evaluation_view() as view,
+    ):
         actual = list(leaves(view(*fresh(prepared.example_inputs))))
     expected = list(leaves(expected))
     same = len(expected) == len(actual) and all(
@@ -165,7 +173,7 @@ def _check_training(prepared: PreparedModule, name: str, expected: Results) -> N
     if different is not None:
         raise TraceError(
             f"the graph of {name} does not train as the model does: after one pass, {different} "
-            "differs. Its code probably writes into what `parameters()` or `buffers()` return, or "
-            "sets the mode of a module; move it out of `forward`, or name the module that does it "
-            "in PrepareConfig(opaque=...)"
+            "differs. Its code probably counts calls, writes into what `parameters()` or "
+            "`buffers()` return, sets the mode of a module, or keeps what is random; move it out "
+            "of `forward`, or name the module that does it in PrepareConfig(opaque=...)"
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dspfx.errors import PrepareError
 from dspfx.kept import state_kept
+from dspfx.passes.randomness import drawing_anew
 from dspfx.trees import leaves, map_leaves
 
 IMAGE_SIZES = (224, 32, 28, 64, 299)
@@ -118,8 +119,9 @@ def _inferred(root: nn.Module) -> tuple[Call, tuple[str, ...]]:
 def evaluate(root: nn.Module, call: Call) -> Any:
     """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments."""
     call = call.map(fresh)
-    with torch.no_grad(), state_kept(root):
-        root.eval()  # anybody's; it may return nothing
+    _, device = parameter_dtype_and_device(root)
+    with torch.no_grad(), state_kept(root), drawing_anew(device):
+        root.train(False)  # anybody's; it may return nothing
         return root(*call.args, **call.kwargs)
 
 

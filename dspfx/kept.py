@@ -6,23 +6,26 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dspfx.passes.randomness import generators_kept, generators_of
+
 _OWNED = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
 def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """`tensors` have afterwards the values that they had, and no other history."""
-    before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+    """`tensors` have afterwards the values that they had, no other history, and learn as before."""
+    before = [(x, x._version, x.requires_grad, x.detach().clone()) for x in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, version, value in before:
-                if tensor._version == version and torch.equal(tensor, value):
-                    continue  # `.data` is written without a new version
-                if tensor.grad_fn is not None:
-                    tensor.detach_()
-                tensor.copy_(value)
+            for tensor, version, trained, value in before:
+                if tensor._version != version or _has_changed(tensor, value):
+                    if tensor.grad_fn is not None:
+                        tensor.detach_()
+                    tensor.copy_(value)
+                if tensor.requires_grad != trained:
+                    tensor.requires_grad_(trained)
 
 
 @contextmanager
@@ -47,7 +50,8 @@ def state_kept(root: nn.Module, but: str | None = None) -> Iterator[None]:
     """
     attributes = {module: dict(vars(module)) for module in root.modules()}
     owned = {m: {kind: dict(vars(m)[kind]) for kind in _OWNED} for m in attributes}
-    with values_kept([*root.parameters(), *root.buffers()]):
+    tensors = [*root.parameters(), *root.buffers()]
+    with values_kept(tensors), generators_kept(generators_of(root)):
         try:
             yield
         finally:
@@ -59,3 +63,8 @@ def state_kept(root: nn.Module, but: str | None = None) -> Iterator[None]:
                 for kind, own in owned[module].items():
                     before[kind].clear()
                     before[kind].update(own)
+
+
+def _has_changed(tensor: Tensor, value: Tensor) -> bool:
+    """Whether `.data` was written, which makes no new version; only a dense tensor tells."""
+    return tensor.layout == torch.strided and not torch.equal(tensor, value)

@@ -1,70 +1,56 @@
 """What a pass forward and backward leads to: whether a graph trains as the model does.
 
-A graph has what code did once. Code that is something else at the next step, or has another
+A graph has what code did once. Code that does something else at the next step, or has another
 gradient than its operators, shows only where both run.
 """
 
-import functools
+import copy
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dspfx.inputs import Call, fresh, parameter_dtype_and_device
-from dspfx.kept import state_kept
-from dspfx.modes import modes_kept
-from dspfx.passes.randomness import generators_kept, start_all_anew
+from dspfx.passes.patched import checkpoints_run_once
+from dspfx.passes.randomness import drawing_anew
 from dspfx.trees import leaves
 
-TOLERANCE = 1e-2  # of the largest value: what threads make of the order of sums is far less
+TOLERANCE = 1e-3  # of the largest number: what threads make of the order of sums is far less
+_NUDGE = 1e-3  # tells apart what starts equal, such as a network and its moving average
 
 Results = dict[str, Tensor]  # by what they are
 
 
 def training_pass(module: nn.Module, call: Call) -> Results | None:
-    """The outputs, gradients and buffers of one pass in training mode; None where it fails.
+    """What happens to a copy of `module` in training mode; None where it cannot train on `call`.
 
-    Gradients are those of a weighted sum of the outputs; of each there are two numbers, a weighted
-    sum again and its norm. Nothing of `module` changes, nor of the arguments.
+    The outputs of two calls; the gradients, of a weighted sum of the first; what became of
+    parameters and buffers. But for outputs, there are two numbers of each tensor, see `_sketch`.
+    Neither `module` changes nor the arguments.
     """
-    _, device = parameter_dtype_and_device(module)
-    trained = {f"the gradient of {n}": p for n, p in module.named_parameters() if p.requires_grad}
-    buffers = {f"the buffer {name}": name for name, _ in module.named_buffers()}
-    results = {what: torch.zeros(2) for what in trained}
-
-    def see(what: str, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        results[what] = torch.stack([_weighted(gradient), gradient.norm()])
-
-    hooks: list[Any] = [
-        parameter.register_post_accumulate_grad_hook(functools.partial(see, what))  # type: ignore[no-untyped-call]
-        for what, parameter in trained.items()
-    ]
-    try:
-        with (
-            state_kept(module),
-            modes_kept(module),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            generators_kept(),
-            warnings.catch_warnings(action="ignore"),
-            torch.inference_mode(mode=False),
-            torch.enable_grad(),
-        ):
-            start_all_anew()
-            given = call.map(fresh)
-            module.train()
-            outputs = list(leaves(module(*given.args, **given.kwargs)))
-            _weighted_sum(outputs).backward()  # type: ignore[no-untyped-call]
-            results |= {f"output {i}": x for i, x in enumerate(outputs) if isinstance(x, Tensor)}
-            results |= {what: module.get_buffer(name) for what, name in buffers.items()}
-            return {what: x.detach().cpu().clone() for what, x in results.items()}
-    except Exception:
-        return None
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _unseen(module):
+        try:
+            twin = _nudged(module)
+            twin.train(True)
+            trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+            before = _sketches(twin)
+            outputs = _outputs(twin, call)
+            total = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            for x in outputs:
+                if x.is_floating_point() and x.requires_grad:
+                    total = total + _weighted(_numbers(x)).cpu()
+            found = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+            again = _outputs(twin, call)
+        except Exception:
+            return None
+        gradients = dict(zip(trained, found, strict=True))
+        results = {f"the gradient of {n}": _sketch(gradients.get(n)) for n in _names(twin)}
+        for calls, values in (("", outputs), (" of the second call", again)):
+            results |= {f"output {i}{calls}": _numbers(x.detach()) for i, x in enumerate(values)}
+        after = _sketches(twin)
+        return results | {what: after[what] - was for what, was in before.items() if what in after}
 
 
 def difference(expected: Results, actual: Results) -> str | None:
@@ -74,24 +60,71 @@ def difference(expected: Results, actual: Results) -> str | None:
     )
 
 
-def _weighted_sum(outputs: list[Any]) -> Tensor:
-    total = torch.zeros((), requires_grad=True)
-    for x in outputs:
-        if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
-            total = total + _weighted(x).cpu()
-    return total
+@contextmanager
+def _unseen(module: nn.Module) -> Iterator[None]:
+    """As in training, but nothing that is global changes, and nothing is computed twice."""
+    _, device = parameter_dtype_and_device(module)
+    with (
+        drawing_anew(device),
+        checkpoints_run_once(),
+        warnings.catch_warnings(action="ignore"),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def _nudged(module: nn.Module) -> nn.Module:
+    """A copy with slightly other parameters."""
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for i, (_, p) in enumerate(twin.named_parameters()):
+            if p.is_floating_point():
+                steps = torch.linspace(-_NUDGE, _NUDGE, p.numel(), dtype=p.dtype, device=p.device)
+                p.add_((1 + i % 16 / 16) * steps.view(p.shape))
+    return twin
+
+
+def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
+    given = call.map(fresh)
+    return [x for x in leaves(module(*given.args, **given.kwargs)) if isinstance(x, Tensor)]
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]
+
+
+def _sketches(module: nn.Module) -> Results:
+    """Of everything that `module` owns."""
+    with torch.no_grad():
+        results = {f"the parameter {name}": _sketch(x) for name, x in module.named_parameters()}
+        return results | {f"the buffer {name}": _sketch(x) for name, x in module.named_buffers()}
+
+
+def _sketch(x: Tensor | None) -> Tensor:
+    """The weighted sum and the norm; zeros of nothing."""
+    if x is None:
+        return torch.zeros(2)
+    x = _numbers(x)
+    return torch.stack([_weighted(x), x.norm()]).cpu().double()
 
 
 def _weighted(x: Tensor) -> Tensor:
     """A sum that knows where the summands are, and their signs."""
-    weights = torch.linspace(0.5, 1.5, x.numel(), device=x.device)
-    return torch.dot(x.float().flatten(), weights)
+    weights = torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device)
+    return torch.dot(x.flatten(), weights)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """`x` as a dense tensor of float32 or float64."""
+    x = x.to_dense() if x.layout != torch.strided else x
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _is_same(expected: Tensor, actual: Tensor | None) -> bool:
-    if actual is None or expected.shape != actual.shape or expected.dtype != actual.dtype:
+    if actual is None or expected.shape != actual.shape:
         return False
-    if not expected.is_floating_point():
-        return torch.equal(expected, actual)
-    a, b = expected.double().nan_to_num(), actual.double().nan_to_num()
-    return expected.numel() == 0 or bool((a - b).abs().max() <= TOLERANCE * a.abs().max())
+    expected, actual = expected.nan_to_num(), actual.nan_to_num()
+    error = (expected - actual).abs()
+    return not error.numel() or bool(error.max() <= TOLERANCE * expected.abs().max())

@@ -25,7 +25,7 @@ from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
 from dspfx.passes.frames import line_under_way
 from dspfx.passes.own_gradients import OwnGradients
 from dspfx.passes.patched import patched
-from dspfx.passes.randomness import drawn_so_far, generators_kept
+from dspfx.passes.randomness import drawn_so_far, generators_kept, generators_of
 from dspfx.passes.unrecorded import Unrecorded
 
 # keys of `Node.meta`
@@ -72,6 +72,7 @@ class ConcreteTracer(fx.Tracer):
             UntraceableError: with the innermost submodule whose code could not be traced.
         """
         leaves = {path for path, module in root.named_modules() if type(module) in self.leaves}
+        self.generators = generators_of(root)
         self.buffers = buffers = Buffers(root, leaves | self.opaque)
         try:
             with (
@@ -161,7 +162,7 @@ class ConcreteTracer(fx.Tracer):
         """What `function` makes of the values of what it is given; nothing in it is traced."""
         outside, self.executing = self.executing, True
         try:
-            with generators_kept():
+            with generators_kept(self.generators):
                 return function(map_aggregate(given, value_of))
         finally:
             self.executing = outside
@@ -187,6 +188,8 @@ class ConcreteTracer(fx.Tracer):
         """Record the call, and make it."""
         if kwargs.get("out") is not None:
             raise TypeError("'out=' is written")
+        if kwargs.get("generator") is not None:
+            raise TypeError("it draws from a generator of its own")
         self.own_gradients.refuse()
         if not torch.is_grad_enabled() and operators.overwrites(kind, target):
             args = self.unrecorded.written(*args)
@@ -247,10 +250,10 @@ class ConcreteTracer(fx.Tracer):
 
     @contextmanager
     def _nothing_drawn(self) -> Iterator[None]:
-        before = drawn_so_far()
+        before = drawn_so_far(self.generators)
         yield
-        if drawn_so_far() != before:
-            raise TypeError("it draws random numbers that are not torch's")
+        if drawn_so_far(self.generators) != before:
+            raise TypeError("it draws random numbers that are not torch's own")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers are proxies, but not inside a leaf that is being run."""

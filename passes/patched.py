@@ -2,7 +2,7 @@
 
 import builtins
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 from torch.fx.node import map_aggregate
+from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
 from dspfx.passes.concrete_proxy import ConcreteProxy
@@ -23,6 +24,11 @@ FACTORIES = (
 )
 # of numbers alone they are values too, but other ones in every call
 RANDOM = ("rand", "randn", "randint", "randperm", "normal")
+# what surrounds a checkpointed call that is not reentrant; torch has no public name for it
+_CHECKPOINTING = (
+    "_checkpoint_without_reentrant_generator_impl",
+    "_checkpoint_without_reentrant_generator",
+)
 _isinstance, _records = isinstance, torch.is_grad_enabled
 _IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
 
@@ -38,7 +44,7 @@ def patched(call: Callable[..., Any], training: bool, recording: Callable[[], bo
     """
     stack = ExitStack()
     stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
-    stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _call_checkpointed))
+    stack.enter_context(checkpoints_run_once())
     if not training:
         stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
     for name in FACTORIES + RANDOM:
@@ -46,6 +52,20 @@ def patched(call: Callable[..., Any], training: bool, recording: Callable[[], bo
         factory = _noticing(getattr(torch, name), call, record)
         stack.enter_context(mock.patch.object(torch, name, factory))
     return stack
+
+
+def checkpoints_run_once() -> ExitStack:
+    """Let what is computed twice, to save memory, be computed once, until the result is closed."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _call_checkpointed))
+    for name in _CHECKPOINTING:
+        if hasattr(checkpoint, name):
+            stack.enter_context(mock.patch.object(checkpoint, name, _saves_everything))
+    return stack
+
+
+def _saves_everything(*_: Any, **__: Any) -> Iterator[None]:
+    yield
 
 
 def _call_checkpointed(function: Callable[..., Any], _: bool, *args: Any) -> Any:

@@ -1,37 +1,76 @@
-"""Random numbers that are not torch's: a graph cannot draw them anew."""
+"""Random numbers that are not torch's own: a graph cannot draw them anew."""
 
+import copy
+import pickle
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+_SEED = 6_917_529  # nobody's
 
 
-def drawn_so_far() -> tuple[Any, ...]:
-    """What Python's and numpy's generators will draw next; the same as long as nobody draws."""
-    numpy = sys.modules.get("numpy")
-    state = () if numpy is None else numpy.random.get_state()
-    return random.getstate(), *(x.tobytes() if hasattr(x, "tobytes") else x for x in state)
+def generators_of(root: nn.Module) -> list[Any]:
+    """Torch's, Python's and numpy's generators that the modules of `root` have as attributes."""
+    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    values = [value for module in root.modules() for value in vars(module).values()]
+    return [value for value in values if isinstance(value, kinds)]
+
+
+def drawn_so_far(own: Iterable[Any]) -> list[bytes]:
+    """What Python, numpy and the generators `own` will draw; the same as long as nobody draws."""
+    states = [_state(generator) for generator in (*_everybodys(), *own)]
+    return [pickle.dumps(x.tolist() if isinstance(x, torch.Tensor) else x) for x in states]
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
-    """Python's and numpy's generators draw afterwards what they would have drawn."""
-    numpy = sys.modules.get("numpy")
-    own, others = random.getstate(), None if numpy is None else numpy.random.get_state()
+def generators_kept(own: Iterable[Any] = ()) -> Iterator[None]:
+    """Python, numpy and `own` draw afterwards what they would have drawn."""
+    before = [(generator, _state(generator)) for generator in (*_everybodys(), *own)]
     try:
         yield
     finally:
-        random.setstate(own)
-        if numpy is not None:
-            numpy.random.set_state(others)
+        for generator, state in before:
+            _set_state(generator, state)
 
 
-def start_all_anew() -> None:
-    """Let torch, Python and numpy draw the same numbers as after any other call of this."""
-    torch.manual_seed(0)
-    random.seed(0)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(0)
+@contextmanager
+def drawing_anew(device: torch.device) -> Iterator[None]:
+    """All generators, torch's for the CPU and `device`, draw the same whenever this is entered."""
+    on_gpu = device.type == "cuda"
+    with generators_kept(), torch.random.fork_rng([device] if on_gpu else []):
+        torch.default_generator.manual_seed(_SEED)
+        if on_gpu:
+            torch.cuda.default_generators[device.index or 0].manual_seed(_SEED)
+        for generator in _everybodys():
+            generator.seed(_SEED)
+        yield
+
+
+def _everybodys() -> list[Any]:
+    """The modules whose functions draw from a generator of their own."""
+    numpy = sys.modules.get("numpy")
+    return [random] if numpy is None else [random, numpy.random]
+
+
+def _state(generator: Any) -> Any:
+    if hasattr(generator, "getstate"):
+        return generator.getstate()
+    if hasattr(generator, "get_state"):
+        return generator.get_state()
+    return copy.deepcopy(generator.bit_generator.state)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if hasattr(generator, "setstate"):
+        generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state

@@ -1,5 +1,6 @@
 """A model that does not train as its graph would is refused, or runs as it is."""
 
+import contextlib
 import copy
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dspfx
 from dspfx.gates import gated_layers
@@ -294,3 +296,217 @@ def test_train_may_return_nothing_of_a_model_in_parts(tmp_path: Path) -> None:
     assert_equal(prepared(X), compact(X))
     dspfx.save(compact, tmp_path / "compact.dspfx")
     assert_equal(compact(X), dspfx.load(tmp_path / "compact.dspfx", model)(X), tolerance=0)
+
+
+def alike(model: nn.Module, *gated: str, **named: Any) -> nn.Module:
+    """`model`, prepared whole, with these layers gated."""
+    prepared = dspfx.prepare(model, X, **named)
+    assert isinstance(prepared, dspfx.PreparedModule)
+    assert set(gated) <= gated_layers(prepared).keys()
+    assert_trains_alike(model, prepared)
+    return prepared
+
+
+def test_other_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed of 0 waited for CUDA, in place of the user's."""
+
+    def fail(seed: int) -> None:
+        raise AssertionError(f"seeded with {seed}")
+
+    for place in (torch, torch.cuda):
+        monkeypatch.setattr(place, "manual_seed", fail)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
+    dspfx.prepare(Convs().double(), X)
+
+
+def test_gradients_of_what_is_shared_are_left_alone() -> None:
+    """Closures and globals are not copied with a model, and backward reached them."""
+    scale = nn.Parameter(torch.ones(8, 1, 1, dtype=torch.float64))
+
+    class Shares(Convs):
+        def between(self, y: Tensor) -> Tensor:
+            return y * scale
+
+    with contextlib.suppress(dspfx.TraceError):
+        dspfx.prepare(Shares().double(), X)
+    assert scale.grad is None
+
+
+class Checkpoints(Convs):
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        for _ in range(2):
+            if self.training:
+                y = checkpoint(self.block, y, use_reentrant=self.reentrant)
+            else:
+                y = self.block(y)
+        return self.b(y)
+
+    def block(self, y: Tensor) -> Tensor:
+        return y + self.norm(y).relu()
+
+
+class ChecksReentrantly(Checkpoints):
+    reentrant = True
+
+
+@pytest.mark.parametrize("kind", [Checkpoints, ChecksReentrantly])
+def test_checkpoints_are_no_difference(kind: type[Convs]) -> None:
+    """Their batch norms see each batch twice; gradients came in several pieces."""
+    model = randomise(kind()).double()
+    prepared = dspfx.prepare(model, X)
+    assert isinstance(prepared, dspfx.PreparedModule)
+    assert "b" in gated_layers(prepared)
+    model.train(), prepared.train()
+    assert_equal(model(X), prepared(X), tolerance=1e-12)
+
+
+class DrawsItself(Convs):
+    """From a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def between(self, y: Tensor) -> Tensor:
+        return y + torch.randn(8, 1, 1, generator=self.generator) if self.training else y
+
+
+class DrawsByNumpy(Convs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def between(self, y: Tensor) -> Tensor:
+        return y * self.generator.random() if self.training else y
+
+
+@pytest.mark.parametrize("kind", [DrawsItself, DrawsByNumpy])
+def test_generators_of_modules_go_on_drawing(kind: type[Convs]) -> None:
+    """An attribute error; and a number that was drawn once."""
+    model = randomise(Around(kind())).double()
+    prepared = alike(model, "c", "d")
+    assert not {"inner.a", "inner.b"} & gated_layers(prepared).keys()
+
+
+def test_sparse_buffers() -> None:
+    """They were compared as dense ones are."""
+
+    class Sparse(Convs):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("adjacency", torch.eye(8).to_sparse())
+
+    assert "b" in gated_layers(dspfx.prepare(Sparse().double(), X))
+
+
+class FreezesItsStem(Convs):
+    def train(self, mode: bool) -> Any:  # there is no default
+        super().train(mode)
+        for parameter in self.a.parameters():
+            parameter.requires_grad = not mode
+
+
+def test_what_train_freezes_is_frozen() -> None:
+    """It was refused, and a `train` without a default was an error."""
+    model = randomise(FreezesItsStem()).double()
+    prepared = dspfx.prepare(model, X)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(p.requires_grad for p in prepared.get_submodule("a").parameters())
+    assert all(p.requires_grad for p in prepared.get_submodule("b").parameters())
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, given: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+
+def test_hooks_that_record_do_not_keep_a_copy_from_being_made() -> None:
+    model = Convs().double()
+    model.b.register_forward_hook(Recorder())
+    prepared = alike(model, "b")
+    assert_trains_alike(model, copy.deepcopy(prepared))
+
+
+class FollowsItsWeights(Convs):
+    """As a momentum encoder does, which starts where the other one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = copy.deepcopy(self.b)
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            pairs = zip(self.b.parameters(), self.slow.parameters(), strict=True)
+            for own, slow in pairs if self.training else ():
+                slow.mul_(0.99).add_(own, alpha=0.01)
+            target = self.slow(self.a(x))
+        return super().forward(x), target
+
+
+class WarmsUp(Convs):
+    steps = 0
+
+    def between(self, y: Tensor) -> Tensor:
+        self.steps += self.training
+        return y * min(1.0, self.steps / 10)
+
+
+class DrawsUnseen(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        return y + torch.empty(8, 1, 1).normal_() if self.training else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (FollowsItsWeights, "the parameter slow.weight"),
+        (WarmsUp, "output 0"),
+        (DrawsUnseen, "output 0"),
+    ],
+)
+def test_what_shows_later_or_by_chance_is_refused(kind: type[Convs], what: str) -> None:
+    model = kind().double()
+    torch.manual_seed(0)
+    with pytest.raises(dspfx.TraceError, match=rf"after one pass, .*differs|{what}"):
+        dspfx.prepare(model, X)
+
+
+class LooksUp(AsksForGradients):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 8, sparse=True)
+
+    def between(self, y: Tensor) -> Tensor:
+        return super().between(y) + self.table(torch.zeros(1, dtype=torch.long))[..., None, None]
+
+
+def test_sparse_gradients_and_another_default_type_do_not_switch_the_proof_off() -> None:
+    with pytest.raises(dspfx.TraceError, match="does not train as the model does"):
+        dspfx.prepare(LooksUp().double(), X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(dspfx.TraceError, match="does not train as the model does"):
+            dspfx.prepare(AsksForGradients(), X)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class VariesInEvaluation(Convs):
+    def between(self, y: Tensor) -> Tensor:
+        return y + torch.randn_like(y)
+
+
+def test_a_refused_model_has_drawn_nothing() -> None:
+    model = VariesInEvaluation().double()
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    with pytest.raises(dspfx.TraceError):
+        dspfx.prepare(model, X)
+    assert torch.equal(torch.rand(1), expected)
