@@ -62,8 +62,9 @@ def narrow(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel = 
 
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
-        NarrowError: it calls other code in training than in evaluation, or weights are computed
-            from others, complex, or used more than once and not for the same channels.
+        NarrowError: it calls other code in training than in evaluation, has hooks that see
+            gradients, or weights are computed from others, complex, or used more than once and not
+            for the same channels.
         EquivalenceError: the two differ; the message names the first node that does.
     """
     prepared = unwrapped(prepared)
@@ -161,6 +162,8 @@ def _refuse_untrainable(view: fx.GraphModule) -> None:
     for name, module in view.named_modules():
         if is_weighted(module):
             raise NarrowError(f"the weight of '{name}' is computed from others; {INSTEAD}")
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise NarrowError(f"'{name}' has hooks, which see its gradients; {INSTEAD}")
     for name, parameter in view.named_parameters():
         if parameter.is_complex() and parameter.requires_grad:
             raise NarrowError(f"'{name}' is complex; {INSTEAD}")

@@ -60,8 +60,9 @@ def verify(
         }
         first = _first_difference(widest, module, inputs, names)
     raise EquivalenceError(
-        f"masked and compact model differ, first at {first}. This is a bug of dspfx; please "
-        "report the model. Until then, PrepareConfig(ignore=...) can leave the layer alone"
+        f"masked and compact model differ, first at {first}. If that layer has no forward hook, "
+        "which a compact layer does not call, this is a bug of dspfx; please report the model. "
+        "Until then, PrepareConfig(ignore=...) can leave the layer alone"
     )
 
 

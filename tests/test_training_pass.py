@@ -510,3 +510,19 @@ def test_a_refused_model_has_drawn_nothing() -> None:
     with pytest.raises(dspfx.TraceError):
         dspfx.prepare(model, X)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_narrow_model_would_lose_hooks_that_see_gradients() -> None:
+    prepared = dspfx.prepare(randomise(CallsHooks()).double(), X)
+    dspfx.prune(prepared, dspfx.Budget(macs=0.8))
+    with pytest.raises(dspfx.NarrowError, match="'b' has hooks"):
+        dspfx.narrow(prepared)
+
+
+def test_a_hook_that_changes_outputs_is_named_where_it_is_lost() -> None:
+    model = randomise(Convs()).double()
+    model.b.register_forward_hook(lambda module, given, output: output + 1)
+    prepared = alike(model, "b")
+    dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.8))
+    with pytest.raises(dspfx.EquivalenceError, match=r"first at .*forward hook"):
+        dspfx.convert(prepared)
