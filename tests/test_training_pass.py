@@ -316,7 +316,7 @@ def test_other_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (torch, torch.cuda):
         monkeypatch.setattr(place, "manual_seed", fail)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
-    dspfx.prepare(Convs().double(), X)
+    assert "b" in gated_layers(dspfx.prepare(Convs().double(), X))
 
 
 def test_gradients_of_what_is_shared_are_left_alone() -> None:
