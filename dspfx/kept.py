@@ -1,5 +1,7 @@
 """What running a model must not change: the values of tensors, and attributes."""
 
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from dspfx.passes.randomness import generators_kept, generators_of
 
-_OWNED = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (dict, OrderedDict, defaultdict, set, list)  # such as those of parameters
 
 
 @contextmanager
@@ -42,14 +44,15 @@ def buffers_kept(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def state_kept(root: nn.Module, but: str | None = None) -> Iterator[None]:
-    """Everything that `root` and its modules own is afterwards what it was.
+    """Everything that `root` and its modules own is afterwards what it was, caches included.
 
     Args:
         root: any module.
         but: new attributes whose names start like this remain.
     """
     attributes = {module: dict(vars(module)) for module in root.modules()}
-    owned = {m: {kind: dict(vars(m)[kind]) for kind in _OWNED} for m in attributes}
+    values = [value for own in attributes.values() for value in own.values()]
+    contents = [(value, copy.copy(value)) for value in values if type(value) in _CONTAINERS]
     tensors = [*root.parameters(), *root.buffers()]
     with values_kept(tensors), generators_kept(generators_of(root)):
         try:
@@ -60,9 +63,9 @@ def state_kept(root: nn.Module, but: str | None = None) -> Iterator[None]:
                 made = {name: value for name, value in new if name.startswith(str(but))}
                 vars(module).clear()
                 vars(module).update(made | before)
-                for kind, own in owned[module].items():
-                    before[kind].clear()
-                    before[kind].update(own)
+            for container, held in contents:
+                container.clear()
+                (container.extend if type(container) is list else container.update)(held)
 
 
 def _has_changed(tensor: Tensor, value: Tensor) -> bool:

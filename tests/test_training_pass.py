@@ -526,3 +526,33 @@ def test_a_hook_that_changes_outputs_is_named_where_it_is_lost() -> None:
     dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.8))
     with pytest.raises(dspfx.EquivalenceError, match=r"first at .*forward hook"):
         dspfx.convert(prepared)
+
+
+class RemembersInEvaluation(Convs):
+    """What it computes from its parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "RemembersInEvaluation":
+        super().train(mode)
+        if mode:
+            self.known = {}
+        return self
+
+    def between(self, y: Tensor) -> Tensor:
+        if self.training:
+            return y * self.b.weight.mean()
+        if "scale" not in self.known:
+            self.known["scale"] = self.b.weight.mean()
+        return y * self.known["scale"]
+
+
+def test_caches_do_not_keep_what_stood_for_values() -> None:
+    """A prepared LeViT could not be copied."""
+    model = randomise(Around(RemembersInEvaluation())).double()
+    prepared = alike(model, "inner.b", "c")
+    dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.8))
+    assert_equal(copy.deepcopy(prepared)(X), dspfx.convert(prepared)(X))
+    assert not model.get_submodule("inner").known
