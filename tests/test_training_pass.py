@@ -556,3 +556,20 @@ def test_caches_do_not_keep_what_stood_for_values() -> None:
     dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.8))
     assert_equal(copy.deepcopy(prepared)(X), dspfx.convert(prepared)(X))
     assert not model.get_submodule("inner").known
+
+
+class Shrinks(Convs):
+    """Its weights are others after every call."""
+
+    def between(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.b.weight.mul_(0.5)
+        return y
+
+
+def test_weights_that_every_call_changes_are_those_of_the_model() -> None:
+    """They had been changed by the calls that `prepare` and `report` make."""
+    model = randomise(Shrinks()).double()
+    prepared = alike(model, "b")
+    dspfx.report(prepared)
+    assert torch.equal(prepared.get_parameter("b.weight"), model.b.weight)
