@@ -26,6 +26,7 @@ from torch.fx.node import Node, map_arg
 
 from dspfx.filters import TRANSPOSED, filters_first, structural_groups
 from dspfx.gates import GATED, ChannelGate, GatedLayer
+from dspfx.inputs import fresh
 from dspfx.passes import operators
 from dspfx.passes.coupling import Coupling
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
@@ -134,6 +135,8 @@ class _Analyser(fx.Interpreter):
         if not isinstance(result, Tensor):
             of_inputs = self._of_inputs(operands, result)
             return of_inputs or self._size(node, operands) or self._parts(node, operands)
+        if self._is_changed_by_hooks(node, result):
+            return Restored(operands, f"a hook changes what '{node.target}' computes")
         rule = self._rule(node)
         found = None if rule is None else rule(self, node, operands, result)
         return found or self._opaque(node, operands)
@@ -176,6 +179,16 @@ class _Analyser(fx.Interpreter):
     def _opaque(self, node: Node, operands: tuple[Node, ...]) -> Restored:
         name = _readable(operators.key(node, self.root))
         return Restored(operands, f"{name} is not known to keep channels apart")
+
+    def _is_changed_by_hooks(self, node: Node, result: Tensor) -> bool:
+        """Whether a module that stays as it is gives something else than its own code does."""
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if module is None or isinstance(module, GatedLayer):
+            return False
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            return False
+        args, kwargs = fresh(self.fetch_args_kwargs_from_env(node))
+        return not torch.equal(module.forward(*args, **kwargs), result)
 
     def _is_constant(self, node: Node, result: Any) -> bool:
         """Whether a node rearranges or reckons with parameters and buffers alone."""

@@ -519,10 +519,43 @@ def test_a_narrow_model_would_lose_hooks_that_see_gradients() -> None:
         dspfx.narrow(prepared)
 
 
-def test_a_hook_that_changes_outputs_is_named_where_it_is_lost() -> None:
-    model = randomise(Convs()).double()
-    model.b.register_forward_hook(lambda module, given, output: output + 1)
-    prepared = alike(model, "b")
+class FourConvs(Convs):
+    """Of which the first two have no hooks in the tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.c, self.d = nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.act(self.c(super().forward(x))))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+@pytest.mark.parametrize("name", ["c", "act", "norm"])
+def test_a_module_whose_hook_changes_what_it_computes_stays_as_it_is(name: str, kind: str) -> None:
+    """It was compacted without its hook, which showed in `convert` alone, after all training."""
+    model = randomise(FourConvs()).double()
+    hook = (lambda m, x, y: y.flip(1)) if kind == "forward" else (lambda m, x: x[0].flip(1))
+    getattr(model.get_submodule(name), f"register_{kind}_hook")(hook)
+    prepared = alike(model, "d")
+    assert name not in gated_layers(prepared)
+    dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.7))
+    compact = dspfx.convert(prepared)
+    assert_equal(compact(X), prepared(X))
+    reasons = dspfx.report(compact).declined
+    assert any(f"a hook changes what '{name}' computes" in str(reason) for reason in reasons)
+
+
+def test_a_hook_that_only_looks_costs_nothing() -> None:
+    model = randomise(FourConvs()).double()
+    for module in (model.b, model.norm, model.act):
+        module.register_forward_hook(lambda module, given, output: None)
+    assert {"b", "c", "d"} == set(gated_layers(alike(model, "b")))
+
+
+def test_a_later_hook_that_changes_outputs_is_named_where_it_is_lost() -> None:
+    prepared = dspfx.prepare(randomise(Convs()).double(), X)
+    prepared.get_submodule("b").register_forward_hook(lambda module, given, output: output + 1)
     dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.8))
     with pytest.raises(dspfx.EquivalenceError, match=r"first at .*forward hook"):
         dspfx.convert(prepared)
