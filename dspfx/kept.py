@@ -30,10 +30,15 @@ def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
                     tensor.requires_grad_(trained)
 
 
+def of_python(root: nn.Module) -> list[nn.Module]:
+    """The modules of `root` but for those of TorchScript, which only look like them."""
+    return [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
 @contextmanager
 def buffers_kept(root: nn.Module) -> Iterator[None]:
     """The buffers of `root` are afterwards the tensors that they were, with the same values."""
-    own = {module: dict(module._buffers) for module in root.modules()}
+    own = {module: dict(module._buffers) for module in of_python(root)}
     with values_kept(root.buffers()):
         try:
             yield

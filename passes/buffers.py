@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.fx import Proxy
 from torch.fx.node import Node
 
+from dspfx.kept import of_python
+
 
 class Buffers:
     """The buffers of `root`, before its code runs.
@@ -25,7 +27,7 @@ class Buffers:
 
     def __init__(self, root: nn.Module, leaves: Set[str]) -> None:
         self.leaves = tuple(f"{leaf}." for leaf in leaves)
-        self.own = {module: dict(module._buffers) for module in root.modules()}
+        self.own = {module: dict(module._buffers) for module in of_python(root)}
         self.paths = {module: path for path, module in root.named_modules()}
         self.versions = {name: buffer._version for name, buffer in root.named_buffers()}
         self.known = {id(buffer) for buffer in root.buffers()}

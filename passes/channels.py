@@ -135,8 +135,9 @@ class _Analyser(fx.Interpreter):
         if not isinstance(result, Tensor):
             of_inputs = self._of_inputs(operands, result)
             return of_inputs or self._size(node, operands) or self._parts(node, operands)
-        if self._is_changed_by_hooks(node, result):
-            return Restored(operands, f"a hook changes what '{node.target}' computes")
+        if self._has_another_forward(node, result):
+            why = f"a hook, or a 'forward' of its own, changes what '{node.target}' computes"
+            return Restored(operands, why)
         rule = self._rule(node)
         found = None if rule is None else rule(self, node, operands, result)
         return found or self._opaque(node, operands)
@@ -180,15 +181,15 @@ class _Analyser(fx.Interpreter):
         name = _readable(operators.key(node, self.root))
         return Restored(operands, f"{name} is not known to keep channels apart")
 
-    def _is_changed_by_hooks(self, node: Node, result: Tensor) -> bool:
-        """Whether a module that stays as it is gives something else than its own code does."""
+    def _has_another_forward(self, node: Node, result: Tensor) -> bool:
+        """Whether a module that stays as it is gives something else than its class would."""
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if module is None or isinstance(module, GatedLayer):
+        if module is None or isinstance(module, GatedLayer | torch.jit.ScriptModule):
             return False
-        if not (module._forward_hooks or module._forward_pre_hooks):
+        if not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
             return False
         args, kwargs = fresh(self.fetch_args_kwargs_from_env(node))
-        return not torch.equal(module.forward(*args, **kwargs), result)
+        return not torch.equal(type(module).forward(module, *args, **kwargs), result)
 
     def _is_constant(self, node: Node, result: Any) -> bool:
         """Whether a node rearranges or reckons with parameters and buffers alone."""

@@ -330,7 +330,9 @@ def _private(module: nn.Module, kept: Order, channels: int) -> nn.Module:
         _cut(own, kept, channels)
     if hasattr(own, "inplace"):
         setattr(own, "inplace", False)  # noqa: B010 (activations do not declare it)
-    return own.requires_grad_(False)
+    for parameter in own.parameters():
+        parameter.detach_()
+    return own
 
 
 def _bytes(tensor: Tensor) -> bytes:

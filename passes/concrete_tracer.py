@@ -98,12 +98,12 @@ class ConcreteTracer(fx.Tracer):
         return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Torch's layers, gates, layers with computed weights, and what was found opaque."""
+        """Torch's layers, gates, layers with computed weights, TorchScript, and what is opaque."""
         return (
             module_qualified_name in self.opaque
             or type(m) in self.leaves
             or operators.named(type(m)) in operators.LEAVES
-            or isinstance(m, GatedLayer | ChannelGate)
+            or isinstance(m, GatedLayer | ChannelGate | torch.jit.ScriptModule)
             or parametrize.is_parametrized(m)
             or super().is_leaf_module(m, module_qualified_name)
         )

@@ -99,6 +99,8 @@ def _why_not(
         return "it reads the model's inputs"
     if module._forward_pre_hooks:
         return "a hook computes its inputs or weights"
+    if "forward" in vars(module):
+        return "it has a 'forward' of its own"
     return ""
 
 

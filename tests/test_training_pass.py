@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -542,8 +543,42 @@ def test_a_module_whose_hook_changes_what_it_computes_stays_as_it_is(name: str, 
     dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.7))
     compact = dspfx.convert(prepared)
     assert_equal(compact(X), prepared(X))
-    reasons = dspfx.report(compact).declined
-    assert any(f"a hook changes what '{name}' computes" in str(reason) for reason in reasons)
+    why = f"a hook, or a 'forward' of its own, changes what '{name}' computes"
+    assert why in [declined.reason for declined in dspfx.report(compact).declined]
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_forward_of_its_own_is_kept(changes: bool) -> None:
+    """It was lost, or read the original's weights; a copy of the layer had no gate."""
+    model = randomise(FourConvs()).double()
+
+    def forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
+        y = nn.Conv2d.forward(layer, x)
+        return y.flip(1) if changes else y
+
+    model.c.forward = functools.partial(forward, model.c)  # type: ignore[method-assign]
+    prepared = alike(model, "d")
+    assert "c" not in gated_layers(prepared)
+    dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.7))
+    compact = dspfx.convert(prepared)
+    assert_equal(compact(X), prepared(X))
+    kept = [d.node for d in dspfx.report(compact).declined]
+    assert ("c" in kept) == changes
+
+
+@pytest.mark.filterwarnings("ignore")  # torch would rather that it were forgotten
+@pytest.mark.parametrize("traced", [False, True])
+def test_torchscript_is_opaque(traced: bool) -> None:
+    """It has no buffers that could be put back, and refused `requires_grad_`."""
+    model = randomise(FourConvs()).double()
+    inner = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).double()
+    example = torch.zeros(2, 8, 3, 2, dtype=torch.float64)
+    model.act = torch.jit.trace(inner, example) if traced else torch.jit.script(inner)
+    prepared = dspfx.prepare(model, X)
+    assert {"b", "d"} <= gated_layers(prepared).keys()
+    dspfx.prune(prepared.eval(), dspfx.Budget(macs=0.9))
+    compact = dspfx.convert(prepared)
+    assert_equal(compact(X), prepared(X))
 
 
 def test_a_hook_that_only_looks_costs_nothing() -> None:
