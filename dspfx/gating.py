@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from dspfx.config import PrepareConfig
 from dspfx.errors import PrepareError, TraceError
 from dspfx.inputs import Call, evaluate, fresh, parameter_dtype_and_device
-from dspfx.kept import state_kept
+from dspfx.kept import state_kept, written_by
 from dspfx.modes import modes_kept
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.origin import Origin
@@ -98,7 +98,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
 
 def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:
     """The analysis of the evaluation graph, whose nodes are the keys of the result."""
-    with state_kept(prepared), prepared.evaluation_view() as view:
+    with prepared.evaluation_view() as view, state_kept(prepared, written=written_by(view)):
         return analyse(view, fitting_inputs(prepared), prepared.frozen, prepared.config.rules)
 
 

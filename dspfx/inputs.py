@@ -57,8 +57,10 @@ def choose_inputs(root: nn.Module, given: Any) -> tuple[Call, tuple[str, ...]]:
         raise PrepareError(
             f"the model does not accept the example inputs ({_shapes(call)}): {error}"
         ) from error
-    doubled = call.map(_two_samples)
-    return (doubled if _failure(root, doubled) is None else call), ()
+    if any(_is_single(x) for x in leaves((call.args, call.kwargs))):
+        doubled = call.map(_two_samples)
+        call = doubled if _failure(root, doubled) is None else call
+    return call, ()
 
 
 def as_inputs(given: Any) -> tuple[Any, ...]:
@@ -90,9 +92,13 @@ def _as_call(root: nn.Module, given: Any) -> Call:
     return Call(kwargs=dict(given))
 
 
+def _is_single(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() >= 2 and len(leaf) <= 1
+
+
 def _two_samples(leaf: Any) -> Any:
     """Two samples of a tensor that has one, or none."""
-    if not isinstance(leaf, Tensor) or leaf.dim() < 2 or len(leaf) > 1:
+    if not _is_single(leaf):
         return leaf
     return torch.cat([leaf, leaf]) if len(leaf) else leaf.new_zeros(2, *leaf.shape[1:])
 

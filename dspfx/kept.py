@@ -1,12 +1,13 @@
 """What running a model must not change: the values of tensors, and attributes."""
 
-import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dspfx.passes.randomness import generators_kept, generators_of
 
@@ -48,17 +49,20 @@ def buffers_kept(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def state_kept(root: nn.Module, but: str | None = None) -> Iterator[None]:
+def state_kept(
+    root: nn.Module, but: str | None = None, written: Iterable[Tensor] | None = None
+) -> Iterator[None]:
     """Everything that `root` and its modules own is afterwards what it was, caches included.
 
     Args:
         root: any module.
         but: new attributes whose names start like this remain.
+        written: its tensors that may be written; by default all.
     """
     attributes = {module: dict(vars(module)) for module in root.modules()}
     values = [value for own in attributes.values() for value in own.values()]
-    contents = [(value, copy.copy(value)) for value in values if type(value) in _CONTAINERS]
-    tensors = [*root.parameters(), *root.buffers()]
+    contents = [(value, _contents(value)) for value in values if type(value) in _CONTAINERS]
+    tensors = [*root.parameters(), *root.buffers()] if written is None else written
     with values_kept(tensors), generators_kept(generators_of(root)):
         try:
             yield
@@ -71,6 +75,29 @@ def state_kept(root: nn.Module, but: str | None = None) -> Iterator[None]:
             for container, held in contents:
                 container.clear()
                 (container.extend if type(container) is list else container.update)(held)
+
+
+def written_by(graph: fx.GraphModule) -> list[Tensor]:
+    """The tensors that a call of `graph` may write: buffers, and what is not torch's to read."""
+    found = list(graph.buffers())
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            found.append(attrgetter(node.target)(graph))
+        elif node.op == "call_module":
+            module = graph.get_submodule(node.target)
+            if not all(_only_reads(part) for part in module.modules()):
+                found += module.parameters()
+    return [x for x in {id(x): x for x in found}.values() if isinstance(x, Tensor)]
+
+
+def _only_reads(module: nn.Module) -> bool:
+    """Whether no code but torch's and ours runs in `module`, which leaves parameters alone."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module).__module__.startswith(("torch.nn.", "dspfx.")) and not hooks
+
+
+def _contents(container: Any) -> tuple[Any, ...]:
+    return tuple(container.items() if isinstance(container, dict) else container)
 
 
 def _has_changed(tensor: Tensor, value: Tensor) -> bool:

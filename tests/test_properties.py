@@ -16,7 +16,7 @@ from dspfx.passes.cost_model import CPU
 from helpers import assert_equal, macs
 from random_networks import BY_VALUE, SMOOTH, MaskRecipe, mask_recipes, networks
 
-COUNT = int(os.environ.get("DSPFX_EXAMPLES", "300"))
+COUNT = int(os.environ.get("DSPFX_EXAMPLES", "200"))
 EXAMPLES = settings(
     max_examples=COUNT,
     deadline=None,
@@ -131,7 +131,7 @@ def is_zero(x: Tensor, dim: int = 1) -> Tensor:
     return x.abs().amax([d for d in range(x.dim()) if d != dim], keepdim=True) < 1e-13
 
 
-@settings(EXAMPLES, max_examples=COUNT // 7)
+@settings(EXAMPLES, max_examples=COUNT // 5)
 @given(model=networks(), recipe=mask_recipes(), seed=st.integers(0, 99))
 def test_masked_weights_have_no_effect(model: nn.Module, recipe: MaskRecipe, seed: int) -> None:
     prepared = prepare(model, 3)

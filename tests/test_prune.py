@@ -1,6 +1,7 @@
 """`prune`: budgets met, the rule of the threshold, and budgets that cannot be."""
 
 import copy
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,13 @@ from helpers import assert_equal, macs, randomise, unchanged
 
 
 def prepared_model(name: str = "resnet18", groups: int = 4) -> dspfx.PreparedModule:
+    prepared = copy.deepcopy(_prepared(name, groups))
+    torch.manual_seed(0)
+    return prepared
+
+
+@functools.cache
+def _prepared(name: str, groups: int) -> dspfx.PreparedModule:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, num_classes=10)
     config = dspfx.PrepareConfig(groups=groups)

@@ -10,7 +10,6 @@ from helpers import assert_equal, macs, random_masks, randomise, unchanged
 
 NETWORKS = {
     "resnet18": 64,
-    "resnet34": 64,
     "resnet50": 64,
     "vgg11_bn": 32,
     "mobilenet_v2": 64,
