@@ -37,7 +37,7 @@ SPARSE_LEARNING = 5e-4  # what Torch-Pruning's authors reproduce their CIFAR res
 RATIOS = [step / 16 for step in range(1, 17)]  # of channels, that are tried before bisection
 BISECTIONS = 10
 PRUNED_BY = 0.4  # the share of the epochs after which gradual pruning is done
-NARROW = 0.25  # of the MACs: with more, a masked network trains as fast as what is alive of it
+NARROW = 0.4  # of the MACs: with more, a masked network trains as fast as what is alive of it
 PASSES, SAMPLE = 40, 32  # backward passes, and their images, where nothing is trained
 # strength times steps of our own setting: the longer the penalty acts, the weaker it may be
 SHRINKAGE = 19.0
