@@ -4,7 +4,8 @@ The cost of a candidate is reckoned from its masks by liveness, so a search take
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Protocol
 
 from torch import nn
@@ -84,8 +85,11 @@ class Budget:
             raise BudgetError(
                 "give exactly one of Budget(macs=...), Budget(params=...) and Budget(latency=...)"
             )
-        if not 0 < given[0] <= 1:
-            raise BudgetError(f"a budget is a fraction in (0, 1], got {given[0]}")
+        if not isinstance(given[0], Real) or not 0 < given[0] <= 1:
+            raise BudgetError(f"a budget is a fraction in (0, 1], got {given[0]!r}")
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                object.__setattr__(self, field.name, float(value))  # numpy's cannot be saved
 
     @property
     def fraction(self) -> float:
@@ -103,6 +107,16 @@ class Budget:
         if self.latency is not None:
             return candidate.seconds
         return candidate.cost.macs if self.macs is not None else candidate.cost.parameters
+
+
+def check_budget(budget: object, *, optional: bool = False) -> None:
+    """Refuse what is no budget, such as a mere number; nothing at all is fine if `optional`.
+
+    Raises:
+        BudgetError: it is none.
+    """
+    if not isinstance(budget, Budget) and not (optional and budget is None):
+        raise BudgetError(f"{budget!r} is no budget; give dspfx.Budget(macs=0.35), for instance")
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,7 @@ def prune_to(
     Raises:
         BudgetError: the budget cannot be reached. Nothing is changed.
     """
+    check_budget(budget)
     processes = Processes.of(prepared)
     report = prune_by(latency_tables(parts, budget, processes), parts, budget, hint)
     if budget.latency is None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dspfx.energies import energies_of
+from dspfx.energies import check_moments, energies_of
 from dspfx.filters import structural_groups
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.parts import parts_of
@@ -54,6 +54,7 @@ def cluster_groups(
     """
     prepared = unwrapped(prepared)
     parts_of(prepared)
+    check_moments(moments, prepared)
     layers = gated_layers(prepared)
     groups = {name: _groups(name, layer, seed, moments) for name, layer in layers.items()}
     for name, group in groups.items():

@@ -70,9 +70,9 @@ def _task(student: Tensor, target: Tensor) -> Tensor:
     if target.is_floating_point() and target.dim() == 0:
         return target
     positions = (len(student), *student.shape[2:])
-    if target.is_floating_point() or target.shape != positions:
+    if target.dtype not in (torch.int64, torch.uint8) or target.shape != positions:
         raise LearnError(
-            f"target must be a scalar loss, or labels of shape {positions}; got "
+            f"target must be a scalar loss, or int64 labels of shape {positions}; got "
             f"{target.dtype} {tuple(target.shape)}"
         )
     return F.cross_entropy(student, target)

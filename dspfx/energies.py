@@ -11,6 +11,23 @@ from dspfx.filters import filters_first, structural_groups
 from dspfx.gates import GatedLayer
 from dspfx.passes.values import FloatArray
 from dspfx.penalty import energy
+from dspfx.wrappers import unwrapped
+
+
+def check_moments(moments: Mapping[str, Tensor] | None, model: nn.Module) -> None:
+    """Refuse moments of other layers than those of `model`; None and an empty dict are fine.
+
+    Raises:
+        DataError: they are of another model, or no dict of tensors.
+    """
+    if moments is None:
+        return
+    names = dict(unwrapped(model).named_modules()).keys()
+    known = isinstance(moments, Mapping) and all(isinstance(x, Tensor) for x in moments.values())
+    if not known or (moments and not moments.keys() & names):
+        raise DataError(
+            "the moments are of no layer of this model; measure them by dspfx.input_moments on it"
+        )
 
 
 @torch.no_grad()

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspfx.budget import Budget, PruneReport
+from dspfx.budget import Budget, PruneReport, check_budget
 from dspfx.collapse import REMEDY, suspects
 from dspfx.errors import DspfxWarning, LearnError
+from dspfx.lookahead import trained_parameters
 from dspfx.masks import get_masks
 from dspfx.prune import prune
 from dspfx.resumed import check_kind, check_settings
@@ -99,6 +100,14 @@ class CyclicFinetune:
         if not collapse > 0:
             raise LearnError(f"collapse must be positive, got {collapse}")
         get_masks(prepared)
+        check_budget(budget, optional=True)
+        if not trained_parameters(optimizer) & set(prepared.parameters()):
+            raise LearnError("the optimizer trains no weight of this model; construct it anew")
+        if not any(float(group["lr"]) for group in optimizer.param_groups):
+            raise LearnError(
+                "the learning rates of the optimizer are zero, perhaps since it was annealed; give "
+                "it those that each cycle is to start with"
+            )
         self.prepared = prepared
         self.optimizer = optimizer
         self.budget = budget
@@ -115,6 +124,7 @@ class CyclicFinetune:
         self.best_epoch: int | None = None
         self.report: PruneReport | None = None
         self.history: list[dict[str, Any]] = []
+        self._begun = 0  # the epoch that the loop is in
         self._best: dict[str, Tensor] = {}
         self._fresh = copy.deepcopy(optimizer.state_dict())
 
@@ -128,7 +138,7 @@ class CyclicFinetune:
         while self.epoch < self.epochs:
             if self._cycle_of(self.epoch) > self.cycle:
                 self._begin_cycle()
-            before = self.epoch
+            before = self._begun = self.epoch
             yield before
             if self.epoch == before:
                 raise LearnError("call end_epoch() at the end of every epoch")
@@ -163,6 +173,8 @@ class CyclicFinetune:
         """
         if self.cycle < 0:
             raise LearnError("no cycle has begun; loop over the epochs: for epoch in finetune")
+        if self.epoch > self._begun:
+            raise LearnError("this epoch has ended; call end_epoch() once for each")
         score = None if score is None else float(score)
         if score is not None:
             self._warn_of_a_fall(score)
@@ -180,7 +192,7 @@ class CyclicFinetune:
     def restore_best(self) -> None:
         """Put the best weights, and the buffers that belong to them, into the model."""
         if self._best:
-            self.prepared.load_state_dict(self._best)
+            unwrapped(self.prepared).load_state_dict(self._best)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the states of model and optimizer, the best weights."""
@@ -200,7 +212,7 @@ class CyclicFinetune:
         """
         check_kind(self.state_dict(), state, "CyclicFinetune")
         check_settings(self._settings(), state["settings"], "this one")
-        best, own = state["best"], self.prepared.state_dict()
+        best, own = state["best"], unwrapped(self.prepared).state_dict()
         if best and {n: t.shape for n, t in best.items()} != {n: t.shape for n, t in own.items()}:
             raise LearnError("this is the state of a CyclicFinetune for another model")
         self._best = {name: t.to(own[name].device, copy=True) for name, t in best.items()}
@@ -246,6 +258,11 @@ class CyclicFinetune:
         done = (self.epoch - first) * self.steps_per_epoch + self.step_in_epoch
         factor = (1 + math.cos(math.pi * done / ((end - first) * self.steps_per_epoch))) / 2
         started = self._fresh["param_groups"]
+        if len(started) != len(self.optimizer.param_groups):
+            raise LearnError(
+                "the optimizer has other parameter groups than at the start; add them before "
+                "CyclicFinetune is constructed"
+            )
         for group, fresh in zip(self.optimizer.param_groups, started, strict=True):
             group["lr"] = fresh["lr"] * factor
 
@@ -259,7 +276,8 @@ class CyclicFinetune:
         return self.best_score is None or score >= self.best_score
 
     def _snapshot(self) -> dict[str, Tensor]:
-        return {name: t.detach().clone() for name, t in self.prepared.state_dict().items()}
+        own = unwrapped(self.prepared).state_dict()
+        return {name: t.detach().clone() for name, t in own.items()}
 
     # -- warnings ----------------------------------------------------------------------------
 

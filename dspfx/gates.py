@@ -104,7 +104,7 @@ class ChannelGate(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Zero the dead channels of `value`; the value itself while all are alive."""
-        if self.open:
+        if not torch.compiler.is_compiling() and self.open:
             return value
         shape = [1] * value.dim()
         shape[self.dim] = -1
@@ -153,7 +153,7 @@ class GatedLayer(nn.Module):
     def masked(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The weight, or a computed one, and the bias: zero where masked, as they are if open."""
         weight = self.weight if weight is None else weight
-        if self.gate.open:
+        if not torch.compiler.is_compiling() and self.gate.open:  # or each pruning recompiles
             return weight, self.bias
         weight = torch.where(spread(self, self.gate.mask), weight, 0.0)
         bias = None if self.bias is None else torch.where(self.gate.alive, self.bias, 0.0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dspfx.budget import Budget, PruneReport, latency_tables, prune_by
+from dspfx.budget import Budget, PruneReport, check_budget, latency_tables, prune_by
 from dspfx.errors import LearnError
 from dspfx.latency import LatencyTable
 from dspfx.parts import Part, parts_of
@@ -32,6 +32,7 @@ LEAST = (
     "with one channel left to every layer and one input to every group, {least:.2%} remains; ask "
     "for more than that or ignore fewer layers"
 )
+BEHIND = "call step() behind the backward pass and before zero_grad()"
 SETTINGS = ("total_steps", "begin", "end", "prunings", "decay", "groups")
 
 
@@ -95,6 +96,7 @@ class GradualPruning:
             raise LearnError(f"0 <= begin <= end <= 1 must hold, got {begin} and {end}")
         if not 0 <= decay <= 1:
             raise LearnError(f"decay must be in [0, 1], got {decay}")
+        check_budget(budget)
         self.budget = budget
         self.total_steps, self.begin, self.end = total_steps, begin, end
         self.prunings, self.decay, self.groups = prunings, decay, groups
@@ -128,8 +130,7 @@ class GradualPruning:
         pruning = self.prunings_done < self.prunings
         if pruning and not any(s.has_gradients() for s in self.sensitivities):
             raise LearnError(
-                "no layer has a gradient; call step() behind the backward pass and before "
-                "zero_grad(), on a model whose weights are not all frozen"
+                f"no layer has a gradient; {BEHIND}, on a model whose weights are not all frozen"
             )
         if not self._going:
             for sensitivity in self.sensitivities:
@@ -198,6 +199,8 @@ class GradualPruning:
             )
         sums = [v for s in self.sensitivities for v in s.values()]
         self.processes.broadcast(sums)
+        if not any(s.classes.any() for s in self.sensitivities):
+            raise LearnError(f"all gradients were zero so far; {BEHIND}")
         kept = self._started ** (1 - share) * self.budget.fraction**share
         self.report = self._prune_to(kept, self.parts, self.tables)
         for sensitivity in self.sensitivities:

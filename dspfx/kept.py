@@ -17,13 +17,13 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, set, list)  # such as those of pa
 @contextmanager
 def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
     """`tensors` have afterwards the values that they had, no other history, and learn as before."""
-    before = [(x, x._version, x.requires_grad, x.detach().clone()) for x in tensors]
+    before = [(x, _version(x), x.requires_grad, x.detach().clone()) for x in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
             for tensor, version, trained, value in before:
-                if tensor._version != version or _has_changed(tensor, value):
+                if _version(tensor) != version or _has_changed(tensor, value):
                     if tensor.grad_fn is not None:
                         tensor.detach_()
                     tensor.copy_(value)
@@ -98,6 +98,10 @@ def _only_reads(module: nn.Module) -> bool:
 
 def _contents(container: Any) -> tuple[Any, ...]:
     return tuple(container.items() if isinstance(container, dict) else container)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _has_changed(tensor: Tensor, value: Tensor) -> bool:

@@ -23,6 +23,7 @@ from dspfx.filters import filters_first, spread
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.lookahead import Buffers, looking_ahead, trained_parameters, trial_steps
 from dspfx.losses import BatchTask, Losses
+from dspfx.parts import narrow_parts_of
 from dspfx.penalty import LayerPenalty, energy
 from dspfx.processes import Processes
 from dspfx.resumed import check_kind, check_settings
@@ -139,6 +140,8 @@ class GroupLearner:
                 f"all {self.total_steps} steps are done; construct a GroupLearner with the "
                 "total_steps you need"
             )
+        if not callable(closure):
+            raise LearnError(f"step() takes a closure that computes the loss, got {closure!r}")
         self._check_logits()
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         # one process alone must not leave before the others have its gradients
@@ -151,13 +154,14 @@ class GroupLearner:
                 scaler.unscale_(self.optimizer)
             if before_step is not None:
                 before_step()
+            stepped = self._task_step(scaler)
         except BaseException:
             buffers.restore()
             if scaler is not None:  # or it remembers that it has unscaled
                 scaler._per_optimizer_states.pop(id(self.optimizer), None)
             raise
         layers = self._trained_layers()
-        if self._task_step(scaler) and layers:
+        if stepped and layers:
             if self.steps_done % self.logits_every == 0:
                 self._learn_groups(layers, task)
             self._shrink(layers)
@@ -308,6 +312,11 @@ class GroupLearner:
         }
 
     def _check_layers(self) -> None:
+        if narrow_parts_of(self.prepared):
+            raise LearnError(
+                "groups are learned in the prepared model, not in a narrow one; "
+                "dspfx.widen(narrow, prepared) puts what it has learned there"
+            )
         if not self.layers:
             raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")
         check_whole(self.prepared, self.optimizer)
@@ -353,7 +362,9 @@ def _no_autocast(layers: dict[str, GatedLayer]) -> torch.autocast:
 
 
 def _blocks(layer: GatedLayer, weight: Tensor) -> tuple[Tensor, ...]:
-    """`weight`, as `[O, C, *taps]`, in blocks of channels, over which R is a sum."""
+    """`weight`, masked, as `[O, C, *taps]`, in blocks of channels, over which R is a sum."""
+    if not layer.gate.open:
+        weight = torch.where(spread(layer, layer.gate.mask), weight.detach(), 0.0)
     filters = filters_first(layer, weight)
     return torch.split(filters, max(1, BLOCK // len(filters)), dim=1)
 
@@ -365,6 +376,12 @@ def _hard_assignment(layer: GatedLayer) -> Tensor:
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    inner = [name for name, x in vars(optimizer).items() if isinstance(x, torch.optim.Optimizer)]
+    if inner:
+        raise LearnError(
+            f"{type(optimizer).__name__} steps another optimizer, its '{inner[0]}', which would "
+            "remember the look-ahead; learn groups with that one, and fine-tune with both"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise LearnError(
             "LBFGS computes the loss by itself, as often as it likes; use an optimizer that steps "

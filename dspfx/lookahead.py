@@ -3,13 +3,14 @@
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dspfx.gates import ChannelGate, FilterGate
+from dspfx.passes.randomness import generators_among, generators_kept
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public names
 
@@ -92,22 +93,24 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:
 def _trial_step(optimizer: torch.optim.Optimizer, only: Tensor | None) -> None:
     """One step of `optimizer`, of all parameters or of `only` one, on copies of its state.
 
-    Hooks that were registered with the optimizer do not see it.
+    Hooks that were registered with the optimizer do not see it. Torch's own draw no numbers.
     """
-    groups, state = optimizer.param_groups, optimizer.state
-    hooks = {name: value for name, value in vars(optimizer).items() if name in HOOKS}
+    own, groups, state = dict(vars(optimizer)), optimizer.param_groups, optimizer.state
     chosen = [
-        (group, [p for p in group["params"] if only is None or p is only]) for group in groups
+        ({k: v for k, v in group.items() if k != "params"}, group["params"]) for group in groups
     ]
+    wanted = [(rest, [p for p in ps if only is None or p is only]) for rest, ps in chosen]
     known = state if only is None else state.keys() & {only}
-    optimizer.param_groups = [{**group, "params": ps} for group, ps in chosen if ps]
+    optimizer.param_groups = [{**_copied(rest), "params": ps} for rest, ps in wanted if ps]
     optimizer.state = defaultdict(dict, {p: _copied(state[p]) for p in known})
-    vars(optimizer).update({name: OrderedDict() for name in hooks})
+    vars(optimizer).update({name: OrderedDict() for name in HOOKS if name in own})
+    draws = nullcontext() if only is not None else generators_kept(generators_among(own.values()))
     try:
-        optimizer.step()
+        with draws:
+            optimizer.step()
     finally:
-        optimizer.param_groups, optimizer.state = groups, state
-        vars(optimizer).update(hooks)
+        vars(optimizer).clear()
+        vars(optimizer).update(own)
 
 
 def _copied(values: dict[str, Any]) -> dict[str, Any]:

@@ -50,11 +50,23 @@ class BatchTask:
                     if total is None:
                         optimizer.zero_grad(set_to_none=True)
                     scaled = loss if self.scaler is None else self.scaler.scale(loss)
-                    scaled.backward()  # type: ignore[no-untyped-call]
+                    _propagate(scaled)
                 total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise LearnError("the closure gave no loss at all; it must give at least one")
         return total
+
+
+def _propagate(loss: Tensor) -> None:
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise LearnError(
+            "the closure has propagated its loss back, which is done here; leave that out, or call "
+            "step(closure, backward=False)"
+        ) from error
 
 
 def _one_by_one(losses: Losses, gradient: bool) -> list[Tensor] | Iterator[Tensor]:

@@ -116,6 +116,8 @@ def apply_reads(prepared: PreparedModule, analysis: ChannelAnalysis, live: Liven
 
 def _validated(prepared: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The group of every filter, int `[O]`, that each of `masks` implies."""
+    if not isinstance(masks, Mapping):
+        raise MaskError("masks must be a dict of the names of layers, as get_masks gives it")
     layers = gated_layers(prepared)
     groups: dict[str, Tensor] = {}
     for name, mask in masks.items():

@@ -94,6 +94,8 @@ class TwoModeModule(fx.GraphModule):
 
             @functools.wraps(kind.forward)
             def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+                if module.training:  # asked so that `torch.compile` traces each mode by itself
+                    return module.forward_of_mode(*args, **kwargs)
                 return module.forward_of_mode(*args, **kwargs)
 
             kind.forward = forward

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from dspfx.budget import Budget, PruneReport, prune_to
-from dspfx.energies import energies_of
+from dspfx.energies import check_moments, energies_of
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
@@ -55,6 +55,7 @@ def prune(
         DataError: `moments` are of another model.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    check_moments(moments, prepared)
     parts = [_PrunablePart.of(part, moments, drop_filters) for part in parts_of(prepared)]
     return prune_to(prepared, parts, budget, LEAST)
 

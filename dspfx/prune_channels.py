@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from dspfx.budget import Budget, PruneReport, prune_to
-from dspfx.energies import energies_of
+from dspfx.energies import check_moments, energies_of
 from dspfx.gating import analyse_prepared
 from dspfx.masks import current_reads
 from dspfx.module import PreparedModule
@@ -60,6 +60,7 @@ def prune_channels(
         DataError: `moments` are of another model.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    check_moments(moments, prepared)
     parts = [_ChannelPart.of(part, moments) for part in parts_of(prepared)]
     return prune_to(prepared, parts, budget, LEAST)
 

@@ -33,8 +33,9 @@ def recalibrate(
 
     Args:
         model: prepared, compact or any other. Only `running_mean`, `running_var` and
-            `num_batches_tracked` of its batch norms are changed; in a compact model, those which
-            were folded into convolutions are no longer there, so recalibrate before `convert`.
+            `num_batches_tracked` of its batch norms are changed, those of functional ones are not.
+            In a compact model, those which were folded into convolutions are no longer there, so
+            recalibrate before `convert`.
         batches: a tensor for each batch, a tuple or list of positional inputs, or a dict of inputs
             by name. Of a tuple that is longer than the model has required inputs, such as
             `(images, labels)`, the first ones are taken; at least one.
@@ -43,14 +44,22 @@ def recalibrate(
 
     Raises:
         DataError: there is no batch, none reaches any batch norm with statistics though there are
-            such, or what they lead to is not finite; nothing is changed then.
+            such, one is too small, or what they lead to is not finite; nothing is changed then.
     """
     processes = Processes.of(model, process_group)
     model = unwrapped(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     found = {norm: _of_batch_norm(norm) for norm in norms if norm.running_mean is not None}
     with only_training(model, found.keys()), buffers_kept(model):
-        count = observe(model, found, batches, call, processes)
+        try:
+            count = observe(model, found, batches, call, processes)
+        except ValueError as error:
+            if "more than 1 value" not in str(error):
+                raise
+            raise DataError(
+                "a batch norm cannot normalise a batch that gives it one value per channel; leave "
+                "that batch out, or join it with another"
+            ) from error
     if count == 0:
         raise DataError("there is no batch to recalibrate with; give at least one")
     seen = {norm: moments for norm, moments in found.items() if moments.count}

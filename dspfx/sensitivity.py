@@ -10,6 +10,7 @@ of the factor, says how much the loss grows, to second order, when the factor be
 2. A channel of a group of filters: the sum of S over the group's filters.
 3. Nothing is known of what layers read that are frozen, that have not been reached yet, or whose
    weight is computed from others. One that a batch does not reach would not miss anything there.
+4. Layers that share a weight have its gradient in common, and so one S, of all of them together.
 
 Theis, Korshunova, Tejani, Huszar, "Faster gaze prediction with dense networks and Fisher pruning",
 2018, arXiv 1801.05787; over coupled channels: Liu et al., "Group Fisher Pruning for Practical

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from dspfx.errors import LearnError
 
@@ -14,9 +15,9 @@ TRAINERS = ("accelerate.", "lightning.", "pytorch_lightning.")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel`, `DataParallel` and `torch.compile`."""
+    """The model inside data parallelism, `AveragedModel` and `torch.compile`."""
     while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
+        if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel):
             model = model.module
         elif "_orig_mod" in model._modules:  # a module that was compiled
             model = model.get_submodule("_orig_mod")

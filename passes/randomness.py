@@ -16,10 +16,14 @@ _SEED = 6_917_529  # nobody's
 
 def generators_of(root: nn.Module) -> list[Any]:
     """Torch's, Python's and numpy's generators that the modules of `root` have as attributes."""
+    return generators_among(value for m in root.modules() for value in vars(m).values())
+
+
+def generators_among(values: Iterable[Any]) -> list[Any]:
+    """The random number generators among `values`."""
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if (numpy := sys.modules.get("numpy")) is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState)
-    values = [value for module in root.modules() for value in vars(module).values()]
     return [value for value in values if isinstance(value, kinds)]
 
 

@@ -294,3 +294,50 @@ def test_optimizers_with_other_states(optimizer: type[torch.optim.Optimizer]) ->
     )
     ends = train(finetune, [0.1, 0.2])
     assert same(finetune.prepared.state_dict(), ends[1])
+
+
+def test_an_epoch_ends_once() -> None:
+    """The next one was left out."""
+    finetune = make(cycles=1, epochs=3)
+    seen = []
+    for epoch in finetune:
+        seen.append(epoch)
+        finetune.end_epoch(0.5)
+        with pytest.raises(dspfx.LearnError, match="this epoch has ended"):
+            finetune.end_epoch(0.5)
+    assert seen == [0, 1, 2]
+
+
+def test_optimizers_that_cannot_train_the_model_are_refused() -> None:
+    prepared = network()
+    annealed = torch.optim.SGD(prepared.parameters(), lr=0.0)
+    foreign = torch.optim.SGD(network().parameters(), lr=0.1)
+    for optimizer, words in ((annealed, "are zero"), (foreign, "no weight of this model")):
+        with pytest.raises(dspfx.LearnError, match=words):
+            dspfx.CyclicFinetune(prepared, optimizer, epochs=5, steps_per_epoch=1)
+
+
+def test_parameter_groups_that_are_added_on_the_way_are_refused() -> None:
+    finetune = make(cycles=1, epochs=2)
+    next(iter(finetune))
+    finetune.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(dspfx.LearnError, match="other parameter groups"):
+        finetune.step()
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_run_goes_on_with_or_without_a_wrapper(compiled_first: bool) -> None:
+    """The best weights were under the names of the wrapper."""
+
+    def wrapped(wrap: bool) -> dspfx.CyclicFinetune:
+        prepared = network()
+        optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+        model = torch.compile(prepared, backend="eager") if wrap else prepared
+        return dspfx.CyclicFinetune(model, optimizer, epochs=5, steps_per_epoch=STEPS)
+
+    first, second = wrapped(compiled_first), wrapped(not compiled_first)
+    next(iter(first))
+    first.end_epoch(0.5)
+    second.load_state_dict(first.state_dict())
+    second.restore_best()
+    assert second.best_score == 0.5

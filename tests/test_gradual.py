@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_properties import inputs, prepare
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import dspfx
 from dspfx import Budget
@@ -519,6 +520,46 @@ def test_a_step_without_gradients_is_an_error() -> None:
     pruning.step()
     assert pruning.report is not None
     assert pruning.report.achieved <= 0.5
+
+
+def test_gradients_that_were_all_zeroed_are_an_error() -> None:
+    """Everything went in the order of the layers."""
+    prepared = layers()
+    pruning = dspfx.GradualPruning(prepared, Budget(macs=0.5), total_steps=1, begin=0, prunings=1)
+    loss(prepared).backward()
+    for parameter in prepared.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    before = dspfx.get_masks(prepared)
+    with pytest.raises(dspfx.LearnError, match="all gradients were zero"):
+        pruning.step()
+    assert all(torch.equal(mask, before[name]) for name, mask in dspfx.get_masks(prepared).items())
+
+
+@pytest.mark.parametrize("budget", [0.5, None])
+def test_a_number_is_no_budget(budget: Any) -> None:
+    prepared = layers()
+    with pytest.raises(dspfx.BudgetError, match="is no budget"):
+        dspfx.GradualPruning(prepared, budget, total_steps=1)
+    with pytest.raises(dspfx.BudgetError, match="is no budget"):
+        dspfx.prune(prepared, budget)
+    with pytest.raises(dspfx.BudgetError, match="fraction in"):
+        Budget(macs="0.5")  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_compiled_is_not_compiled_at_every_pruning() -> None:
+    """Whether anything is masked was a guard, and layer after layer broke it."""
+    prepared = layers()
+    dspfx.cluster_groups(prepared)
+    counter = CompileCounter()
+    compiled = torch.compile(prepared, backend=counter, fullgraph=True)
+    pruning = dspfx.GradualPruning(prepared, Budget(macs=0.3), total_steps=20, end=1.0)
+    for step in range(20):
+        loss(compiled, drawn(step)).backward()
+        pruning.step()
+    assert counter.frame_count == 1
+    assert not all(mask.all() for mask in dspfx.get_masks(prepared).values())
+    assert_equal(compiled(X), prepared(X))
 
 
 # -- layers that are not always trained ------------------------------------------------------------

@@ -100,11 +100,12 @@ NAME = "layer1.0.conv1"
         ({"conv1": torch.ones(64, 3, dtype=torch.bool)}, "'conv1' is no gated layer"),
         ({NAME: torch.ones(64, 63, dtype=torch.bool)}, r"shape \(64, 63\).*\(64, 64\)"),
         ({NAME: torch.ones(64, 64)}, "bool tensor"),
+        (None, "must be a dict"),
         ({NAME: torch.eye(64, dtype=torch.bool)}, "64 groups.*prepared for 4"),
         ({NAME: torch.zeros(64, 64, dtype=torch.bool), "x": torch.ones(1)}, "no gated layer"),
     ],
 )
-def test_bad_masks_change_nothing(masks: dict[str, Tensor], words: str) -> None:
+def test_bad_masks_change_nothing(masks: Any, words: str) -> None:
     prepared = prepared_resnet()
     with unchanged(prepared), pytest.raises(dspfx.MaskError, match=words):
         dspfx.set_masks(prepared, masks)

@@ -13,7 +13,7 @@ import dspfx
 from dspfx import Budget
 from dspfx.filters import spread, structural_groups
 from dspfx.gates import GatedLayer, gated_layers
-from helpers import randomise, unchanged
+from helpers import assert_equal, randomise, unchanged
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 + 1
 
@@ -195,6 +195,29 @@ def test_moments_of_another_model(wrong: Tensor) -> None:
     for verb in verbs:
         with unchanged(prepared), pytest.raises(dspfx.DataError, match="grouped"):
             verb()
+
+
+@pytest.mark.parametrize("wrong", [{"module.first": torch.ones(3)}, [1.0], {"grouped": 1.0}])
+def test_moments_of_nothing_here_are_refused(wrong: Any) -> None:
+    """They were passed over without a word."""
+    prepared = dspfx.prepare(layers(), X)
+    verbs: list[Any] = [
+        lambda: dspfx.cluster_groups(prepared, moments=wrong),
+        lambda: dspfx.prune(prepared, Budget(macs=0.5), moments=wrong),
+        lambda: dspfx.prune_channels(prepared, Budget(macs=0.5), moments=wrong),
+    ]
+    for verb in verbs:
+        with unchanged(prepared), pytest.raises(dspfx.DataError, match="no layer of this model"):
+            verb()
+
+
+def test_the_average_of_a_model_has_the_same_layers() -> None:
+    prepared = dspfx.prepare(layers(), X)
+    average = torch.optim.swa_utils.AveragedModel(prepared)
+    moments = dspfx.input_moments(average, [(X, torch.zeros(len(X)))])
+    assert moments.keys() == dspfx.input_moments(prepared, [X]).keys()
+    dspfx.prune(average, Budget(macs=0.5), moments=moments)
+    assert_equal(average.eval()(X), dspfx.convert(average)(X), 1e-5)
 
 
 def test_layers_without_moments_count_by_their_weights() -> None:

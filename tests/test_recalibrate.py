@@ -169,6 +169,7 @@ def test_errors_change_nothing() -> None:
         ([], dspfx.DataError, "no batch"),
         ([X, X * float("nan")], dspfx.DataError, "not finite"),
         ([X, X[:, :2]], RuntimeError, "channels"),
+        ([X, X[:1, :, :5, :5]], dspfx.DataError, "leave that batch out"),
     ]:
         with unchanged(model), pytest.raises(error, match=words):
             dspfx.recalibrate(model, batches)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_learner import (
     Y,
     adamw,
     assert_same_state,
+    conv,
     gate,
     generator,
     learner_of,
@@ -361,12 +363,11 @@ def test_hooks_of_the_optimizer_do_not_see_the_look_ahead(kind: Any) -> None:
 
 
 def test_hooks_of_the_optimizer_are_back_after_an_error() -> None:
-    class Failing(torch.optim.SGD):
-        steps = 0
+    steps = itertools.count(1)
 
+    class Failing(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
-            self.steps += 1
-            if self.steps == 2:
+            if next(steps) == 2:
                 raise KeyError("the look-ahead")
             return super().step(closure)
 
@@ -596,3 +597,122 @@ def test_states_that_do_not_fit() -> None:
         with pytest.raises(dspfx.LearnError, match=words):
             target.load_state_dict(given)
         assert target.steps_done == 0
+
+
+# -- what is masked, and modes ---------------------------------------------------------------------
+
+
+def test_masked_weights_have_no_say_in_the_groups() -> None:
+    """Two models that compute the same, of which one had other dead weights, learned others."""
+    one = tiny()
+    mask = gate(one).mask.clone()
+    mask[:, 0] = False
+    gate(one).set_mask(mask)
+    two = copy.deepcopy(one)
+    layer, other = conv(one), conv(two)
+    with torch.no_grad():
+        other.weight[:, 0] = 3 * other.weight[:, 0] + 1
+    mine, theirs = learner_of(one, sgd, strength=1.0), learner_of(two, sgd, strength=1.0)
+    for _ in range(4):
+        mine.step(loss(one))
+        theirs.step(loss(two))
+    assert torch.equal(layer.gate.logits, other.gate.logits)
+    assert torch.equal(layer.weight[:, 1:], other.weight[:, 1:])
+
+
+class CountsInItsGroups(torch.optim.Optimizer):
+    """A step counts in a tensor of each group, in an attribute, and draws from its generator."""
+
+    def __init__(self, parameters: Any, lr: float = LR) -> None:
+        super().__init__(list(parameters), {"lr": lr})
+        self.draws, self.steps = random.Random(0), 0
+        for group in self.param_groups:
+            group["step"] = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        for group in self.param_groups:
+            group["step"] += 1
+            rate = group["lr"] / (float(group["step"]) + self.steps) * (1 + self.draws.random())
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(rate * p.grad)
+
+
+def test_optimizers_that_count_outside_their_state_are_left_no_trace() -> None:
+    """A look-ahead was counted as a step."""
+    prepared = tiny()
+    plain = copy.deepcopy(prepared)
+    learner = learner_of(prepared, CountsInItsGroups, strength=0.0)
+    optimizer = CountsInItsGroups(plain.parameters())
+    for _ in range(3):
+        learner.step(loss(prepared))
+        optimizer.zero_grad()
+        loss(plain)().backward()
+        optimizer.step()
+    for mine, theirs in zip(prepared.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert float(learner.optimizer.param_groups[0]["step"]) == 3
+
+
+class Around(torch.optim.SGD):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=LR)
+        self.inside = torch.optim.SGD(self.param_groups[0]["params"], lr=LR)
+
+
+def test_what_cannot_be_learned_with_says_so() -> None:
+    prepared = tiny()
+    with pytest.raises(dspfx.LearnError, match="steps another optimizer, its 'inside'"):
+        learner_of(prepared, Around)
+    learner = learner_of(prepared, sgd)
+    with pytest.raises(dspfx.LearnError, match="takes a closure"):
+        learner.step(torch.ones(()))  # type: ignore[arg-type]
+
+    def propagates() -> Tensor:
+        value = loss(prepared)()
+        value.backward()
+        return value
+
+    with unchanged(prepared), pytest.raises(dspfx.LearnError, match="backward=False"):
+        learner.step(propagates)
+    narrow = dspfx.narrow(prepared)
+    with pytest.raises(dspfx.LearnError, match="not in a narrow one"):
+        learner_of(narrow, sgd)
+
+
+class FailsToStep(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        raise RuntimeError("wants a closure")
+
+
+def test_an_optimizer_that_fails_leaves_the_statistics_of_norms() -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, lambda parameters: FailsToStep(parameters, lr=LR))
+    with unchanged(prepared), pytest.raises(RuntimeError, match="wants a closure"):
+        learner.step(loss(prepared))
+
+
+class Drops(nn.Module):
+    """Nothing in it but its own mode says that it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(nn.functional.dropout(self.a(x), 0.5, self.training))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_compiled_model_knows_its_mode(first: bool, narrow: bool) -> None:
+    """It stayed in the mode of its first call."""
+    torch.manual_seed(0)
+    model = dspfx.prepare(Drops().double(), X)
+    model = dspfx.narrow(model) if narrow else model
+    compiled = torch.compile(model, backend="eager")
+    for mode in (first, not first, first):
+        model.train(mode)
+        assert torch.equal(compiled(X), compiled(X)) != mode
