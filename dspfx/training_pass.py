@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.inputs import Call, fresh, parameter_dtype_and_device
+from dspfx.passes.own_gradients import positions
 from dspfx.passes.patched import checkpoints_run_once
 from dspfx.passes.randomness import drawing_anew
 from dspfx.trees import leaves
@@ -46,7 +47,8 @@ def training_pass(module: nn.Module, call: Call) -> Results | None:
         except Exception:
             return None
         gradients = dict(zip(trained, found, strict=True))
-        results = {f"the gradient of {n}": _sketch(gradients.get(n)) for n in _names(twin)}
+        names = [name for name, _ in twin.named_parameters()]
+        results = {f"the gradient of {name}": _sketch(gradients.get(name)) for name in names}
         for calls, values in (("", outputs), (" of the second call", again)):
             results |= {f"output {i}{calls}": _numbers(x.detach()) for i, x in enumerate(values)}
         after = _sketches(twin)
@@ -90,10 +92,6 @@ def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
     return [x for x in leaves(module(*given.args, **given.kwargs)) if isinstance(x, Tensor)]
 
 
-def _names(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters()]
-
-
 def _sketches(module: nn.Module) -> Results:
     """Of everything that `module` owns."""
     with torch.no_grad():
@@ -111,8 +109,7 @@ def _sketch(x: Tensor | None) -> Tensor:
 
 def _weighted(x: Tensor) -> Tensor:
     """A sum that knows where the summands are, and their signs."""
-    weights = torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device)
-    return torch.dot(x.flatten(), weights)
+    return torch.dot(x.flatten(), positions(x).flatten())
 
 
 def _numbers(x: Tensor) -> Tensor:

@@ -88,6 +88,11 @@ def _is_its_codes(function: Any, args: Any) -> bool:
     )
 
 
+def positions(x: Tensor) -> Tensor:
+    """Numbers from 0.5 to 1.5, of the shape of `x`: a sum weighted by them knows what is where."""
+    return torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x)
+
+
 def _gradients(
     function: Callable[..., Any], args: Any, scale: float, weight: float
 ) -> list[Tensor]:
@@ -110,11 +115,7 @@ def _gradients(
     with torch.inference_mode(mode=False), torch.enable_grad():
         out = function(*map_aggregate(args, fresh))
         results = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
-        weights = [
-            weight * torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in results
-        ]
-        pairs = zip(results, weights, strict=True)
-        total = sum((x * w).sum() for x, w in pairs if x.requires_grad)
+        total = sum((x * (weight * positions(x))).sum() for x in results if x.requires_grad)
         if not isinstance(total, Tensor):
             return [torch.zeros_like(x) for x in inputs]
         return list(torch.autograd.grad(total, inputs, materialize_grads=True))
