@@ -82,7 +82,8 @@ def load(
         raise LoadError("the model is on the meta device; construct it on a CPU or GPU")
     archive = read(path, LARGER * sum(8 * tensor.numel() for tensor in own) + ROOM)
     try:
-        return _built(model, from_json(Plan, archive.plan), archive.tensors, rules or {})
+        with torch.inference_mode(mode=False):  # or what is loaded could not be run apart from it
+            return _built(model, from_json(Plan, archive.plan), archive.tensors, rules or {})
     except Exception as error:  # also what the code of the model raises when it is called
         what = str(error) if isinstance(error, DspfxError | ValueError) else repr(error)
         saved = " and ".join(f"{n} {str(archive.plan.get(n))[:20]}" for n in ("dspfx", "torch"))

@@ -8,14 +8,20 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from dspfx.errors import LearnError
+from dspfx.errors import ConvertError, LearnError
 
 # their optimizers pass everything on to the one inside, but step and forget gradients as they like
 TRAINERS = ("accelerate.", "lightning.", "pytorch_lightning.")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside data parallelism, `AveragedModel` and `torch.compile`."""
+    """The model inside data parallelism, `AveragedModel` and `torch.compile`.
+
+    Raises:
+        ConvertError: it is no module at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConvertError(f"a torch.nn.Module is wanted, got a {type(model).__name__}")
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel):
             model = model.module

@@ -360,15 +360,27 @@ class _Analyser(fx.Interpreter):
         spanning = [n for n, span in zip(operands, spans, strict=True) if span]
         self._pass_atoms(node, result, dim, self._couple(spanning, result.shape[dim]))
         plain = not node.kwargs and len(node.args) == len(operands) == 2
-        skips_left = plain and key in operators.ADDITIONS
-        skips_right = plain and key in operators.ADDITIONS | operators.SUBTRACTIONS
+        skips: tuple[bool, ...] = (False,) * len(operands)
+        if plain:
+            left, right = (self._is_whole(operand, result, dim) for operand in operands)
+            skips_left = right and key in operators.ADDITIONS
+            skips_right = left and key in operators.ADDITIONS | operators.SUBTRACTIONS
+            skips = skips_left, skips_right
         return Elementwise(
             operands,
             tuple(bool(span) for span in spans),
             self._zero_of_zeros(node),
             key in operators.MULTIPLICATIONS,
-            (skips_left, skips_right) if plain else (False,) * len(operands),
+            skips,
         )
+
+    def _is_whole(self, operand: Node, result: Tensor, dim: int) -> bool:
+        """Whether an operand has the shape and type of the result by itself, at every size."""
+        real = self.env[operand]
+        if not isinstance(real, Tensor) or isinstance(self.ops[operand], Constant):
+            return False
+        alike = real.shape == result.shape and real.dtype == result.dtype
+        return alike and all(size > 1 for d, size in enumerate(real.shape) if d != dim)
 
     def _aligned_dim(self, value: Value | None, result: Tensor) -> int | None:
         """The dimension of the result that the channels of an operand lie along."""

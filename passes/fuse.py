@@ -77,7 +77,7 @@ class _Fusion:
         shapes = _Shapes(module)
         with torch.no_grad():
             shapes.run(*inputs)
-        self.shapes = shapes.of
+        self.shapes, self.kinds = shapes.of, shapes.kinds
 
     def _moved(self, node: Node) -> _Moved | None:
         """What `node` is, if it is another value with channels moved."""
@@ -125,6 +125,8 @@ class _Fusion:
             real = inputs >= 0
             weight = group.weight[:, torch.from_numpy(real)]
             groups.append(FilterGroup(group.filters, inputs[real], weight))
+        if not _reads_any(groups):
+            return False
         self._become(node, conv.remade(groups=groups))
         node.args = (moved.source, *others)
         return True
@@ -147,6 +149,8 @@ class _Fusion:
             real = place[group.filters] >= 0
             weight = group.weight[torch.from_numpy(real)]
             groups.append(FilterGroup(place[group.filters[real]], group.inputs, weight))
+        if not _reads_any(groups):
+            return False
         bias = None
         if conv.bias is not None:
             own: Any = conv.bias
@@ -204,6 +208,8 @@ class _Fusion:
         (other,) = [a for a in add.args if a is not node] or [None]
         if not isinstance(other, Node) or self.shapes.get(other) != self.shapes[node]:
             return False
+        if self.kinds[other] != self.kinds[node]:
+            return False
         moved = self._as_moved(other)
         if moved.source is None:
             return False
@@ -230,6 +236,11 @@ class _Fusion:
         return True
 
 
+def _reads_any(groups: list[FilterGroup]) -> bool:
+    """Whether anything is left for the kernel to multiply."""
+    return any(len(group.filters) and len(group.inputs) for group in groups)
+
+
 def _together(parts: list[_Moved]) -> _Moved | None:
     sources = {part.source for part in parts} - {None}
     if len(sources) != 1:
@@ -250,16 +261,18 @@ def _channels_added(node: Node) -> tuple[int, int] | None:
 
 
 class _Shapes(fx.Interpreter):
-    """Remembers the shape of every tensor."""
+    """Remembers the shape of every tensor, and its kind: its type and where it is."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.of: dict[Node, torch.Size] = {}
+        self.kinds: dict[Node, tuple[torch.dtype, torch.device]] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.of[n] = result.shape
+            self.kinds[n] = result.dtype, result.device
         return result
 
 

@@ -388,3 +388,42 @@ def test_a_crop_that_does_nothing_to_the_example_still_crops_larger_images() -> 
     for shape in ((2, 3, 8, 8), (1, 3, 9, 11)):
         x = torch.randn(shape, dtype=torch.float64)
         assert_equal(prepared(x), compact(x))
+
+
+class Shifts(nn.Module):
+    """Something narrower is added to what may be all dead."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 4, 1),
+        )
+        self.pooled = nn.Conv2d(3, 8, 1)
+        self.register_buffer("shift", torch.randn(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.kind:
+            case "buffer":
+                shift = self.shift
+            case "numbers":
+                shift = torch.arange(8, device=x.device).view(1, 8, 1, 1) * 0.1
+            case _:
+                shift = self.pooled(x.mean((2, 3), keepdim=True))
+        return self.c((self.b(self.a(x)) + shift).relu())
+
+
+@pytest.mark.parametrize("pixels", [1, 6])
+@pytest.mark.parametrize("kind", ["buffer", "numbers", "pooled"])
+def test_what_is_dead_still_gives_a_sum_its_shape_and_type(kind: str, pixels: int) -> None:
+    """It was left out, and the sum was as narrow as what was added."""
+    x = torch.randn(2, 3, pixels, pixels, dtype=torch.float64)
+    prepared = dspfx.prepare(randomise(Shifts(kind)).double(), x).eval()
+    masks = dspfx.get_masks(prepared)
+    masks["b"][:] = False
+    dspfx.set_masks(prepared, masks)
+    compact = dspfx.convert(prepared)
+    for size in (x, torch.randn(2, 3, 9, 9, dtype=torch.float64)):
+        assert_equal(prepared(size), compact(size))

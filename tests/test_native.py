@@ -621,6 +621,46 @@ def test_sums_and_activations_are_fused() -> None:
     assert not fuse(module, (x,))
 
 
+class AddsTruth(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + (x > 0)
+
+
+def test_a_sum_with_another_type_stays() -> None:
+    """The kernel was given truth values for a residual, and refused them."""
+    own, conv = layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=0)
+    x = torch.randn(2, 6, 5, 5)
+    module = traced(AddsTruth(own))
+    assert not fuse(module, (x,))
+    assert_equal(AddsTruth(conv)(x), module(x), 1e-5)
+
+
+class ReadsNothing(nn.Module):
+    """What the convolution reads is of a value, but all of it is zero."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(torch.narrow(x, 1, 0, 1), (0, 0, 0, 0, 5, 1)))
+
+
+def test_a_convolution_that_would_read_nothing_stays() -> None:
+    """There were no weights to pack."""
+    conv = nn.Conv2d(7, 6, 3, padding=1).requires_grad_(False)
+    conv.weight[:, 5:] = 0
+    own = group_conv_like(conv, [(np.arange(6), np.arange(5))], conv.weight, conv.bias)
+    x = torch.randn(2, 6, 5, 5)
+    module = traced(ReadsNothing(own))
+    assert not fuse(module, (x,))
+    assert_equal(ReadsNothing(conv)(x), module(x), 1e-5)
+
+
 class Pyramid(nn.Module):
     """A convolution is called with two sizes, and other things stand behind it."""
 
