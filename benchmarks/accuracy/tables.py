@@ -44,8 +44,9 @@ optimizer. *Calibrated* methods know the inputs of layers from 1,000 training im
 these 8 epochs `dspfx.GradualPruning` prunes, by what the loss says of channels and of groups.
 Groups are clustered there before it begins, or all at random. *By time*: a share of the time that
 layers were measured to take remains, and what goes is weighed against its time. *Distilled*: with
-the dense network's answers. Tables have the mean, the standard deviation and the number of seeds;
-pictures have what was tried at three budgets or more.
+the dense network's answers; after its 10 epochs it is no better than what it teaches. Tables have
+the mean, the standard deviation and the number of seeds; pictures have what was tried at three
+budgets or more.
 """
 
 Cells = dict[tuple[str, int], list[Result]]  # by method and percentage, one for each seed
