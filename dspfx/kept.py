@@ -92,8 +92,13 @@ def written_by(graph: fx.GraphModule) -> list[Tensor]:
 
 def _only_reads(module: nn.Module) -> bool:
     """Whether no code but torch's and ours runs in `module`, which leaves parameters alone."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module).__module__.startswith(("torch.nn.", "dspfx.")) and not hooks
+    own = type(module).__module__.startswith(("torch.nn.", "dspfx."))
+    return own and not is_altered(module)
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of `module` runs more than the code of its class: hooks, another `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _contents(container: Any) -> tuple[Any, ...]:

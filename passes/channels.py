@@ -27,6 +27,7 @@ from torch.fx.node import Node, map_arg
 from dspfx.filters import TRANSPOSED, filters_first, structural_groups
 from dspfx.gates import GATED, ChannelGate, GatedLayer
 from dspfx.inputs import fresh
+from dspfx.kept import is_altered
 from dspfx.passes import operators
 from dspfx.passes.coupling import Coupling
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
@@ -186,7 +187,7 @@ class _Analyser(fx.Interpreter):
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         if module is None or isinstance(module, GatedLayer | torch.jit.ScriptModule):
             return False
-        if not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+        if not is_altered(module):
             return False
         args, kwargs = fresh(self.fetch_args_kwargs_from_env(node))
         return not torch.equal(type(module).forward(module, *args, **kwargs), result)
