@@ -24,7 +24,7 @@ from torch import Tensor
 from dspfx.errors import DspfxError, LoadError, SaveError
 
 KEY = "dspfx"  # one key of metadata alone: several would be written in any order
-FORMAT = 1
+FORMAT = 2
 MOST_HEADER = 2**25  # bytes
 
 

@@ -5,6 +5,7 @@
    same, node by node.
 3. A compact model is emitted from that by the stored plan, every number of which is checked.
 4. The names, shapes and kinds of all tensors have to fit. Only then are values copied.
+   The settings of all modules have to be the same too.
 5. Every part is run once.
 """
 
@@ -46,10 +47,13 @@ from dspfx.passes.operators import Key, Rule
 from dspfx.passes.trace import copy_model
 from dspfx.records import from_json
 from dspfx.save import ORIGINAL, Plan
+from dspfx.settings import other_setting, settings
 from dspfx.stored_inputs import DTYPES, from_plain
 
 LARGER = 16  # times the size of the model that its file may have at most
 ROOM = 2**26  # bytes that it may have besides
+
+_ADDED: dict[str, Any] = {"settings": {}}  # what plans of format 1 lack
 
 
 def load(
@@ -83,7 +87,8 @@ def load(
     archive = read(path, LARGER * sum(8 * tensor.numel() for tensor in own) + ROOM)
     try:
         with torch.inference_mode(mode=False):  # or what is loaded could not be run apart from it
-            return _built(model, from_json(Plan, archive.plan), archive.tensors, rules or {})
+            plan = from_json(Plan, _ADDED | archive.plan)
+            return _built(model, plan, archive.tensors, rules or {})
     except Exception as error:  # also what the code of the model raises when it is called
         what = str(error) if isinstance(error, DspfxError | ValueError) else repr(error)
         saved = " and ".join(f"{n} {str(archive.plan.get(n))[:20]}" for n in ("dspfx", "torch"))
@@ -104,6 +109,8 @@ def _built(
     fill(root, values, plan.aliases, plan.orders)
     if not compact:
         _check_masks(root, plan.parts)
+    if other := other_setting(settings(root), plan.settings):
+        raise LoadError(f"its module {other}")
     _run(root)
     if compact:
         put_all(root, plan.training)

@@ -15,6 +15,7 @@ from dspfx.listing import structure
 from dspfx.module import CompactModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.records import to_json
+from dspfx.settings import Settings, settings
 from dspfx.wrappers import unwrapped
 
 ORIGINAL = "original/"  # before the names of tensors that only the module before `convert` has
@@ -31,6 +32,7 @@ class Plan:
         aliases: further names of tensors, and the names under which these are stored.
         orders: the dimensions of tensors that are not contiguous, in the order of their strides,
             the largest first.
+        settings: what the modules of the model were constructed with, by their names.
         parts: the prepared or compact modules of the model, itself if it was traced whole.
     """
 
@@ -40,6 +42,7 @@ class Plan:
     training: bool
     aliases: dict[str, str]
     orders: dict[str, tuple[int, ...]]
+    settings: Settings
     parts: tuple[Blueprint, ...]
 
 
@@ -48,10 +51,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The file is in the safetensors format. It holds all parameters and buffers as they are now, bit
     for bit. As JSON in its metadata it holds the versions of dspfx and torch, the shapes and types
-    of the example inputs, the graph, the masks and groups of every layer, and of a compact model
-    for every tensor in the graph the original number of each channel that it holds. It holds no
-    code, no example images and no state of an optimiser. What was at `path` is replaced in one
-    step, when all is written.
+    of the example inputs, the graph, the settings of all modules, the masks and groups of every
+    layer, and of a compact model for every tensor in the graph the original number of each channel
+    that it holds. It holds no code, no example images and no state of an optimiser. What was at
+    `path` is replaced in one step, when all is written.
 
     Args:
         model: from `dspfx.prepare`, at any time, or from `dspfx.convert`, fine-tuned or not.
@@ -85,6 +88,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         training=model.training,
         aliases=names,
         orders={name: _order(t) for name, t in tensors.items() if not t.is_contiguous()},
+        settings=settings(model),
         parts=_parts(model),
     )
     write(Path(path), Archive(to_json(plan), tensors))

@@ -226,7 +226,7 @@ def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         plan = json.loads(file.metadata()["dspfx"])["plan"]
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert (plan["format"], plan["torch"], plan["dspfx"]) == (1, torch.__version__, "0.1.0")
+    assert (plan["format"], plan["torch"], plan["dspfx"]) == (2, torch.__version__, "0.1.0")
     (part,) = plan["parts"]
     for name, mask in dspfx.get_masks(prepared).items():
         record = part["masks"][name]
@@ -268,6 +268,61 @@ def test_other_models_are_refused(
     with pytest.raises(dspfx.LoadError, match=words) as caught:
         dspfx.load(tmp_path / "m", other)
     assert "as it was" in str(caught.value) or "construct it" in str(caught.value)
+
+
+class Scaled(nn.Module):
+    """Cannot be traced, and finds out what `size` is when it is first called."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.size = factor, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size = self.size or x.shape[-1]
+        return x * self.factor if x.isfinite().all() else x
+
+
+class Attending(nn.Module):
+    """Runs `layer` on the pixels of the first convolution."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Conv2d(3, 8, 3), layer, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head(self.layer(pixels).transpose(1, 2).unflatten(2, (8, 8)))
+
+
+def between(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.Conv2d(8, 4, 1))
+
+
+def encoder(heads: int = 2, norm_first: bool = False, act: Any = torch.relu) -> nn.Module:
+    return Attending(nn.TransformerEncoderLayer(8, heads, 16, 0.0, act, norm_first=norm_first))
+
+
+OTHER_SETTINGS = {  # what `extra_repr` does not show
+    "count_include_pad": [lambda v: between(nn.AvgPool2d(3, 1, 1, False, v)), True, False],
+    "divisor_override": [lambda v: between(nn.AvgPool2d(3, divisor_override=v)), None, 5],
+    "align_corners": [lambda v: between(nn.Upsample(9, None, "bilinear", v)), False, True],
+    "num_heads": [lambda v: encoder(heads=v), 2, 4],
+    "norm_first": [lambda v: encoder(norm_first=v), False, True],
+    "activation": [lambda v: encoder(act=v), torch.relu, torch.sigmoid],
+    "factor": [lambda v: between(Scaled(v)), 1.0, 3.0],
+}
+
+
+@pytest.mark.parametrize("attribute", OTHER_SETTINGS)
+@pytest.mark.parametrize("compact", [False, True])
+def test_other_settings_are_refused(attribute: str, compact: bool, tmp_path: Path) -> None:
+    build, value, other = OTHER_SETTINGS[attribute]
+    model = pruned(build(value))
+    model = dspfx.convert(model) if compact else model
+    dspfx.save(model, tmp_path / "m")
+    assert torch.equal(dspfx.load(tmp_path / "m", build(value))(X), model(X))
+    with pytest.raises(dspfx.LoadError, match=f"has {attribute}=.* and had .*as it was"):
+        dspfx.load(tmp_path / "m", build(other))
 
 
 class Stateful(Small):
@@ -322,9 +377,10 @@ def test_a_failed_write_leaves_what_was_there(
         dspfx.save(pruned(Small()), tmp_path / "no such folder" / "m")
 
 
-def test_formats() -> None:
+@pytest.mark.parametrize("number", range(1, archive.FORMAT + 1))
+def test_formats(number: int) -> None:
     """A file of every format there was is kept, and loads."""
-    loaded = dspfx.load(DATA / "format_1.safetensors", Small())
+    loaded = dspfx.load(DATA / f"format_{number}.safetensors", Small())
     assert isinstance(loaded, dspfx.CompactModule)
     expected = torch.tensor(json.loads((DATA / "format_1.json").read_text()))
     assert_equal(expected, loaded(torch.linspace(-1, 1, 600).reshape(2, 3, 10, 10)), 1e-5)
@@ -334,8 +390,8 @@ def test_a_later_format_says_what_to_do(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     dspfx.save(pruned(Small()), file)
     found = archive.read(file, 2**30)
-    archive.write(file, archive.Archive({**found.plan, "format": 2, "new": 1}, found.tensors))
-    with pytest.raises(dspfx.LoadError, match=r"has format 2.*update dspfx"):
+    archive.write(file, archive.Archive({**found.plan, "format": 3, "new": 1}, found.tensors))
+    with pytest.raises(dspfx.LoadError, match=r"has format 3.*update dspfx"):
         dspfx.load(file, Small())
 
 
