@@ -40,7 +40,8 @@ class GroupConv2d(nn.Module):
         settings: kernel size, stride, padding and dilation.
         groups: none of them writes what another writes; channels of the output that none writes
             are zero before bias, residual and activation.
-        filters: O, the channels of the output.
+        channels: C, those of the input.
+        filters: O, those of the output.
         bias: `[O]`, or None.
         activation: one of `native.ACTIVATIONS`.
         added: int `[O]`, the channel of the residual that is added to each of the output; -1 for
@@ -51,6 +52,7 @@ class GroupConv2d(nn.Module):
         self,
         settings: native.Settings,
         groups: Sequence[FilterGroup],
+        channels: int,
         filters: int,
         bias: Tensor | None,
         activation: str = "none",
@@ -59,7 +61,7 @@ class GroupConv2d(nn.Module):
         super().__init__()
         self.settings = settings
         self.block = native.filters_in_a_block()
-        self.count = filters
+        self.channels, self.count = channels, filters
         self.activation = activation
         written = np.concatenate([group.filters for group in groups])
         silent = np.setdiff1d(np.arange(filters), written)
@@ -73,7 +75,7 @@ class GroupConv2d(nn.Module):
         ]
         self.register_buffer("weight", native.packed([g.weight for g in groups], self.block))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        plan = np.concatenate([[self.block], *numbers]).astype(np.int64)
+        plan = np.concatenate([[self.block, channels], *numbers]).astype(np.int64)
         self.register_buffer("plan", torch.from_numpy(plan))
         self.adds = added is not None
 
@@ -102,6 +104,7 @@ class GroupConv2d(nn.Module):
         made_of: dict[str, Any] = {
             "settings": self.settings,
             "groups": self.groups(),
+            "channels": self.channels,
             "filters": self.count,
             "bias": self.bias,
             "activation": self.activation,
@@ -121,14 +124,14 @@ class GroupConv2d(nn.Module):
         added = self._unpacked().added
         return None if added is None else added.numpy()
 
-    def whole(self, channels: int, families: int = 1) -> Tensor:
-        """The weight that this was made of, `[O, channels, kh, kw]`, zeros filled in.
+    def whole(self, families: int = 1) -> Tensor:
+        """The weight that this was made of, `[O, C/S, kh, kw]`, zeros filled in.
 
         Args:
-            channels: C/S, the input channels of one family.
-            families: S; the filters of each, O/S, read channels of their own.
+            families: S; the filters of each, O/S, read C/S channels of their own.
         """
         packed: Any = self.weight
+        channels = self.channels // families
         weight: Tensor = packed.new_zeros(self.count, channels, *self.settings[0])
         for filters, inputs, own in self._unpacked().groups:
             first = filters // (self.count // families) * channels
@@ -185,7 +188,7 @@ def group_conv_like(
         stored = c - (f[0] // (filters // families) * channels if len(f) else 0)
         cut = weight.detach()[torch.from_numpy(f)][:, torch.from_numpy(stored)]
         own.append(FilterGroup(f, c, cut))
-    return GroupConv2d(settings, own, len(weight), bias)
+    return GroupConv2d(settings, own, channels * families, filters, bias)
 
 
 class GroupConvRun(nn.Module):

@@ -61,7 +61,8 @@ def _convolve(module: fx.GraphModule, node: Node) -> None:
     linear: Any = _called(module, node)
     filters, channels = linear.weight.shape
     group = FilterGroup(np.arange(filters), np.arange(channels), linear.weight[..., None, None])
-    conv = GroupConv2d(([1, 1], [1, 1], [0, 0], [1, 1]), [group], filters, linear.bias).eval()
+    pixel = [1, 1], [1, 1], [0, 0], [1, 1]
+    conv = GroupConv2d(pixel, [group], channels, filters, linear.bias).eval()
     name = f"{node.name}_in_run"
     module.add_submodule(name, conv)
     flat: Any = node.args[0]

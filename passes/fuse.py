@@ -127,7 +127,8 @@ class _Fusion:
             groups.append(FilterGroup(group.filters, inputs[real], weight))
         if not _reads_any(groups):
             return False
-        self._become(node, conv.remade(groups=groups))
+        channels = self.shapes[moved.source][1]
+        self._become(node, conv.remade(groups=groups, channels=channels))
         node.args = (moved.source, *others)
         return True
 

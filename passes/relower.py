@@ -163,7 +163,7 @@ def _whole(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer, as of one convolution over all channels of a family."""
     if isinstance(module, GroupConv2d):
-        return module.whole(channels, families), module.bias  # type: ignore[return-value]
+        return module.whole(families), module.bias  # type: ignore[return-value]
     branches = isinstance(module, Branches)
     layers: list[Any] = list(module.children()) if branches else [module]
     reads = [module.read_by(i) for i in range(len(layers))] if branches else [np.arange(channels)]

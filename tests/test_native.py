@@ -125,7 +125,7 @@ def test_equal_to_convolutions(call: dict[str, Any]) -> None:
         residual = moved(residual, added)
     wanted = expected(conv, x, residual, call["activation"])
     assert_equal(wanted, own(*given_too), 1e-5)
-    assert torch.equal(own.whole(conv.in_channels), conv.weight.float())
+    assert torch.equal(own.whole(), conv.weight.float())
     buffers: Any = (own.weight, own.bias, own.plan)
     numbers = native.as_text([own.numbers(0, len(given_too) * 2 - 3)])
     (portable,) = native._run(given_too, *buffers, numbers, [len(given_too)])
@@ -200,7 +200,7 @@ def test_equal_to_the_reference_for_any_lists(call: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     groups = [with_weight(g, call["settings"][0], generator) for g in call["groups"]]
     bias = torch.randn(call["filters"], generator=generator)
-    own = GroupConv2d(call["settings"], groups, call["filters"], bias)
+    own = GroupConv2d(call["settings"], groups, call["size"][1], call["filters"], bias)
     x = torch.randn(call["size"], generator=generator)
     buffers: Any = (own.weight.double(), own.bias.double(), own.plan)
     (wanted,) = native._run([x.double()], *buffers, native.as_text([own.numbers(0, -1)]), [1])
@@ -220,9 +220,8 @@ def test_winograd_is_equal_to_the_reference(call: dict[str, Any]) -> None:
         scale = max(1, len(g.inputs) * math.prod(kernel)) ** 0.5
         groups.append(FilterGroup(g.filters, g.inputs, g.weight / scale))
     bias = torch.randn(call["filters"], generator=generator)
-    own = GroupConv2d(
-        call["settings"], groups, call["filters"], bias, call["activation"], call["added"]
-    )
+    sizes = call["size"][1], call["filters"]
+    own = GroupConv2d(call["settings"], groups, *sizes, bias, call["activation"], call["added"])
     x = torch.randn(call["size"], generator=generator)
     inputs = [x]
     if call["added"] is not None:
@@ -521,6 +520,10 @@ def test_an_input_that_does_not_fit_raises() -> None:
     for x in (torch.randn(2, 3, 8, 8), torch.randn(6, 8, 8), torch.randn(2, 6, 8, 8).double()):
         with pytest.raises(RuntimeError):
             own(x)
+    wide, numbers = torch.randn(2, 7, 8, 8), native.as_text([own.numbers(0, -1)])
+    for call in (own, lambda x: native._run([x], own.weight, own.bias, own.plan, numbers, [1])):
+        with pytest.raises(RuntimeError, match="an input of 6 channels, got 7"):
+            call(wide)
     with pytest.raises(RuntimeError, match="residual"):
         own.remade(added=np.arange(5))(torch.randn(2, 6, 8, 8), torch.randn(2, 5, 7, 8))
 

@@ -134,6 +134,7 @@ class Layer:
         source, residual: values; the given ones come first, then one for each layer. -1: none.
         settings: kernel size, stride, padding and dilation.
         activation: index into `ACTIVATIONS`.
+        channels: C, of the input of a layer that is no pool.
         filters: the channels of the output in the order of the groups, int `[O]`.
         groups: of each group the filters, as they lie in `filters`, the inputs, int `[c]`, and
             the weight, `[f, c, kh, kw]`.
@@ -145,6 +146,7 @@ class Layer:
     residual: int
     settings: Settings
     activation: int
+    channels: int
     filters: Tensor
     groups: tuple[tuple[Tensor, Tensor, Tensor], ...]
     added: Tensor | None
@@ -156,8 +158,9 @@ def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
     for (kind, source, residual, count, filters), settings, activation in described(layers):
         kernel = settings[0]
         if kind in POOLS:
-            yield Layer(kind, source, -1, settings, 0, plan[:0], (), None)
+            yield Layer(kind, source, -1, settings, 0, -1, plan[:0], (), None)
             continue
+        channels, plan = int(plan[0]), plan[1:]
         sizes, written = plan[: 2 * count], plan[2 * count : 2 * count + filters]
         plan = plan[2 * count + filters :]
         groups, left = [], written
@@ -176,7 +179,8 @@ def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
         added = None
         if residual >= 0:
             added, plan = plan[:filters], plan[filters:]
-        yield Layer(kind, source, residual, settings, activation, written, tuple(groups), added)
+        told = kind, source, residual, settings, activation, channels
+        yield Layer(*told, written, tuple(groups), added)
 
 
 def as_text(layers: Iterable[Sequence[int]]) -> str:
@@ -244,6 +248,10 @@ def _run(
         if layer.kind in POOLS:
             values.append(_pool(x, layer))
             continue
+        if x.shape[1] != layer.channels:
+            raise RuntimeError(
+                f"group_conv2d: expected an input of {layer.channels} channels, got {x.shape[1]}"
+            )
         filters = layer.filters.numel()
         y = x.new_zeros(len(x), filters, *_out_size(x.shape[2:], *layer.settings))
         for written, read, own in layer.groups:

@@ -31,6 +31,9 @@ class Reader {
 
 inline void read_groups(Layer& l, const Value& source, int64_t groups, int64_t filters,
                         Reader& plan, int64_t& weights) {
+  const int64_t channels = plan.next(1)[0];
+  TORCH_CHECK(source.channels == channels, "group_conv2d: expected an input of ", channels,
+              " channels, got ", source.channels);
   const auto sizes = plan.next(2 * groups);
   l.filters = plan.next(filters).vec();
   std::vector<bool> written(filters, false);
