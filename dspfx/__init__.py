@@ -15,6 +15,7 @@ from dspfx.distill import distillation_loss
 from dspfx.errors import (
     BudgetError,
     CheckpointError,
+    CompileError,
     ConvertError,
     DataError,
     DspfxError,
@@ -57,6 +58,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "CompactModule",
+    "CompileError",
     "ConvertError",
     "CostModel",
     "CyclicFinetune",

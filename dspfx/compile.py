@@ -22,9 +22,11 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from dspfx.deployable import check_deployable
+from dspfx.errors import CompileError
 from dspfx.gating import fitting_inputs
 from dspfx.group_conv import GroupConvRun
-from dspfx.inputs import as_inputs
+from dspfx.inputs import Call, as_inputs, check_accepted
 from dspfx.parts import compact_parts_of
 from dspfx.passes.classifier import join_classifiers
 from dspfx.passes.cost_model import CPU
@@ -171,8 +173,14 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     Returns:
         A callable with the model's positional arguments; `print(compiled.report)` shows what was
         measured and chosen.
+
+    Raises:
+        CompileError: the model is not converted, is in training mode, or does not accept the
+            example inputs.
     """
     inputs = as_inputs(example_inputs)
+    check_deployable(model, "compile", CompileError)
+    check_accepted(model, Call(inputs), CompileError)
     layers = sites(model, inputs)
     grouped = [site for site in layers if len(site.groups) > 1 and site.families == 1]
     if not grouped and not compact_parts_of(model):  # nobody's kernel is built for it

@@ -49,6 +49,10 @@ class ExportError(DspfxError):
     """The model cannot be exported, or not to this format; the message says what to do."""
 
 
+class CompileError(DspfxError):
+    """The model cannot be compiled, or not for these inputs; the message says what to do."""
+
+
 class PlotError(DspfxError):
     """A picture cannot be drawn or not be written in this format; the message says what to do."""
 

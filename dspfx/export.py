@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from dspfx.archive import replacing
+from dspfx.deployable import check_deployable
 from dspfx.errors import ExportError, PrepareError
 from dspfx.group_conv import GroupConv2d, GroupConvRun
 from dspfx.inputs import Call, choose_inputs
-from dspfx.module import PreparedModule
 from dspfx.trees import map_leaves
 
 Format = Literal["onnx", "export", "aoti"]
@@ -87,21 +87,13 @@ def _format(path: Path, given: str | None) -> Format:
 
 
 def _check(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ExportError(
-            f"a {type(model).__name__} is made for this process alone; export the model that was "
-            "compiled, the one that dspfx.convert returned"
-        )
+    check_deployable(model, "export", ExportError)
     for name, module in model.named_modules():
-        if isinstance(module, PreparedModule):
-            raise ExportError("the model is prepared; export what dspfx.convert makes of it")
         if isinstance(module, GroupConv2d | GroupConvRun):
             raise ExportError(
                 f"'{name}' runs on the project's own kernel, which no other program has; export "
                 "the model that dspfx.convert returned, not the one that dspfx.compile chose"
             )
-        if module.training:
-            raise ExportError("the model is in training mode; call model.eval() first")
 
 
 def _without_values(leaf: Any) -> Any:

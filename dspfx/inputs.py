@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspfx.errors import PrepareError
+from dspfx.errors import DspfxError, PrepareError
 from dspfx.kept import state_kept
 from dspfx.passes.randomness import drawing_anew
 from dspfx.trees import leaves, map_leaves
@@ -52,15 +52,20 @@ def choose_inputs(root: nn.Module, given: Any) -> tuple[Call, tuple[str, ...]]:
         return _inferred(root)
     call = given if isinstance(given, Call) else _as_call(root, given)
     call = call.map(lambda x: x.detach() if isinstance(x, Tensor) else x)
-    error = _failure(root, call)
-    if error is not None:
-        raise PrepareError(
-            f"the model does not accept the example inputs ({_shapes(call)}): {error}"
-        ) from error
+    check_accepted(root, call, PrepareError)
     if any(_is_single(x) for x in leaves((call.args, call.kwargs))):
         doubled = call.map(_two_samples)
         call = doubled if _failure(root, doubled) is None else call
     return call, ()
+
+
+def check_accepted(root: nn.Module, call: Call, failure: type[DspfxError]) -> None:
+    """Raise `failure` if `root` does not accept `call`; nothing of either changes."""
+    error = _failure(root, call)
+    if error is not None:
+        raise failure(
+            f"the model does not accept the example inputs ({_shapes(call)}): {error}"
+        ) from error
 
 
 def as_inputs(given: Any) -> tuple[Any, ...]:

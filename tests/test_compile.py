@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 
 import dspfx
 from dspfx.branches import Branches
+from dspfx.compile import AS_IT_IS, Compiled
 from dspfx.group_conv import GroupConvRun
 from helpers import assert_equal, random_masks, randomise
 
@@ -95,6 +96,22 @@ def test_whole_channels_run_on_the_own_kernel_too(monkeypatch: pytest.MonkeyPatc
     assert fast.report.chosen == "native"
     assert any(isinstance(m, GroupConvRun) for m in fast.model.modules())
     assert "fastest form" not in str(fast.report)
+
+
+def test_what_cannot_be_compiled(compact: nn.Module) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    prepared = dspfx.prepare(nn.Sequential(plain, nn.Conv2d(4, 4, 1)), X).eval()
+    cases: list[tuple[Any, Any, str]] = [
+        (prepared, X, "compile what dspfx.convert makes of it"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), X, r"call model.eval\(\)"),
+        (Compiled(plain, AS_IT_IS), X, "a Compiled is no torch.nn.Module"),
+        (plain, {"input": X}, "does not accept the example inputs"),
+        (compact, X[:, :2], r"does not accept the example inputs \(\(2, 2, 12, 12\)\)"),
+        (compact, (X, X), "does not accept"),
+    ]
+    for model, inputs, words in cases:
+        with pytest.raises(dspfx.CompileError, match=words):
+            dspfx.compile(model, inputs)
 
 
 def test_models_of_one_class_are_not_taken_for_each_other() -> None:

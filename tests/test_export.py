@@ -162,7 +162,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     run = GroupConvRun([own, own.remade(activation="relu")], [(0, -1), (0, -1)], 1, [2])
     detector = dspfx.convert(pruned(Detector().double(), (IMAGES,), groups=2))
     cases: list[tuple[Any, Any, str, dict[str, Any], str]] = [
-        (lambda x: x, X, "m.onnx", {}, "for this process alone"),
+        (lambda x: x, X, "m.onnx", {}, "is no torch.nn.Module"),
         (pruned(Small(), X), X, "m.onnx", {}, "dspfx.convert"),
         (nn.Sequential(own).eval(), X, "m.onnx", {}, "own kernel"),
         (nn.Sequential(run).eval(), X, "m.onnx", {}, "own kernel"),
