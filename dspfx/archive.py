@@ -67,7 +67,7 @@ def replacing(path: Path, failure: type[DspfxError]) -> Iterator[Path]:
     Raises:
         DspfxError: the `failure`, where the system does not let it be written.
     """
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name[-40:]}")  # names have a limit
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask gives to a new file
@@ -92,6 +92,8 @@ def read(path: Path, most_bytes: int) -> Archive:
     Raises:
         LoadError: it is no file of dspfx, a damaged one, or of a format that is not known.
     """
+    if not path.exists():
+        raise LoadError(f"there is no file {path}")
     try:
         _check_size(path, most_bytes)
         with safe_open(path, framework="pt") as file:

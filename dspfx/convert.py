@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dspfx.blueprint import blueprint
@@ -40,7 +41,8 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
 
     Returns:
         A `CompactModule`, an evaluation-mode `GraphModule` of standard operators that shares
-        nothing with `prepared`. From a model prepared in parts, a copy of it whose parts are
+        nothing with `prepared`. Its parameters take no gradients; what is to be trained is
+        `prepared`. From a model prepared in parts, a copy of it whose parts are
         `CompactModule`s.
 
     Raises:
@@ -50,11 +52,12 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
     prepared = unwrapped(prepared)
     if compact_parts_of(prepared):
         return copy.deepcopy(prepared)
-    compact = {
-        part.module: _convert(part.module, verify, cost_model) for part in parts_of(prepared)
-    }
-    whole = exchanged(prepared, compact)
-    put_all(whole, mode=False)
+    with torch.inference_mode(mode=False):  # or nothing could be changed of it apart from it
+        compact = {
+            part.module: _convert(part.module, verify, cost_model) for part in parts_of(prepared)
+        }
+        whole = exchanged(prepared, compact)
+        put_all(whole, mode=False)
     return whole
 
 

@@ -100,6 +100,8 @@ class Moments:
 
     def see(self, x: Tensor) -> None:
         """Take the values `x` into account (Chan, Golub, LeVeque, 1979)."""
+        if not x.numel():
+            return
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         every_but_channels = [d for d in range(x.dim()) if d != self.dim % x.dim()]
         variance, mean = torch.var_mean(x, dim=every_but_channels, correction=0)

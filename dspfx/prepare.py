@@ -46,6 +46,11 @@ def prepare(
     if any(isinstance(module, PreparedModule) for module in model.modules()):
         raise PrepareError("this model is prepared already; prepare the original one")
     _check_weights(model)
+    with torch.inference_mode(mode=False):  # or what is prepared could not learn apart from it
+        return _prepared(model, example_inputs, config)
+
+
+def _prepared(model: nn.Module, example_inputs: Any, config: PrepareConfig) -> nn.Module:
     root = copy_model(model)
     frozen = matching(root, config.ignore, "ignore")
     opaque = matching(root, config.opaque, "opaque")

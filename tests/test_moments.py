@@ -97,6 +97,15 @@ def test_batches_of_any_kind() -> None:
         assert torch.equal(called[name], moment)
 
 
+def test_a_batch_of_nothing_changes_nothing() -> None:
+    prepared = dspfx.prepare(layers(), X)
+    expected = dspfx.input_moments(prepared, [X])
+    found = dspfx.input_moments(prepared, [X[:0], X, X[:0]])
+    assert all(torch.equal(found[name], moment) for name, moment in expected.items())
+    with pytest.raises(dspfx.DataError, match="reached no layer"):
+        dspfx.input_moments(prepared, [X[:0]])
+
+
 def test_without_batches_or_layers() -> None:
     prepared = dspfx.prepare(layers(), X)
     with pytest.raises(dspfx.DataError, match="no batch"):

@@ -122,6 +122,17 @@ def test_shared_modules_stay_shared() -> None:
     assert twin.first is twin.second
 
 
+def test_what_is_made_in_inference_mode_is_not_bound_to_it() -> None:
+    x = torch.rand(2, 3, 8, 8)
+    with torch.inference_mode():
+        prepared = dspfx.prepare(Plain(), x.clone())
+        compact = dspfx.convert(prepared)
+    prepared.train()(x).sum().backward()
+    assert torch.equal(compact.double().requires_grad_()(x.double()), compact(x.double()))
+    for model in (prepared, compact):
+        assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+
+
 def test_a_model_in_either_mode_stays_in_it() -> None:
     model = torchvision.models.resnet18(weights=None)
     model.layer1.eval()

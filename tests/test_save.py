@@ -377,6 +377,14 @@ def test_a_failed_write_leaves_what_was_there(
         dspfx.save(pruned(Small()), tmp_path / "no such folder" / "m")
 
 
+def test_the_longest_name_is_the_systems(tmp_path: Path) -> None:
+    model = pruned(Small())
+    dspfx.save(model, tmp_path / ("m" * 255))
+    with pytest.raises(dspfx.SaveError, match=r"cannot be written: .*too long"):
+        dspfx.save(model, tmp_path / ("m" * 256))
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+
+
 @pytest.mark.parametrize("number", range(1, archive.FORMAT + 1))
 def test_formats(number: int) -> None:
     """A file of every format there was is kept, and loads."""
@@ -396,6 +404,8 @@ def test_a_later_format_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(dspfx.LoadError, match=r"there is no file .*nothing"):
+        dspfx.load(tmp_path / "nothing", Small())
     save_file({"a": X}, tmp_path / "plain")
     (tmp_path / "empty").touch()
     (tmp_path / "pickle").write_bytes(b"\x80\x04\x95")
