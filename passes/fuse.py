@@ -13,7 +13,7 @@ A convolution that is called several times becomes several.
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,23 +69,34 @@ class _Moved:
     channels: Numbers
 
 
+class _Seen(NamedTuple):
+    """What is known of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 class _Fusion:
-    """A graph and the shapes of its tensors."""
+    """A graph and what its tensors are."""
 
     def __init__(self, module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
         self.module = module
-        shapes = _Shapes(module)
+        watched = _Watched(module)
         with torch.no_grad():
-            shapes.run(*inputs)
-        self.shapes, self.kinds = shapes.of, shapes.kinds
+            watched.run(*inputs)
+        self.seen = watched.seen
+
+    def _channels(self, node: Node) -> int:
+        return self.seen[node].shape[1]
 
     def _moved(self, node: Node) -> _Moved | None:
         """What `node` is, if it is another value with channels moved."""
-        if node.op != "call_function" or len(self.shapes.get(node, ())) != 4:
+        if node.op != "call_function" or node not in self.seen or len(self.seen[node].shape) != 4:
             return None
         args: Any = node.args
         if node.target is torch.zeros_like:
-            return _Moved(None, np.full(self.shapes[node][1], -1))
+            return _Moved(None, np.full(self._channels(node), -1))
         if node.target is torch.cat and args[1:] == (1,):
             return _together([self._as_moved(part) for part in args[0]])
         added = _channels_added(node)
@@ -103,7 +114,7 @@ class _Fusion:
         return None
 
     def _as_moved(self, node: Node) -> _Moved:
-        return self._moved(node) or _Moved(node, np.arange(self.shapes[node][1]))
+        return self._moved(node) or _Moved(node, np.arange(self._channels(node)))
 
     def _conv(self, node: Node) -> GroupConv2d:
         conv = _called(self.module, node)
@@ -127,8 +138,7 @@ class _Fusion:
             groups.append(FilterGroup(group.filters, inputs[real], weight))
         if not _reads_any(groups):
             return False
-        channels = self.shapes[moved.source][1]
-        self._become(node, conv.remade(groups=groups, channels=channels))
+        self._become(node, conv.remade(groups=groups, channels=self._channels(moved.source)))
         node.args = (moved.source, *others)
         return True
 
@@ -158,7 +168,7 @@ class _Fusion:
             bias = own.new_zeros(len(moved.channels))
             bias[torch.from_numpy(kept)] = own[torch.from_numpy(moved.channels[kept])]
         self._become(node, conv.remade(groups=groups, filters=len(moved.channels), bias=bias))
-        self.shapes[node] = self.shapes[ends[0]]
+        self.seen[node] = self.seen[ends[0]]
         ends[0].replace_all_uses_with(node)
         for move in sorted(between, reverse=True):
             self.module.graph.erase_node(move)
@@ -207,9 +217,7 @@ class _Fusion:
         if add.target not in _ADDS or len(add.args) != 2 or add.kwargs:
             return False
         (other,) = [a for a in add.args if a is not node] or [None]
-        if not isinstance(other, Node) or self.shapes.get(other) != self.shapes[node]:
-            return False
-        if self.kinds[other] != self.kinds[node]:
+        if not isinstance(other, Node) or self.seen.get(other) != self.seen[node]:
             return False
         moved = self._as_moved(other)
         if moved.source is None:
@@ -261,19 +269,17 @@ def _channels_added(node: Node) -> tuple[int, int] | None:
     return (pads[4], pads[5]) if zeros and known and not any(pads[:4]) else None
 
 
-class _Shapes(fx.Interpreter):
-    """Remembers the shape of every tensor, and its kind: its type and where it is."""
+class _Watched(fx.Interpreter):
+    """Remembers what every tensor was."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.of: dict[Node, torch.Size] = {}
-        self.kinds: dict[Node, tuple[torch.dtype, torch.device]] = {}
+        self.seen: dict[Node, _Seen] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.of[n] = result.shape
-            self.kinds[n] = result.dtype, result.device
+            self.seen[n] = _Seen(result.shape, result.dtype, result.device)
         return result
 
 
