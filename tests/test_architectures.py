@@ -54,11 +54,16 @@ def test_a_factory_is_given_what_it_takes(tmp_path: Path, monkeypatch: pytest.Mo
         "                         nn.Flatten(), nn.Linear(width, num_classes))\n"
         "def wrong():\n"
         "    return 3\n"
+        "made = small(3)\n"
+        "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert build("own_models:small", 7, 2)(torch.zeros(1, 2, 8, 8)).shape == (1, 7)
     with pytest.raises(dspfx.RecipeError, match="gives a int"):
         build("own_models:wrong")
+    for name in ("made", "number"):
+        with pytest.raises(dspfx.RecipeError, match="name a function or class that makes"):
+            build(f"own_models:{name}")
     for name in ("own_models:missing", "no_such_package:x"):
         with pytest.raises(dspfx.RecipeError, match="cannot be imported"):
             build(name)

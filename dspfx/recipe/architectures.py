@@ -100,6 +100,11 @@ class Architecture:
             make = getattr(importlib.import_module(module), factory)
         except (ImportError, AttributeError) as error:
             raise RecipeError(f"{self.name} cannot be imported: {error}") from error
+        if isinstance(make, nn.Module) or not callable(make):
+            raise RecipeError(
+                f"{self.name} is a {type(make).__name__}; name a function or class that makes a "
+                "network"
+            )
         takes = inspect.signature(make).parameters
         offered = {
             "num_classes": self.classes,
