@@ -125,19 +125,10 @@ def prune(
         if source is None:
             pruned = prune_to(prepared, budget, drop_filters=False)
         else:
-            accuracies["dense"] = _accuracy(subject.dense, source)
-            some = source.numbers["train"][:images]
-            pruned = _pruned(prepared, budget, source, in_batches(some, SAMPLE), passes)
-            accuracies["pruned"] = _accuracy(prepared, source)
-            recalibrate(prepared, source.batches("train", in_batches(some, BATCH)))
-            accuracies["recalibrated"] = _accuracy(prepared, source)
+            pruned, accuracies = _pruned_on(source, images, passes, subject.dense, prepared, budget)
         say(str(pruned))
         compact = convert(prepared)
-        if path.suffix == ".safetensors":
-            save(compact, path)
-            subject.architecture.write(path)
-        else:
-            export(compact, example, path)
+        _write(compact, path, subject)
         found = report(compact)
         lines = [f"test accuracy, {name}: {share:.2%}" for name, share in accuracies.items()]
         text = "\n".join([str(found), *lines, f"written: {path}"])
@@ -166,6 +157,19 @@ def _file_to_write(output: Path | None, model: str) -> Path:
     return path
 
 
+def _pruned_on(
+    source: Source, images: int, passes: int, dense: nn.Module, prepared: nn.Module, budget: Budget
+) -> tuple[PruneReport, dict[str, float]]:
+    """What became of `prepared`, now pruned and recalibrated, and the accuracies on the way."""
+    accuracies = {"dense": _accuracy(dense, source)}
+    some = source.numbers["train"][:images]
+    pruned = _pruned(prepared, budget, source, in_batches(some, SAMPLE), passes)
+    accuracies["pruned"] = _accuracy(prepared, source)
+    recalibrate(prepared, source.batches("train", in_batches(some, BATCH)))
+    accuracies["recalibrated"] = _accuracy(prepared, source)
+    return pruned, accuracies
+
+
 def _pruned(
     prepared: nn.Module, budget: Budget, source: Source, batches: list[Tensor], passes: int
 ) -> PruneReport:
@@ -185,6 +189,14 @@ def _pruned(
     prepared.eval()
     assert pruning.report is not None  # the last pruning is due at the last step
     return pruning.report
+
+
+def _write(compact: nn.Module, path: Path, subject: subjects.Subject) -> None:
+    if path.suffix == ".safetensors":
+        save(compact, path)
+        subject.architecture.write(path)
+    else:
+        export(compact, subject.images(2), path)
 
 
 def _accuracy(model: Any, source: Source) -> float:
