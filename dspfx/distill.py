@@ -59,6 +59,8 @@ def distillation_loss(
         student, teacher = _wide(student_logits), _wide(teacher_logits.detach())
         learned = F.log_softmax(student / temperature, 1)
         known = F.log_softmax(teacher / temperature, 1)
+        least = torch.finfo(known.dtype).min  # classes that are ruled out have none
+        learned, known = learned.clamp(min=least), known.clamp(min=least)
         divergence = F.kl_div(learned, known, reduction="none", log_target=True).sum(1).mean()
         soft = temperature**2 * divergence
         if target is None:

@@ -69,6 +69,16 @@ def test_a_factory_is_given_what_it_takes(tmp_path: Path, monkeypatch: pytest.Mo
             build(name)
 
 
+def test_versions_of_modules_go_with_their_weights(tmp_path: Path) -> None:
+    """MNASNet asks how old the weights are that it loads."""
+    model = build("torchvision/mnasnet0_5", 5)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    for state in (model.state_dict(), read_weights(tmp_path / "m.pt")):
+        fresh = build("torchvision/mnasnet0_5", 5)
+        start_from(fresh, state, "these weights")
+        assert torch.equal(fresh.classifier[1].weight, model.classifier[1].weight)
+
+
 def test_names_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("resnet9000", "timm/resnet9000", "cifar-resnet", "", "a/b/c"):
         with pytest.raises(dspfx.RecipeError, match="there is no model"):

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import dspfx
 from dspfx import cli
 from dspfx.commands import bench as bench_command
-from dspfx.commands.train import PHASES, changed
+from dspfx.commands.train import PHASES, _base, changed
 from dspfx.models import CifarResNet
-from dspfx.recipe import Recipe, Schedule, Speed
+from dspfx.recipe import Recipe, Schedule, Speed, preset
 from dspfx.recipe.architectures import Architecture
 
 SMALL = "--classes 10 --channels 1 --image-size 16"
@@ -214,6 +214,11 @@ def test_prune_writes_what_it_says(saved: Path, tmp_path: Path, passes: int) -> 
     with torch.no_grad():
         right = (compact(data.test_x).argmax(1) == data.test_y).float().mean()
     assert float(right) == pytest.approx(found["accuracy"]["recalibrated"])
+
+
+def test_a_folder_called_as_a_preset_is_a_folder() -> None:
+    assert _base(None, "resnet18", "cifar10-resnet20") == Recipe(data="cifar10-resnet20")
+    assert _base(None, None, "digits") == preset("digits")
 
 
 def test_prune_takes_dense_networks_only(saved: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dspfx
+from helpers import assert_equal
 
 
 def by_hand(student: Tensor, teacher: Tensor, temperature: float) -> float:
@@ -68,6 +69,22 @@ def test_positions_and_half_precision() -> None:
         low = dspfx.distillation_loss(student.bfloat16(), teacher, labels, temperature=2)
     assert low.dtype == torch.float32
     assert float(low) == pytest.approx(float(images), rel=0.05)
+
+
+@pytest.mark.parametrize("student_too", [False, True])
+def test_classes_that_are_ruled_out_cost_nothing(student_too: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(5, 4, generator=generator) for _ in range(2))
+    teacher[:, 2] = -torch.inf
+    student[:, 2] = -torch.inf if student_too else student[:, 2]
+    student.requires_grad_()
+    left = [0, 1, 3]
+    log_q = torch.log_softmax(teacher[:, left] / 4, 1)
+    log_p = torch.log_softmax(student / 4, 1)[:, left]
+    loss = dspfx.distillation_loss(student, teacher, temperature=4.0)
+    assert_equal(16 * (log_q.exp() * (log_q - log_p)).sum(1).mean(), loss, 1e-6)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.isfinite().all()
 
 
 def test_what_does_not_fit() -> None:

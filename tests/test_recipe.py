@@ -304,7 +304,21 @@ def test_distillation_bfloat16_and_grey_images_in_colour(tmp_path: Path) -> None
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     recipe = dataclasses.replace(TINY, dense=Schedule(1, 1e30))
     with pytest.raises(dspfx.LearnError, match=r"phase dense is (nan|inf): lower its"):
-        run(recipe, tmp_path, machine=Machine("cpu"))
+        run(recipe, tmp_path, machine=Machine("cpu", checkpoint_minutes=0.0))
+    folder = RunFolder(tmp_path)  # the last good state is still there, if there was any
+    if folder.checkpoint.exists():
+        states = dspfx.load_checkpoint(folder.checkpoint)
+        assert math.isfinite(states["place"]["loss"])
+
+
+def test_metrics_are_cut_but_not_made_longer(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log(epoch=1)
+    size = folder.logged()
+    folder.cut_metrics(size + 5)
+    assert folder.logged() == size
+    folder.cut_metrics(size - 5)
+    assert folder.logged() == size - 5
 
 
 def test_several_outputs_and_their_losses() -> None:
@@ -340,7 +354,7 @@ def test_presets_are_what_the_authors_did() -> None:
 
 
 def test_recipes_are_json() -> None:
-    for recipe in PRESETS.values():
+    for recipe in (*PRESETS.values(), Recipe(ignore=["stem"])):  # type: ignore[arg-type]
         assert from_json(Recipe, json.loads(json.dumps(to_json(recipe)))) == recipe
 
 

@@ -1,10 +1,14 @@
 """What a recipe learns from: parts kept apart, batches that depend on their place alone."""
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.utils import save_image
 
 import dspfx
@@ -120,12 +124,45 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         open_source(Recipe(data=str(root)))
 
 
-def test_a_damaged_image(tmp_path: Path) -> None:
+def bomb(path: Path) -> None:
+    """An image of more pixels than anybody has."""
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(b"no image"), "cannot identify"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-600]), "truncated|Truncated"),
+        (lambda path: Image.new("I;16", (8, 8)).save(path), "more than 8 bits"),
+        (bomb, "decompression bomb"),
+    ],
+)
+def test_a_damaged_image_is_named(
+    workers: int, damage: Callable[[Path], Any], words: str, tmp_path: Path
+) -> None:
     root = folder_of_images(tmp_path)
-    (root / "train" / "cats" / "3.png").write_bytes(b"no image")
-    source = open_source(Recipe(data=str(root), image_size=16))
-    with pytest.raises(dspfx.DataError, match="cannot be read"):
+    damage(root / "train" / "cats" / "3.png")
+    source = open_source(Recipe(data=str(root), image_size=16), workers=workers)
+    with pytest.raises(dspfx.DataError, match=rf"read: /.*cats/3.png: .*({words})") as caught:
         list(source.batches("train", [torch.arange(12)]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_test_folder_without_labels_is_passed_over(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path)
+    (root / "test").mkdir()
+    save_image(torch.rand(3, 8, 8), root / "test" / "1.png")
+    assert len(open_source(Recipe(data=str(root))).numbers["test"]) == 12
+
+
+def test_one_class_is_too_few(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path)
+    for part in ("train", "val"):
+        shutil.rmtree(root / part / "dogs")
+    with pytest.raises(dspfx.DataError, match="nothing to tell apart"):
+        open_source(Recipe(data=str(root)))
 
 
 def test_too_few_images() -> None:

@@ -210,8 +210,8 @@ def _base(preset_name: str | None, model: str | None, data: str | None) -> Recip
         return preset(preset_name)
     if data is None:
         raise RecipeError("say what to learn: --data, or --preset; or go on with a run: --resume")
-    if data in PRESETS:
-        return PRESETS[data]
+    if data in LOADERS:
+        return preset(data)
     if model is None:
         raise RecipeError("say which network is to learn this: --model")
     return Recipe(data=data)

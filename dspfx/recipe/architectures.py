@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def start_from(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     Raises:
         RecipeError: `state` is of another network.
     """
-    own = model.state_dict()
+    own: Any = model.state_dict()
     other = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
     classes = {(own[n].shape[:1], state[n].shape[:1]) for n in other}
     widths = [n for n in other if own[n].shape[1:] != state[n].shape[1:]]
@@ -166,7 +167,9 @@ def start_from(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     if odd:
         names = ", ".join(sorted(odd)[:3])
         raise RecipeError(f"{source} are not of this {type(model).__name__}: see {names}")
-    model.load_state_dict({n: t for n, t in state.items() if n not in other}, strict=False)
+    chosen: Any = OrderedDict((n, t) for n, t in state.items() if n not in other)
+    chosen._metadata = getattr(state, "_metadata", own._metadata)  # versions of modules
+    model.load_state_dict(chosen, strict=False)
     if other:
         warnings.warn(
             f"{source} are for another number of classes: {', '.join(other)} stay random",

@@ -93,7 +93,7 @@ class RunFolder:
 
     def cut_metrics(self, size: int) -> None:
         """Leave only the first `size` bytes of metrics."""
-        if self.writes and self.metrics.exists():
+        if self.writes and self.logged() > size:
             os.truncate(self.metrics, size)
 
     def write(self, path: Path, content: Any) -> None:

@@ -108,6 +108,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ignore", tuple(self.ignore))
         Budget(macs=self.keep_macs)
         if self.keep_latency is not None:
             Budget(latency=self.keep_latency)

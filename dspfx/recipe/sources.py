@@ -27,6 +27,7 @@ IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224
 MARGIN = 256 / 224  # test images are made so much larger, and their middle is cut out
 TEST_FOLDERS = ("test", "val", "validation", "valid")
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # modes of images that 8 bits do not hold
 
 
 class Source(ABC):
@@ -151,7 +152,9 @@ class ImageFiles(Source):
     def __init__(self, root: Path, recipe: Recipe, workers: int) -> None:
         self.root, self.workers = root, workers
         self.channels, self.image_size = 3, recipe.image_size or IMAGE_SIZE
-        test = next((name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+        found = [name for name in TEST_FOLDERS if (root / name).is_dir()]
+        labelled = [name for name in found if any(p.is_dir() for p in (root / name).iterdir())]
+        test = next(iter([*labelled, *found]), None)
         if not (root / "train").is_dir() or test is None:
             raise DataError(
                 f"{root} has no folders train and val, in which there is one for every class"
@@ -160,6 +163,8 @@ class ImageFiles(Source):
         self.classes = len(self.files["train"].classes)
         if self.files["test"].classes != self.files["train"].classes:
             raise DataError(f"the classes in {root / 'train'} and {root / test} differ")
+        if self.classes < 2:
+            raise DataError(f"there is one class in {root / 'train'}, and nothing to tell apart")
         train_files, test_files = (len(self.files[name].samples) for name in ("train", "test"))
         self.numbers = _parts(train_files, test_files, recipe)
 
@@ -183,7 +188,10 @@ class ImageFiles(Source):
         try:
             yield from ((x, y) for x, y in loader)
         except OSError as error:
-            raise DataError(f"an image in {self.root} cannot be read: {error}") from error
+            (*_, what) = str(error).strip().splitlines()  # of a worker: behind its traceback
+            raise DataError(
+                f"an image cannot be read: {what.removeprefix('OSError: ')}; repair or remove it"
+            ) from error
 
     def describe(self) -> str:
         """See `Source.describe`."""
@@ -200,12 +208,25 @@ class _Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
         number, seed = key
         path, label = self.files[number]
-        image = _torchvision("datasets.folder").default_loader(path)
+        image = _read(path)
         if seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image), label
+
+
+def _read(path: str) -> Any:
+    """The image at `path`, of 8 bits in three colours; an `OSError` names it."""
+    from PIL import Image  # noqa: PLC0415 (torchvision's, slow to import)
+
+    try:
+        with Image.open(path) as image:
+            if image.mode in DEEP:
+                raise OSError("it has more than 8 bits a pixel, which is not supported")
+            return image.convert("RGB")
+    except Exception as error:  # what a damaged file leads to is not always an OSError
+        raise OSError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _torchvision(module: str) -> Any:

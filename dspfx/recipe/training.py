@@ -152,7 +152,7 @@ class Training:
                 if step % SHOWN_EVERY == 0:
                     bar.set_postfix(loss=f"{float(losses) / (step + 1):.3f}", refresh=False)
                 bar.update()
-                if self._is_time() and step + 1 < phase.steps:
+                if self._is_time() and step + 1 < phase.steps and losses.isfinite():
                     here = Place(
                         phase.name, place.epoch, step + 1, float(losses), self.folder.logged()
                     )
