@@ -279,6 +279,27 @@ def test_without_learning_and_fine_tuning(tmp_path: Path) -> None:
     assert to_json(again) == to_json(outcome)
 
 
+def test_a_run_that_has_begun_does_without_the_first_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, save = tmp_path / "weights.pt", training.save_checkpoint
+    save(weights, model=CifarResNet(8, in_channels=1))
+    recipe = dataclasses.replace(
+        TINY, learn=Schedule(0, 0.05), tune=Schedule(0, 0.05), weights=str(weights)
+    )
+
+    def save_and_die(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        raise KilledError
+
+    monkeypatch.setattr(training, "save_checkpoint", save_and_die)
+    with pytest.raises(KilledError):
+        run(recipe, tmp_path / "run", machine=Machine("cpu"))
+    monkeypatch.undo()
+    weights.unlink()
+    assert run(recipe, tmp_path / "run", resume=True, machine=Machine("cpu")).test_images == 360
+
+
 def test_distillation_bfloat16_and_grey_images_in_colour(tmp_path: Path) -> None:
     recipe = dataclasses.replace(
         TINY,

@@ -5,13 +5,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import dspfx
+from dspfx.recipe import Recipe
 from dspfx.recipe.architectures import Architecture
+from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.team import Team, team
+from dspfx.recipe.training import Training
 
 
 def each(count: int) -> list[Team]:
@@ -26,6 +31,20 @@ def test_shares_are_equal_and_leave_nothing_out(images: int, count: int) -> None
     assert set(torch.cat(shares).tolist()) == set(batch.tolist())
     parts = torch.cat([own.part(batch) for own in each(count)])
     assert sorted(parts.tolist()) == batch.tolist()  # each once: they are counted
+
+
+def test_dropout_differs_between_processes(tmp_path: Path) -> None:
+    drawn = []
+    for own in each(3):
+        torch.manual_seed(0)
+        source: Any = None
+        training = Training(Recipe(), RunFolder(tmp_path), source, own, checkpoint_minutes=1)
+        phase: Any = SimpleNamespace(name="dense", epochs=lambda done: [])
+        training.train(phase)
+        drawn.append(torch.rand(3).tolist())
+    torch.manual_seed(0)
+    assert drawn[0] == torch.rand(3).tolist()
+    assert len({tuple(numbers) for numbers in drawn}) == 3
 
 
 def test_alone() -> None:

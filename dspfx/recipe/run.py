@@ -84,7 +84,8 @@ def run(
             files.check_free()
         torch.manual_seed(recipe.seed)
         source = own.one_first(lambda: open_source(recipe, workers=machine.workers))
-        model, architecture, source = _network(recipe, source)
+        begun = resume and files.checkpoint.exists()  # its weights are those to go on with
+        model, architecture, source = _network(recipe, source, begun)
         steps = _Steps(recipe, files, source, own, architecture, say if own.first else _silent)
         steps.rehearse(model.to(own.device))
         own.wait()  # all have looked into the folder
@@ -99,11 +100,11 @@ def run(
         return steps.go(model, training)
 
 
-def _network(recipe: Recipe, source: Source) -> tuple[nn.Module, Architecture, Source]:
-    """The dense network with the weights it starts from, and images that it can read."""
+def _network(recipe: Recipe, source: Source, begun: bool) -> tuple[nn.Module, Architecture, Source]:
+    """The dense network, with the weights it starts from if not `begun`, and images it can read."""
     asked = Architecture(recipe.model, source.classes, source.channels, source.image_size)
-    model = asked.build(pretrained=recipe.pretrained)
-    if recipe.weights is not None:
+    model = asked.build(pretrained=recipe.pretrained and not begun)
+    if recipe.weights is not None and not begun:
         path = Path(recipe.weights)
         start_from(model, read_weights(path), f"the weights in {path}")
     channels = input_channels(model) or source.channels

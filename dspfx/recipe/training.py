@@ -102,8 +102,8 @@ class Training:
         if self.place is not None and self.place.phase == phase.name:
             place = self.place
             load_checkpoint(self.folder.checkpoint, **phase.objects())
-            if not self.team.first:  # or its dropout would be the first one's
-                torch.manual_seed(seed_of(self.recipe.seed, *asdict(place).values(), self._rank))
+        if not self.team.first:  # or its dropout would be the first one's
+            torch.manual_seed(seed_of(self.recipe.seed, *asdict(place).values(), self._rank))
         for epoch in phase.epochs(place.epoch):
             if at_start is not None and place.step == 0:
                 at_start(epoch)
