@@ -16,8 +16,8 @@ from dspfx.recipe.architectures import (
     input_channels,
     read_weights,
     start_from,
-    usual_size,
 )
+from dspfx.recipe.libraries import Preprocessing, preprocessing_of
 
 
 def build(name: str, classes: int = 5, channels: int = 3) -> nn.Module:
@@ -41,9 +41,27 @@ def test_names(name: str, channels: int) -> None:
     assert model(torch.zeros(2, channels, 64, 64)).shape[0] == 2
 
 
-def test_sizes() -> None:
-    names = ("cifar-resnet20", "resnet18", "inception_v3", "timm/mobilenetv3_small_050")
-    assert [usual_size(name) for name in names] == [32, 224, 299, 224]
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cifar-resnet20", Preprocessing(32, 37)),
+        ("dspfx.models:CifarResNet", Preprocessing()),
+        ("resnet18", Preprocessing()),
+        ("inception_v3", Preprocessing(299, 342)),
+        ("efficientnet_b4", Preprocessing(380, 384, "bicubic")),
+        ("efficientnet_v2_l", Preprocessing(480, 480, "bicubic", (0.5,) * 3, (0.5,) * 3)),
+        ("vgg16", Preprocessing()),  # not that of the weights without a classifier
+        ("fcn_resnet50", Preprocessing()),
+        ("timm/mobilenetv3_small_050", Preprocessing(224, 256, "bicubic")),
+        (
+            "timm/vit_tiny_patch16_224",
+            Preprocessing(224, 248, "bicubic", (0.5,) * 3, (0.5,) * 3),
+        ),
+    ],
+)
+def test_images_are_what_weights_are_made_for(name: str, expected: Preprocessing) -> None:
+    """ImageNet's mean was subtracted for all; sizes were 224 but for one."""
+    assert preprocessing_of(name) == expected
 
 
 def test_a_factory_is_given_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +118,7 @@ def test_offered_weights_keep_all_but_the_last_layer(monkeypatch: pytest.MonkeyP
         lambda *_, **__: offered.state_dict(),
     )
     with pytest.warns(dspfx.DspfxWarning, match="stay random"):
-        model = Architecture("squeezenet1_1", 5, 3, 224).build(pretrained=True)
+        model = Architecture("squeezenet1_1", 5, 3, 224, pretrained=True).build(load=True)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
     own, theirs = model.state_dict(), offered.state_dict()
     equal = {name for name in own if own[name].shape == theirs[name].shape}
@@ -114,9 +132,51 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torchvision.models.SqueezeNet1_1_Weights, "get_state_dict", fails)
     with pytest.raises(dspfx.RecipeError, match="cannot be had: no route"):
-        Architecture("squeezenet1_1", 5, 3, 224).build(pretrained=True)
+        Architecture("squeezenet1_1", 5, 3, 224, pretrained=True).build(load=True)
     with pytest.raises(dspfx.RecipeError, match="nobody offers weights"):
-        Architecture("cifar-resnet8", 5, 3, 32).build(pretrained=True)
+        Architecture("cifar-resnet8", 5, 3, 32, pretrained=True).build(load=True)
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+def test_what_offered_weights_do_to_their_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GoogLeNet's weights are for images in [-1, 1], which the network then makes itself."""
+    offered = torchvision.models.googlenet(transform_input=True, init_weights=False).eval()
+    monkeypatch.setattr(
+        torchvision.models.GoogLeNet_Weights,
+        "get_state_dict",
+        lambda *_, **__: offered.state_dict(),
+    )
+    architecture = Architecture("googlenet", 1000, 3, 64, pretrained=True)
+    model, x = architecture.build(load=True).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), offered(x))
+    prepared = dspfx.prepare(model, x)
+    dspfx.prune(prepared, dspfx.Budget(macs=0.9))
+    path = tmp_path / "model.safetensors"
+    compact = dspfx.convert(prepared)
+    dspfx.save(compact, path)
+    architecture.write(path)
+    found = Architecture.beside(path)
+    assert found == architecture
+    loaded = dspfx.load(path, found.build().eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), compact(x))
+
+
+def test_offered_weights_have_a_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest of vgg16 have none: it is all NaN."""
+    asked = []
+
+    def state_of(weights: object, **_: object) -> None:
+        asked.append(weights)
+        raise OSError
+
+    monkeypatch.setattr(torchvision.models.VGG16_Weights, "get_state_dict", state_of)
+    with pytest.raises(dspfx.RecipeError, match="cannot be had"):
+        Architecture("vgg16", 1000, 3, 224, pretrained=True).build(load=True)
+    assert asked == [torchvision.models.VGG16_Weights.IMAGENET1K_V1]
 
 
 def test_weights_in_files(tmp_path: Path) -> None:
@@ -165,6 +225,9 @@ def test_the_file_beside_a_model(tmp_path: Path) -> None:
     own.write(path)
     assert Architecture.beside(path) == own
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors.json"]
+    beside = tmp_path / "model.safetensors.json"
+    beside.write_text(beside.read_text().replace(',\n  "pretrained": false', ""))  # as once
+    assert Architecture.beside(path) == own
     (tmp_path / "model.safetensors.json").write_text('{"name": 3}')
     with pytest.raises(dspfx.RecipeError, match="is damaged"):
         Architecture.beside(path)

@@ -110,6 +110,21 @@ def test_a_folder_of_images(tmp_path: Path, workers: int) -> None:
     assert torch.equal(torch.get_rng_state(), state)  # or runs would depend on who reads files
 
 
+def test_images_are_normalised_for_the_network(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path)
+    usual, symmetric = (
+        next(open_source(Recipe(name, str(root), image_size=16)).batches("test", [torch.arange(4)]))
+        for name in ("resnet18", "timm/tf_mobilenetv3_small_minimal_100")
+    )
+    mean, deviation = (
+        torch.tensor(values)[:, None, None]
+        for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    brightness = (usual[0] * deviation + mean).mean()
+    assert torch.isclose((symmetric[0] * 0.5 + 0.5).mean(), brightness, atol=0.02)
+    assert not torch.isclose(symmetric[0].mean(), usual[0].mean(), atol=0.02)
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(dspfx.DataError, match="no data set and no folder"):
         open_source(Recipe(data=str(tmp_path / "missing")))

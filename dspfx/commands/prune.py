@@ -101,7 +101,7 @@ def prune(
         config = PrepareConfig(groups=groups, ignore=tuple(ignore or ()), round_to=round_to)
         source = None
         if data is not None:
-            source = open_source(Recipe(data=data, image_size=image_size, validation=0.0))
+            source = open_source(Recipe(model, data, image_size=image_size, validation=0.0))
             classes, channels = classes or source.classes, channels or source.channels
             image_size = source.image_size
         if not (pretrained or weights or ":" in model):

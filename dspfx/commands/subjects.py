@@ -18,9 +18,9 @@ from dspfx.recipe.architectures import (
     input_channels,
     read_weights,
     start_from,
-    usual_size,
 )
 from dspfx.recipe.folder import RunFolder
+from dspfx.recipe.libraries import preprocessing_of
 
 CLASSES, CHANNELS = 1000, 3
 FILES = (".safetensors", ".pt", ".onnx", ".pt2")
@@ -113,7 +113,7 @@ def open_subject(
         )
     found = Architecture.beside(path)
     if model is not None and (found is None or found.name != model):
-        found = _architecture(model, classes, channels, image_size)
+        found = _architecture(model, classes, channels, image_size, pretrained)
     if found is None:
         raise RecipeError(
             f"there is no .json beside {path} that says which model it is; name it: "
@@ -148,8 +148,8 @@ def open_model(
             f"{named} is no dense network; name one, with weights such as those of a run: "
             "--weights RUN/dense.pt"
         )
-    architecture = _architecture(named, classes, channels, image_size)
-    dense = architecture.build(pretrained=pretrained)
+    architecture = _architecture(named, classes, channels, image_size, pretrained)
+    dense = architecture.build(load=True)
     if weights is not None:
         start_from(dense, read_weights(weights), f"the weights in {weights}")
     reads = input_channels(dense) or architecture.channels
@@ -175,7 +175,11 @@ def _file(named: str) -> Path | None:
 
 
 def _architecture(
-    name: str, classes: int | None, channels: int | None, image_size: int | None
+    name: str,
+    classes: int | None,
+    channels: int | None,
+    image_size: int | None,
+    pretrained: bool,
 ) -> Architecture:
-    size = image_size or usual_size(name)
-    return Architecture(name, classes or CLASSES, channels or CHANNELS, size)
+    size = image_size or preprocessing_of(name).size
+    return Architecture(name, classes or CLASSES, channels or CHANNELS, size, pretrained)

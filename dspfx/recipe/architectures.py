@@ -1,10 +1,7 @@
-"""Networks by name, and the weights they start from.
+"""Networks by name (see `dspfx.recipe.libraries`), and the weights they start from.
 
-1. `cifar-resnetN`: `dspfx.models.CifarResNet` of depth N.
-2. `torchvision/NAME`, `timm/NAME`: a model of these libraries.
-3. `NAME`: one of torchvision if it has that, else one of timm.
-4. `package.module:factory`: called with those of `num_classes` and `in_channels` (or `in_chans`)
-   that it takes.
+A `package.module:factory` is called with those of `num_classes` and `in_channels` (or `in_chans`)
+that it takes.
 """
 
 import importlib
@@ -25,10 +22,13 @@ from torch import Tensor, nn
 from dspfx.archive import replacing
 from dspfx.errors import DspfxWarning, RecipeError
 from dspfx.models import CifarResNet
+from dspfx.recipe.libraries import (
+    library_of,
+    offered_by_torchvision,
+    timm,
+    torchvision_models,
+)
 from dspfx.records import from_json, to_json
-
-CIFAR = "cifar-resnet"
-_SIZES = {"inception_v3": 299}
 
 
 @dataclass(frozen=True)
@@ -40,44 +40,54 @@ class Architecture:
         classes: how many it tells apart.
         channels: of its images; networks that cannot be told get three.
         image_size: of the images that it was trained with, or is analysed for.
+        pretrained: it is made for the weights that its library offers, whether it has them or not:
+            with these, torchvision's Inception and GoogLeNet normalise their input anew.
     """
 
     name: str
     classes: int
     channels: int
     image_size: int
+    pretrained: bool = False
 
     @property
     def runs_code(self) -> bool:
         """Whether a module that anybody may have written is imported to build it."""
         return ":" in self.name
 
-    def build(self, *, pretrained: bool = False) -> nn.Module:
-        """The network, initialised at random by torch's generator, or with offered weights.
+    def build(self, *, load: bool = False) -> nn.Module:
+        """The network, initialised at random by torch's generator.
+
+        Args:
+            load: the weights that are offered for it, if it is `pretrained`.
 
         Raises:
             RecipeError: there is no such network, it has no weights, or they cannot be had.
         """
-        library, name = _library(self.name)
-        if library == CIFAR:
-            _no_weights(self.name, pretrained)
-            depth = int(name)
-            return CifarResNet(depth, in_channels=self.channels, classes=self.classes)
-        if library == "import":
-            _no_weights(self.name, pretrained)
-            return self._imported()
+        library, name = library_of(self.name)
         if library == "torchvision":
-            return self._torchvision(name, pretrained)
+            return self._torchvision(name, load)
+        if library == "timm":
+            return self._timm(name, load)
+        self._check_offered(not self.pretrained)
+        if library == "cifar":
+            return CifarResNet(int(name), in_channels=self.channels, classes=self.classes)
+        return self._imported()
+
+    def _timm(self, name: str, load: bool) -> nn.Module:
         try:
-            model: nn.Module = _timm().create_model(
-                name, pretrained=pretrained, num_classes=self.classes, in_chans=self.channels
+            model: nn.Module = timm().create_model(
+                name,
+                pretrained=load and self.pretrained,
+                num_classes=self.classes,
+                in_chans=self.channels,
             )
         except Exception as error:  # of the many that a download or a constructor can raise
             raise RecipeError(f"timm cannot make {name}: {error}") from error
         return model
 
-    def _torchvision(self, name: str, pretrained: bool) -> nn.Module:
-        models = _torchvision_models()
+    def _torchvision(self, name: str, load: bool) -> nn.Module:
+        models = torchvision_models()
         options: dict[str, Any] = {"num_classes": self.classes}
         if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
             options["weights_backbone"] = None  # or they would be downloaded
@@ -85,11 +95,15 @@ class Architecture:
             model: nn.Module = models.get_model(name, **options)
         except TypeError as error:
             raise RecipeError(f"torchvision cannot make {name}: {error}") from error
-        if pretrained:
-            offered = list(models.get_model_weights(name))
-            _no_weights(self.name, not offered)
+        if not self.pretrained:
+            return model
+        offered = offered_by_torchvision(name)
+        self._check_offered(offered is not None)
+        if hasattr(model, "transform_input"):
+            model.transform_input = True  # type: ignore[assignment]
+        if load:
             try:
-                state = offered[-1].get_state_dict(progress=False, check_hash=True)
+                state = offered.get_state_dict(progress=False, check_hash=True)
             except OSError as error:
                 raise RecipeError(f"the weights of {name} cannot be had: {error}") from error
             start_from(model, state, f"the weights of {name}")
@@ -117,6 +131,10 @@ class Architecture:
             raise RecipeError(f"{self.name} gives a {type(model).__name__}, no torch.nn.Module")
         return model
 
+    def _check_offered(self, offered: bool) -> None:
+        if not offered:
+            raise RecipeError(f"nobody offers weights for {self.name}; leave out --pretrained")
+
     def write(self, path: Path) -> None:
         """Write this as JSON beside the model file at `path`."""
         with replacing(_beside(path), RecipeError) as temporary:
@@ -135,21 +153,13 @@ class Architecture:
         except OSError:
             return None
         try:
-            found: Architecture = from_json(Architecture, json.loads(text))
+            plain = json.loads(text)
+            if isinstance(plain, dict):
+                plain.setdefault("pretrained", False)  # not in older files
+            found: Architecture = from_json(Architecture, plain)
         except ValueError as error:
             raise RecipeError(f"{beside} is damaged: {error}") from error
         return found
-
-
-def usual_size(name: str) -> int:
-    """The image size that the network called `name` is made for."""
-    library, own = _library(name)
-    if library == CIFAR:
-        return 32
-    if library == "timm":
-        config = _timm().get_pretrained_cfg(own)
-        return int(config.input_size[-1]) if config is not None else 224
-    return _SIZES.get(own, 224)
 
 
 def start_from(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -202,49 +212,6 @@ def input_channels(model: nn.Module) -> int | None:
     """The channels that the first convolution of `model` reads; None if there is none."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return next((m.in_channels for m in model.modules() if isinstance(m, kinds)), None)
-
-
-def _library(name: str) -> tuple[str, str]:
-    """Which library the network called `name` is of, and its name there."""
-    if name.startswith(CIFAR) and name.removeprefix(CIFAR).isdigit():
-        return CIFAR, name.removeprefix(CIFAR)
-    if ":" in name:
-        return "import", name
-    library, _, own = name.rpartition("/")
-    if library in ("", "torchvision") and own in _torchvision_models().list_models():
-        return "torchvision", own
-    if library in ("", "timm") and own and _timm_has(own, asked=library == "timm"):
-        return "timm", own
-    raise RecipeError(
-        f"there is no model '{name}'; it can be cifar-resnetN, a name of torchvision or timm, or "
-        "package.module:factory"
-    )
-
-
-def _torchvision_models() -> Any:
-    """Imported where it is needed: it takes longer than all else together."""
-    return importlib.import_module("torchvision.models")
-
-
-def _timm_has(name: str, *, asked: bool) -> bool:
-    try:
-        return bool(_timm().is_model(name))
-    except RecipeError:
-        if asked:
-            raise
-        return False
-
-
-def _timm() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise RecipeError("timm is not installed: pip install 'dspfx[models]'") from error
-
-
-def _no_weights(name: str, asked: bool) -> None:
-    if asked:
-        raise RecipeError(f"nobody offers weights for {name}; leave out --pretrained")
 
 
 def _beside(path: Path) -> Path:

@@ -102,8 +102,10 @@ def run(
 
 def _network(recipe: Recipe, source: Source, begun: bool) -> tuple[nn.Module, Architecture, Source]:
     """The dense network, with the weights it starts from if not `begun`, and images it can read."""
-    asked = Architecture(recipe.model, source.classes, source.channels, source.image_size)
-    model = asked.build(pretrained=recipe.pretrained and not begun)
+    asked = Architecture(
+        recipe.model, source.classes, source.channels, source.image_size, recipe.pretrained
+    )
+    model = asked.build(load=not begun)
     if recipe.weights is not None and not begun:
         path = Path(recipe.weights)
         start_from(model, read_weights(path), f"the weights in {path}")

@@ -43,12 +43,12 @@ class Recipe:
     """A whole run: a dense network, its groups, pruning, fine-tuning, conversion.
 
     Attributes:
-        model: see `dspfx.recipe.architectures`.
+        model: see `dspfx.recipe.libraries`.
         data: `digits`, `fashion-mnist`, `cifar10`, or a folder of images, see
             `dspfx.recipe.sources`.
         folder: where the files of a named data set are; None for the usual places.
         image_size: images are brought to so many pixels a side; None for the size that they have,
-            of a folder of images for 224.
+            of a folder of images for that which the network is made for.
         images: how many of the training images are used; None for all.
         validation: the share of these that is not trained on, and chooses the best weights.
         pretrained: start from the weights that torchvision or timm offers.

@@ -17,15 +17,13 @@ from torch.nn import functional as F
 
 from dspfx.data import LOADERS, Dataset, augment, load
 from dspfx.errors import DataError, RecipeError
+from dspfx.recipe.libraries import Preprocessing, preprocessing_of
 from dspfx.recipe.seeds import generator_of, seed_of
 from dspfx.recipe.settings import Recipe
 
 Part = Literal["train", "validation", "test"]
 Batch = tuple[Tensor, Tensor]
 
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SIZE = 224
-MARGIN = 256 / 224  # test images are made so much larger, and their middle is cut out
 TEST_FOLDERS = ("test", "val", "validation", "valid")
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # modes of images that 8 bits do not hold
 
@@ -146,12 +144,15 @@ class InMemory(Source):
 class ImageFiles(Source):
     """A folder with `train` and `val` (or `test`), in which there is a folder for every class.
 
-    Training images are cut out at random (`RandomResizedCrop`) and mirrored by chance.
+    Training images are cut out at random (`RandomResizedCrop`) and mirrored by chance; size,
+    interpolation and normalisation are those that the network is made for, see `Preprocessing`.
     """
 
     def __init__(self, root: Path, recipe: Recipe, workers: int) -> None:
         self.root, self.workers = root, workers
-        self.channels, self.image_size = 3, recipe.image_size or IMAGE_SIZE
+        usual = preprocessing_of(recipe.model)
+        self.preprocessing = usual.at(recipe.image_size or usual.size)
+        self.channels, self.image_size = 3, self.preprocessing.size
         found = [name for name in TEST_FOLDERS if (root / name).is_dir()]
         labelled = [name for name in found if any(p.is_dir() for p in (root / name).iterdir())]
         test = next(iter([*labelled, *found]), None)
@@ -173,7 +174,7 @@ class ImageFiles(Source):
     ) -> Iterator[Batch]:
         """See `Source.batches`."""
         files = self.files["test" if part == "test" else "train"].samples
-        images = _Images(files, _transform(self.image_size, seeds is not None))
+        images = _Images(files, _transform(self.preprocessing, seeds is not None))
         wanted = [
             [(number, None if seeds is None else seed_of(seeds[count], number)) for number in batch]
             for count, batch in enumerate(numbers.tolist() for numbers in chosen)
@@ -234,19 +235,20 @@ def _torchvision(module: str) -> Any:
     return importlib.import_module(f"torchvision.{module}")
 
 
-def _transform(size: int, augmented: bool) -> Callable[[Any], Tensor]:
+def _transform(by: Preprocessing, augmented: bool) -> Callable[[Any], Tensor]:
     transforms = _torchvision("transforms.v2")
+    how = {"interpolation": transforms.InterpolationMode(by.interpolation), "antialias": True}
     shape = (
-        [transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()]
+        [transforms.RandomResizedCrop(by.size, **how), transforms.RandomHorizontalFlip()]
         if augmented
-        else [transforms.Resize(round(size * MARGIN)), transforms.CenterCrop(size)]
+        else [transforms.Resize(by.resized, **how), transforms.CenterCrop(by.size)]
     )
     composed: Callable[[Any], Tensor] = transforms.Compose(
         [
             *shape,
             transforms.ToImage(),
             transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_DEVIATION),
+            transforms.Normalize(by.mean, by.deviation),
             transforms.ToPureTensor(),
         ]
     )
