@@ -61,6 +61,8 @@ class CyclicFinetune:
         epochs: in all.
         steps_per_epoch: how often `step` is called in an epoch at most.
         prune_more: the fraction of the dense network's cost that a cycle takes away.
+        initial_score: of the model as it is now; its weights count as the best until others have a
+            better score, if nothing is pruned from them. Unknown, those of the first epoch do.
         reference: the score before pruning; cycles that end far below it are warned of.
         collapse: warn of a score that is lower than the best, or than `reference`, by more than
             this share of it.
@@ -88,6 +90,7 @@ class CyclicFinetune:
         epochs: int,
         steps_per_epoch: int,
         prune_more: float = 0.001,
+        initial_score: float | None = None,
         reference: float | None = None,
         collapse: float = 0.5,
     ) -> None:
@@ -97,6 +100,8 @@ class CyclicFinetune:
             raise LearnError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
         if not 0 <= prune_more < 1:
             raise LearnError(f"prune_more must be a fraction in [0, 1), got {prune_more}")
+        if initial_score is not None and not math.isfinite(initial_score):
+            raise LearnError(f"initial_score must be finite, got {initial_score}")
         if not collapse > 0:
             raise LearnError(f"collapse must be positive, got {collapse}")
         get_masks(prepared)
@@ -115,6 +120,7 @@ class CyclicFinetune:
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self.prune_more = prune_more
+        self.initial_score = initial_score
         self.reference = reference
         self.collapse = collapse
         self.epoch = 0
@@ -243,9 +249,11 @@ class CyclicFinetune:
                 prune(copy.deepcopy(unwrapped(self.prepared)), self.budget)  # can it be reached?
             self.report = prune(self.prepared, self._budget_of(cycle, self.budget))
         after = get_masks(self.prepared)
-        if first or not all(torch.equal(mask, after[name]) for name, mask in before.items()):
+        unchanged = all(torch.equal(mask, after[name]) for name, mask in before.items())
+        if first or not unchanged:
             self._best = self._snapshot()
-            self.best_score = self.best_epoch = None
+            self.best_score = self.initial_score if unchanged else None
+            self.best_epoch = None
         self.optimizer.load_state_dict(copy.deepcopy(self._fresh))
         self.cycle = cycle
         self._set_rates()

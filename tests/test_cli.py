@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import dspfx
 from dspfx import cli
 from dspfx.commands import bench as bench_command
-from dspfx.commands.train import PHASES, _base, changed
+from dspfx.commands.train import PHASES, _base, changed, gentler
 from dspfx.models import CifarResNet
 from dspfx.recipe import Recipe, Schedule, Speed, preset
 from dspfx.recipe.architectures import Architecture
@@ -87,6 +87,15 @@ def test_every_setting_of_a_recipe_is_an_option() -> None:
         assert f"--{name.replace('_', '-')} " in text
 
 
+def test_given_weights_learn_at_a_lower_rate() -> None:
+    base = Recipe()
+    for given in ({"pretrained": True}, {"weights": Path("w.pt")}):
+        assert gentler(base, given).dense == Schedule(20, pytest.approx(0.01), warm_up=0.3)
+        assert gentler(base, {**given, "lr_dense": 0.1}) == base
+    for given in ({}, {"pretrained": False}):
+        assert gentler(base, given) == base
+
+
 def test_options_change_single_settings() -> None:
     given = {"lr_tune": 0.2, "weight_decay": 0.5, "ignore": ["a", "b"], "folder": Path("x")}
     recipe = changed(Recipe(), {**given, "threads": 3})
@@ -120,6 +129,19 @@ def test_options_change_single_settings() -> None:
         "inspect small.onnx --model cifar-resnet8",
         "train --data digits --model cifar-resnet8 --keep-macs 0.5 --keep-latency 0.5",
         "bench no.such.module:model",
+        "bench cifar-resnet8 --device bogus",
+        "bench cifar-resnet8 --groups 2",
+        "inspect resnet18 --channels 1",
+        "prune cifar-resnet8 --keep-macs 0.5 --images 8",
+        "prune cifar-resnet8 --keep-macs 0.5 --passes 0",
+        "prune resnet18 --keep-macs 0.5 --pretrained --weights resnet18.pt",
+        "prune resnet18 --keep-macs 0.5 --data digits --channels 1",
+        "train --data digits --strength 0.1",
+        "train --data digits --prune-more 0.1",
+        "train --data digits --temperature 2",
+        "train --data digits --method channels --groups 2",
+        "train --data digits --epochs-tune 0 --cycles 2",
+        "train --data digits --epochs-dense 0 --lr-dense 0.1",
     ],
 )
 def test_errors_are_one_line(words: str) -> None:
@@ -162,6 +184,18 @@ def test_inspect_models_and_files(saved: Path) -> None:
     found = json.loads(text)
     assert found["after"]["macs"] <= 0.5 * found["before"]["macs"]
     assert found["layers"][0]["layer"] == "conv_1_3x3"
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--classes 5", "--channels 3", "--image-size 32", "--groups 2", "--ignore layer"],
+)
+def test_a_file_says_itself_what_it_is(options: str, saved: Path) -> None:
+    file = str(saved / "compact.safetensors")
+    code, _, err = invoke("inspect", file, *options.split())
+    assert code == 1
+    assert f"{options.split(maxsplit=1)[0]} would have no effect on" in err
+    assert invoke("inspect", file, *SMALL.split())[0] == 0  # what it says
 
 
 def test_files_without_a_name_beside_them(saved: Path, tmp_path: Path) -> None:

@@ -124,6 +124,27 @@ def test_where_masks_stay_the_best_of_all_cycles_counts(budget: dspfx.Budget | N
     assert finetune.best_score == 0.9
 
 
+@pytest.mark.parametrize("budget", [None, dspfx.Budget(macs=1.0)])
+def test_what_it_begins_with_counts_where_nothing_is_pruned(budget: dspfx.Budget | None) -> None:
+    """The first epoch was always better."""
+    finetune = make(budget, cycles=2, epochs=4, prune_more=0.0, initial_score=0.8)
+    begun = copies(finetune.prepared)
+    train(finetune, [0.5, 0.7, 0.6, 0.7])
+    assert same(finetune.prepared.state_dict(), begun)
+    assert (finetune.best_score, finetune.best_epoch) == (0.8, None)
+    finetune = make(budget, cycles=2, epochs=4, prune_more=0.0, initial_score=0.8)
+    ends = train(finetune, [0.5, 0.9, 0.6, 0.7])
+    assert same(finetune.prepared.state_dict(), ends[1])
+
+
+def test_a_score_of_before_pruning_does_not_count() -> None:
+    finetune = make(dspfx.Budget(macs=0.5), cycles=1, epochs=2, initial_score=0.9)
+    ends = train(finetune, [0.5, 0.4])
+    assert same(finetune.prepared.state_dict(), ends[0])
+    with pytest.raises(dspfx.LearnError, match="initial_score must be finite"):
+        make(cycles=1, epochs=1, initial_score=math.nan)
+
+
 def test_without_scores_the_last_weights_count() -> None:
     finetune = make(dspfx.Budget(macs=0.5), cycles=2, epochs=4)
     ends = train(finetune, itertools.repeat(None))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.utils import save_image
 
 import dspfx
 from dspfx.models import CifarResNet
@@ -24,6 +25,7 @@ from dspfx.recipe.architectures import Architecture
 from dspfx.recipe.comparison import compare
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.networks import classification_loss, logits_of
+from dspfx.recipe.sources import open_source
 from dspfx.records import from_json, to_json
 
 # 90 images in batches of 32: three steps an epoch
@@ -177,7 +179,7 @@ def test_pruned_while_it_trains(
 def test_a_killed_process_goes_on_bit_for_bit(whole: tuple[Path, Outcome], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = RunFolder(folder)
-    config.begin(TINY)
+    config.begin(TINY, open_source(TINY).fingerprint)
     words = f"train --resume --run-dir {folder} --threads 1 --device cpu --checkpoint-minutes 0"
     command = [sys.executable, "-m", "dspfx", *words.split()]
     for _ in range(2):
@@ -275,6 +277,9 @@ def test_without_learning_and_fine_tuning(tmp_path: Path) -> None:
     outcome = run(recipe, tmp_path / "run", machine=Machine("cpu"))
     assert [line["event"] for line in metrics(tmp_path / "run")] == ["dense", "prune"]
     assert outcome.report.after.macs <= 0.4 * outcome.report.before.macs
+    assert outcome.validation is not None
+    assert "masked, recalibrated" in str(outcome)
+    assert "fine-tun" not in str(outcome)
     again = run(recipe, tmp_path / "run", resume=True, machine=Machine("cpu"))
     assert to_json(again) == to_json(outcome)
 
@@ -298,6 +303,25 @@ def test_a_run_that_has_begun_does_without_the_first_weights(
     monkeypatch.undo()
     weights.unlink()
     assert run(recipe, tmp_path / "run", resume=True, machine=Machine("cpu")).test_images == 360
+
+
+def test_a_run_goes_on_with_the_images_it_began_with_only(tmp_path: Path) -> None:
+    """One that was gone made training images of those kept for validation."""
+    generator = torch.Generator().manual_seed(0)
+    for part, name, number in itertools.product(("train", "val"), ("cats", "dogs"), range(6)):
+        path = tmp_path / "images" / part / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(torch.rand(3, 16, 16, generator=generator), path)
+    phases = {"dense": Schedule(1, 0.1), "learn": Schedule(0, 0.1), "tune": Schedule(0, 0.1)}
+    recipe = Recipe(data=str(tmp_path / "images"), image_size=16, batch=4, **phases)
+    folder, machine = tmp_path / "run", Machine("cpu", workers=0)
+    run(recipe, folder, machine=machine)
+    lines = metrics(folder)
+    run(recipe, folder, resume=True, machine=machine)
+    path.rename(path.with_name("new.png"))
+    with pytest.raises(dspfx.RecipeError, match="the images are not those"):
+        run(recipe, folder, resume=True, machine=machine)
+    assert metrics(folder) == lines
 
 
 def test_distillation_bfloat16_and_grey_images_in_colour(tmp_path: Path) -> None:
@@ -388,6 +412,7 @@ def test_settings_out_of_range() -> None:
         {"dense": Schedule(-1, 0.1)},
         {"tune": Schedule(1, 0.0)},
         {"tune": Schedule(1, float("inf"))},
+        {"tune": Schedule(20, 0.1, warm_up=0.3)},
         {"learn": Schedule(1, 0.1, weight_decay=-1.0)},
         {"strength": -1.0},
         {"method": "magnitude"},

@@ -7,12 +7,14 @@ import typer
 from dspfx.budget import Budget
 from dspfx.cluster import cluster_groups
 from dspfx.commands import subjects
+from dspfx.commands.effects import refuse
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.prepare import prepare
 from dspfx.prune import prune
 from dspfx.recipe.speed import ROUNDS, speed
+from dspfx.recipe.team import device_of
 from dspfx.records import to_json
 
 
@@ -23,7 +25,7 @@ def bench(
         float | None,
         typer.Option(help="Prune a MODEL to this fraction of its MACs first, by its weights."),
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Per layer, of a MODEL.")] = 4,
+    groups: subjects.Groups = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = ROUNDS,
     model: subjects.ModelName = None,
     classes: subjects.Classes = None,
@@ -36,19 +38,23 @@ def bench(
 ) -> None:
     """Time a network: dense, dense compiled, and compact by dspfx.compile, in turns."""
     with session(debug=debug, as_json=as_json, threads=threads) as own:
+        own_device = device_of(device)
         subject = subjects.open_subject(
             named, model=model, classes=classes, channels=channels, image_size=image_size
         )
+        subject.refuse_if_pruned(groups=groups, keep_macs=keep_macs)
+        if keep_macs is None:
+            refuse({"groups": groups}, ["groups"], "without --keep-macs")
         compact = subject.compact()
         if compact is None and keep_macs is not None:
-            config = PrepareConfig(groups=groups)
+            config = PrepareConfig(groups=groups or subjects.GROUPS)
             prepared = prepare(subject.dense, subject.images(2), config=config)
             cluster_groups(prepared)
             say(str(prune(prepared, Budget(macs=keep_macs))))
             compact = convert(prepared)
-        x = subject.images(batch).to(device)
-        dense = subject.dense.to(device)
-        found = speed(
-            dense, None if compact is None else compact.to(device), x, rounds=rounds, say=say
-        )
+        x = subject.images(batch).to(own_device)
+        dense = subject.dense.to(own_device)
+        if compact is not None:
+            compact.to(own_device)
+        found = speed(dense, compact, x, rounds=rounds, say=say)
         own.give(str(found), to_json(found))

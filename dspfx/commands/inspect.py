@@ -18,7 +18,7 @@ def inspect(
     classes: subjects.Classes = None,
     channels: subjects.Channels = None,
     image_size: subjects.ImageSize = None,
-    groups: Annotated[int, typer.Option(min=1, help="Per layer, of a MODEL.")] = 4,
+    groups: subjects.Groups = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers of a MODEL to leave alone; more than once.")
     ] = None,
@@ -31,8 +31,9 @@ def inspect(
             named, model=model, classes=classes, channels=channels, image_size=image_size
         )
         shown = subject.pruned
+        subject.refuse_if_pruned(groups=groups, ignore=ignore)
         if shown is None:
-            config = PrepareConfig(groups=groups, ignore=tuple(ignore or ()))
+            config = PrepareConfig(groups=groups or subjects.GROUPS, ignore=tuple(ignore or ()))
             example = torch.zeros_like(subject.images(2))
             shown = prepare(subject.dense, example, config=config)
         found = report(shown)

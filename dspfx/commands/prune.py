@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dspfx.budget import Budget, PruneReport
 from dspfx.cluster import cluster_groups
 from dspfx.commands import subjects
+from dspfx.commands.effects import refuse
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
@@ -30,6 +31,7 @@ from dspfx.report import report
 from dspfx.save import save
 
 BATCH, SAMPLE = 64, 32  # images to recalibrate with, and to ask for gradients, at a time
+IMAGES, PASSES = 1024, 40
 
 
 def prune(
@@ -68,14 +70,18 @@ def prune(
             "val."
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=2, help="Training images to use of them.")] = 1024,
+    images: Annotated[
+        int | None,
+        typer.Option(min=2, help=f"Training images to use of them; {IMAGES} if left out."),
+    ] = None,
     passes: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
-            help=f"Batches of {SAMPLE} whose gradients decide what goes; 0 for the weights alone.",
+            help=f"Batches of {SAMPLE} whose gradients decide what goes; 0 for the weights alone, "
+            f"{PASSES} if left out.",
         ),
-    ] = 40,
+    ] = None,
     classes: subjects.Classes = None,
     channels: subjects.Channels = None,
     image_size: subjects.ImageSize = None,
@@ -99,8 +105,10 @@ def prune(
         budget = _budget(keep_macs, keep_params, keep_latency)
         path = _file_to_write(output, model)
         config = PrepareConfig(groups=groups, ignore=tuple(ignore or ()), round_to=round_to)
-        source = None
-        if data is not None:
+        source, asked = None, channels
+        if data is None:
+            refuse({"images": images, "passes": passes}, ["images", "passes"], "without --data")
+        else:
             source = open_source(Recipe(model, data, image_size=image_size, validation=0.0))
             classes, channels = classes or source.classes, channels or source.channels
             image_size = source.image_size
@@ -114,6 +122,7 @@ def prune(
             pretrained=pretrained,
             weights=weights,
         )
+        subject.check_channels(asked)
         example = subject.images(2)
         if source is not None:
             if source.channels != subject.architecture.channels:
@@ -125,6 +134,7 @@ def prune(
         if source is None:
             pruned = prune_to(prepared, budget, drop_filters=False)
         else:
+            images, passes = images or IMAGES, PASSES if passes is None else passes
             pruned, accuracies = _pruned_on(source, images, passes, subject.dense, prepared, budget)
         say(str(pruned))
         compact = convert(prepared)

@@ -8,6 +8,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from dspfx.commands.effects import refuse
 from dspfx.convert import convert
 from dspfx.errors import RecipeError
 from dspfx.export import SUFFIXES
@@ -22,7 +23,7 @@ from dspfx.recipe.architectures import (
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.libraries import preprocessing_of
 
-CLASSES, CHANNELS = 1000, 3
+CLASSES, CHANNELS, GROUPS = 1000, 3, 4
 FILES = (".safetensors", ".pt", ".onnx", ".pt2")
 
 Named = Annotated[
@@ -42,6 +43,9 @@ Classes = Annotated[int | None, typer.Option(min=1, help="Classes of the model; 
 Channels = Annotated[int | None, typer.Option(min=1, help="Of its images; 3 if left out.")]
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Of its images; the model's usual one if left out.")
+]
+Groups = Annotated[
+    int | None, typer.Option(min=1, help=f"Per layer, of a MODEL; {GROUPS} if left out.")
 ]
 Pretrained = Annotated[
     bool,
@@ -73,6 +77,19 @@ class Subject:
         channels, size = self.architecture.channels, self.architecture.image_size
         return torch.randn(batch, channels, size, size)
 
+    def refuse_if_pruned(self, **given: object) -> None:
+        """Raise RecipeError if any option is `given` that decides how a network is pruned."""
+        if self.pruned is not None:
+            refuse(given, list(given), "on a network that is pruned already")
+
+    def check_channels(self, asked: int | None) -> None:
+        """Raise RecipeError if the network reads other images than the user `asked` for."""
+        reads = self.architecture.channels
+        if asked not in (None, reads):
+            raise RecipeError(
+                f"{self.architecture.name} reads images of {reads} channels; leave out --channels"
+            )
+
     def compact(self) -> nn.Module | None:
         """What the file holds, converted if it was not."""
         if self.pruned is None or compact_parts_of(self.pruned):
@@ -87,8 +104,6 @@ def open_subject(
     classes: int | None = None,
     channels: int | None = None,
     image_size: int | None = None,
-    pretrained: bool = False,
-    weights: Path | None = None,
 ) -> Subject:
     """The network that the user means.
 
@@ -103,17 +118,16 @@ def open_subject(
             "and dspfx train, *.safetensors"
         )
     if path is None:
-        return open_model(
-            named,
-            classes=classes,
-            channels=channels,
-            image_size=image_size,
-            pretrained=pretrained,
-            weights=weights,
-        )
+        subject = open_model(named, classes=classes, channels=channels, image_size=image_size)
+        subject.check_channels(channels)
+        return subject
     found = Architecture.beside(path)
     if model is not None and (found is None or found.name != model):
-        found = _architecture(model, classes, channels, image_size, pretrained)
+        found = _architecture(model, classes, channels, image_size)
+    elif found is not None:
+        given = {"classes": classes, "channels": channels, "image_size": image_size}
+        other = {name: size for name, size in given.items() if size != getattr(found, name)}
+        refuse(other, list(other), f"on {path}: the .json beside it says otherwise")
     if found is None:
         raise RecipeError(
             f"there is no .json beside {path} that says which model it is; name it: "
@@ -148,6 +162,8 @@ def open_model(
             f"{named} is no dense network; name one, with weights such as those of a run: "
             "--weights RUN/dense.pt"
         )
+    if pretrained and weights is not None:
+        raise RecipeError("take the pretrained weights, or those in a file, not both")
     architecture = _architecture(named, classes, channels, image_size, pretrained)
     dense = architecture.build(load=True)
     if weights is not None:
@@ -179,7 +195,7 @@ def _architecture(
     classes: int | None,
     channels: int | None,
     image_size: int | None,
-    pretrained: bool,
+    pretrained: bool = False,
 ) -> Architecture:
     size = image_size or preprocessing_of(name).size
     return Architecture(name, classes or CLASSES, channels or CHANNELS, size, pretrained)

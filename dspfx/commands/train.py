@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dspfx.commands.effects import check_effects
 from dspfx.commands.session import AsJson, Debug, Session, Threads, say, session
 from dspfx.data import LOADERS
 from dspfx.errors import RecipeError
@@ -19,6 +20,7 @@ from dspfx.recipe.team import rank
 
 PHASES = ("dense", "learn", "tune")
 PARTS = ("epochs", "lr", "weight_decay")
+GENTLER = 0.1  # of the dense network's rate, where it has learned before
 MODEL, TRAINING, PRUNING, RUNNING = "Model and data", "Training", "Pruning", "Running"
 
 
@@ -67,7 +69,13 @@ def train(
     epochs_tune: Annotated[
         int | None, _option(TRAINING, "Of fine-tuning; 0 to recalibrate batch norms instead.")
     ] = None,
-    lr_dense: Annotated[float | None, _option(TRAINING, "Learning rate before pruning.")] = None,
+    lr_dense: Annotated[
+        float | None,
+        _option(
+            TRAINING,
+            "Learning rate before pruning; where weights are given a tenth of the usual one.",
+        ),
+    ] = None,
     lr_learn: Annotated[float | None, _option(TRAINING, "Learning rate in these epochs.")] = None,
     lr_tune: Annotated[float | None, _option(TRAINING, "Learning rate of fine-tuning.")] = None,
     weight_decay: Annotated[float | None, _option(TRAINING, "In all phases.")] = None,
@@ -166,6 +174,9 @@ def train(
                 f"the run in {path} has other settings, see its config.json; leave these options "
                 "out, or begin another run"
             )
+        if not resume:
+            check_effects(recipe, given)
+            recipe = gentler(recipe, given)
         own.machine = [*(["--threads", str(threads)] if threads else []), "--device", device]
         _go(own, recipe, path, resume, Machine(device, workers, checkpoint_minutes))
 
@@ -193,6 +204,14 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     if "cycles" not in values and "epochs_tune" in given:  # as many as fit
         values["cycles"] = min(recipe.cycles, max(1, values["tune"].epochs))
     return dataclasses.replace(recipe, **values)
+
+
+def gentler(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """With a lower rate for the dense network if it is given weights, unless one is asked for."""
+    if not (given.get("pretrained") or "weights" in given) or "lr_dense" in given:
+        return recipe
+    dense = dataclasses.replace(recipe.dense, lr=GENTLER * recipe.dense.lr)
+    return dataclasses.replace(recipe, dense=dense)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -84,6 +84,14 @@ class Architecture:
             )
         except Exception as error:  # of the many that a download or a constructor can raise
             raise RecipeError(f"timm cannot make {name}: {error}") from error
+        offered = timm().get_pretrained_cfg(name)
+        if load and self.pretrained and offered.num_classes != self.classes:
+            warnings.warn(
+                f"the weights of {name} are for {offered.num_classes} classes: the classifier "
+                "stays random",
+                DspfxWarning,
+                stacklevel=3,
+            )
         return model
 
     def _torchvision(self, name: str, load: bool) -> nn.Module:

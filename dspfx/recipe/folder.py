@@ -1,6 +1,6 @@
 """The folder of a run: what was asked for, how it went, where it is, what came out.
 
-    config.json          the recipe, and the versions that began the run
+    config.json          the recipe, the versions that began the run, and a digest of its images
     metrics.jsonl        a line of JSON for every epoch and every event
     dense.pt             the dense network, when it is trained
     checkpoint.pt        all that is needed to go on; replaced in one step
@@ -52,8 +52,8 @@ class RunFolder:
                 f"there is a run in {self.path}: go on with it (--resume), or take another folder"
             )
 
-    def begin(self, recipe: Recipe) -> None:
-        """Make the folder, with `recipe` in it.
+    def begin(self, recipe: Recipe, images: str) -> None:
+        """Make the folder, with `recipe` in it, and the fingerprint of the `images`.
 
         Raises:
             RecipeError: it cannot be made.
@@ -61,7 +61,8 @@ class RunFolder:
         versions = {"dspfx": version("dspfx"), "torch": torch.__version__}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write(self.config, {"recipe": to_json(recipe), "versions": versions})
+            content = {"recipe": to_json(recipe), "versions": versions, "images": images}
+            self.write(self.config, content)
         except OSError as error:
             raise RecipeError(f"{self.path} cannot be written: {error}") from error
 
@@ -71,13 +72,24 @@ class RunFolder:
         Raises:
             RecipeError: there is no run in it, or one of another version.
         """
+        return Recipe.of_json(self._config()["recipe"], self.config)
+
+    def check_images(self, images: str) -> None:
+        """Raise RecipeError if the run began with others than those of this fingerprint."""
+        if self._config().get("images", images) != images:
+            raise RecipeError(
+                f"the images are not those that the run in {self.path} began with: some are gone, "
+                "new, or of another class; put them back, or begin another run"
+            )
+
+    def _config(self) -> dict[str, Any]:
         try:
-            found = json.loads(self.config.read_text())["recipe"]
+            found = json.loads(self.config.read_text())
+            return {**found, "recipe": found["recipe"]}
         except FileNotFoundError as error:
             raise RecipeError(f"there is no run in {self.path} to go on with") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"{self.config} is damaged: {error}") from error
-        return Recipe.of_json(found, self.config)
 
     def log(self, **record: Any) -> None:
         """Write one more line of metrics."""

@@ -17,13 +17,14 @@ class Outcome:
     Attributes:
         dense, pruned, masked, compact: accuracies, fractions of the test images: of the dense
             network; when it was pruned; fine-tuned; and converted.
-        validation: accuracy of the fine-tuned network on the validation images; None without any.
+        validation: accuracy in the end, masked, on the validation images; None without any.
         equal_predictions: how many test images the masked and the compact network say the same of.
         test_images: how many there are.
         largest_difference: between the outputs of the two.
         report: of the compact network.
         model: the file that it is in.
         warnings: of pruning.
+        tuned: it was fine-tuned; otherwise batch norms were recalibrated.
         speed: how long the dense and the compact network take; None where it was not measured.
     """
 
@@ -38,13 +39,17 @@ class Outcome:
     report: Report
     model: str
     warnings: tuple[str, ...]
+    tuned: bool = True
     speed: Speed | None = None
 
     def __str__(self) -> str:
+        done, was_done = (
+            ("fine-tuning", "fine-tuned") if self.tuned else ("recalibration", "recalibrated")
+        )
         accuracies = [
             ("dense", f"{self.dense:.2%}"),
-            ("masked, before fine-tuning", f"{self.pruned:.2%}"),
-            ("masked, fine-tuned", f"{self.masked:.2%}"),
+            (f"masked, before {done}", f"{self.pruned:.2%}"),
+            (f"masked, {was_done}", f"{self.masked:.2%}"),
             ("compact", f"{self.compact:.2%}"),
         ]
         parts = [

@@ -155,6 +155,7 @@ class Tune(Phase):
         team: Team,
         *,
         teacher: nn.Module | None,
+        initial_score: float | None,
         reference: float | None,
     ) -> None:
         super().__init__(recipe.tune, prepared, steps, team)
@@ -168,6 +169,7 @@ class Tune(Phase):
             epochs=recipe.tune.epochs,
             steps_per_epoch=steps,
             prune_more=0.0 if recipe.gradual else recipe.prune_more,
+            initial_score=initial_score,
             reference=reference,
         )
 

@@ -84,13 +84,15 @@ def run(
             files.check_free()
         torch.manual_seed(recipe.seed)
         source = own.one_first(lambda: open_source(recipe, workers=machine.workers))
+        if resume:
+            files.check_images(source.fingerprint)
         begun = resume and files.checkpoint.exists()  # its weights are those to go on with
         model, architecture, source = _network(recipe, source, begun)
         steps = _Steps(recipe, files, source, own, architecture, say if own.first else _silent)
         steps.rehearse(model.to(own.device))
         own.wait()  # all have looked into the folder
         if own.first and not resume:
-            files.begin(recipe)
+            files.begin(recipe, source.fingerprint)
         own.wait()
         training = Training(
             recipe, files, source, own, checkpoint_minutes=machine.checkpoint_minutes
@@ -195,16 +197,24 @@ class _Steps:
             found = prune(prepared, self.recipe.budget_of_tuning)
             self._pruned(found, 0, prepared, training)
             recalibrate(prepared, self._some_batches(training))
+            if self.recipe.validation:
+                training.facts["validation"] = training.accuracy(prepared, "validation")
             return
         teacher = None
         if self.recipe.distill:
             model.eval()
             teacher = model.requires_grad_(False)
-        reference = training.facts.get("dense_validation")
+        score = training.accuracy(prepared, "validation") if self.recipe.validation else None
         doing = "fine-tuning" if self.recipe.gradual else "pruning and fine-tuning"
         self._announce(doing, self.recipe.tune.epochs)
         tune = Tune(
-            self.recipe, prepared, self.steps, self.own, teacher=teacher, reference=reference
+            self.recipe,
+            prepared,
+            self.steps,
+            self.own,
+            teacher=teacher,
+            initial_score=score,
+            reference=training.facts.get("dense_validation"),
         )
         told: PruneReport | None = None
 
@@ -260,6 +270,7 @@ class _Steps:
             largest_difference=self.own.largest(found.largest_difference),
             report=report(compact),
             model=str(self.files.model),
+            tuned=self.recipe.tune.epochs > 0,
             warnings=in_words(weak_layers_of(prepared)),
         )
         if self.own.first:

@@ -148,6 +148,8 @@ class Recipe:
                 raise RecipeError(
                     f"{phase}: the weight decay must not be negative, the warm-up is a share"
                 )
+        if self.tune.warm_up:
+            raise RecipeError("tune: its cycles begin at their rate, there is no warm-up")
         if self.tune.epochs and self.cycles > self.tune.epochs:
             raise RecipeError(
                 f"{self.cycles} cycles do not fit into {self.tune.epochs} epochs of fine-tuning; "

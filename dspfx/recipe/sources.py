@@ -4,7 +4,9 @@ Validation images are taken from the training images, at random by the run's see
 are what the data set calls so, and choose nothing.
 """
 
+import hashlib
 import importlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +56,11 @@ class Source(ABC):
         Raises:
             DataError: a file cannot be read.
         """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """The same for the same images only, as far as their names and labels tell."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -136,6 +143,11 @@ class InMemory(Source):
         )
         return InMemory(replace(self.dataset, train_x=train_x, test_x=test_x), self.recipe)
 
+    @property
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return _digest([self.dataset.train_y.tolist(), self.dataset.test_y.tolist()])
+
     def describe(self) -> str:
         """See `Source.describe`."""
         return f"{self.dataset.name}: {self._counts()}"
@@ -194,6 +206,12 @@ class ImageFiles(Source):
                 f"an image cannot be read: {what.removeprefix('OSError: ')}; repair or remove it"
             ) from error
 
+    @property
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        files = [sample for part in self.files.values() for sample in part.samples]
+        return _digest([(str(Path(path).relative_to(self.root)), label) for path, label in files])
+
     def describe(self) -> str:
         """See `Source.describe`."""
         return f"{self.root}: {self._counts()}"
@@ -213,7 +231,7 @@ class _Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
         if seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone
             return self.transform(image), label
 
 
@@ -260,6 +278,10 @@ def _files(folder: Path) -> Any:
         return _torchvision("datasets").ImageFolder(str(folder))
     except (OSError, RuntimeError) as error:
         raise DataError(f"{folder} holds no images in folders, one a class: {error}") from error
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _parts(train: int, test: int, recipe: Recipe) -> dict[Part, Tensor]:

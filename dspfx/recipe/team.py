@@ -115,7 +115,7 @@ def team(device: str = "auto") -> Iterator[Team]:
         RecipeError: there is no such device.
     """
     count, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _device(device, local if count > 1 else None)
+    chosen = device_of(device, local if count > 1 else None)
     if count == 1:
         yield Team(0, 1, chosen)
         return
@@ -128,7 +128,12 @@ def team(device: str = "auto") -> Iterator[Team]:
         dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int | None) -> torch.device:
+def device_of(name: str, local_rank: int | None = None) -> torch.device:
+    """The device called `name`, `auto` included; of several GPUs the one of `local_rank`.
+
+    Raises:
+        RecipeError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
