@@ -31,10 +31,23 @@ class FilterGroup:
     weight: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Added:
+    """What is added to the output: channels of another value.
+
+    Attributes:
+        channels: R, those of that value.
+        places: int `[O]`, which one is added to each of the output; -1 for none.
+    """
+
+    channels: int
+    places: Numbers
+
+
 class GroupConv2d(nn.Module):
     """y[:, filters_g] = conv2d(x[:, inputs_g], weight_g) for every group g, and what comes behind.
 
-    y = activation(y + bias + residual[:, added]).
+    y = activation(y + bias + residual[:, added.places]).
 
     Args:
         settings: kernel size, stride, padding and dilation.
@@ -44,8 +57,7 @@ class GroupConv2d(nn.Module):
         filters: O, those of the output.
         bias: `[O]`, or None.
         activation: one of `native.ACTIVATIONS`.
-        added: int `[O]`, the channel of the residual that is added to each of the output; -1 for
-            none.
+        added: of a residual, or None.
     """
 
     def __init__(
@@ -56,7 +68,7 @@ class GroupConv2d(nn.Module):
         filters: int,
         bias: Tensor | None,
         activation: str = "none",
-        added: Numbers | None = None,
+        added: Added | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -71,7 +83,7 @@ class GroupConv2d(nn.Module):
             np.array(self.sizes).reshape(-1),
             *(written, silent),
             *(group.inputs for group in groups),
-            *([] if added is None else [added]),
+            *([] if added is None else [[added.channels], added.places]),
         ]
         self.register_buffer("weight", native.packed([g.weight for g in groups], self.block))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -119,10 +131,10 @@ class GroupConv2d(nn.Module):
             for filters, inputs, weight in self._unpacked().groups
         ]
 
-    def added(self) -> Numbers | None:
-        """The channel of the residual for each of the output."""
-        added = self._unpacked().added
-        return None if added is None else added.numpy()
+    def added(self) -> Added | None:
+        """What of a residual is added."""
+        layer = self._unpacked()
+        return None if layer.added is None else Added(layer.addends, layer.added.numpy())
 
     def whole(self, families: int = 1) -> Tensor:
         """The weight that this was made of, `[O, C/S, kh, kw]`, zeros filled in.

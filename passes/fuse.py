@@ -4,7 +4,8 @@
    its residual: its lists name the channels where they come from.
 2. Channels that are only moved behind a convolution: it writes them to where they go.
 3. conv -> batch norm in evaluation: weight and bias of the convolution take it in.
-4. conv -> add with a tensor of the same shape: the other operand becomes the residual of the conv.
+4. conv -> add with a tensor of the same shape, whatever the size of images and their number: the
+   other operand becomes the residual of the conv.
 5. conv -> activation that the kernel knows: it becomes the convolution's.
 
 Only where nobody else reads what is between, and in that order; a sum behind an activation is left.
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
-from dspfx.group_conv import FilterGroup, GroupConv2d, Numbers
+from dspfx.group_conv import Added, FilterGroup, GroupConv2d, Numbers
 
 _ADDS = {operator.add, torch.add, "add"}
 _ACTIVATIONS: dict[Any, str] = {
@@ -219,15 +220,25 @@ class _Fusion:
         (other,) = [a for a in add.args if a is not node] or [None]
         if not isinstance(other, Node) or self.seen.get(other) != self.seen[node]:
             return False
+        if 1 in self.seen[node].shape[2:] or not self._depends_on_inputs(other):
+            return False  # the sum of larger images, or of more, may broadcast
         moved = self._as_moved(other)
         if moved.source is None:
             return False
         add.prepend(node)  # behind the other operand
         node.args = (*node.args, moved.source)
-        self._become(node, self._conv(node).remade(added=moved.channels))
+        added = Added(self._channels(moved.source), moved.channels)
+        self._become(node, self._conv(node).remade(added=added))
         add.replace_all_uses_with(node)
         add.graph.erase_node(add)
         return True
+
+    def _depends_on_inputs(self, node: Node) -> bool:
+        """Whether inputs have a say in `node`, and not by their sizes alone."""
+        found = [node]
+        for value in found:  # grows
+            found += [x for x in value.all_input_nodes if x in self.seen and x not in found]
+        return any(value.op == "placeholder" for value in found)
 
     def activation_of(self, node: Node) -> bool:
         """The activation behind the convolution is its own."""

@@ -25,10 +25,10 @@ from dspfx import native
 from dspfx.compile import FROM_CPP, Compiled
 from dspfx.errors import EquivalenceError
 from dspfx.group_conv import (
+    Added,
     FilterGroup,
     GroupConv2d,
     GroupConvRun,
-    Numbers,
     group_conv_like,
     pool_numbers,
 )
@@ -97,13 +97,13 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def added_to(count: int, channels: int, seed: int) -> Numbers:
-    return np.random.default_rng(seed).integers(-1, channels, count)
+def added_to(count: int, channels: int, seed: int) -> Added:
+    return Added(channels, np.random.default_rng(seed).integers(-1, channels, count))
 
 
-def moved(residual: Tensor, added: Numbers) -> Tensor:
-    """The channels `added` of `residual`, zeros for -1."""
-    index = torch.from_numpy(added)
+def moved(residual: Tensor, added: Added) -> Tensor:
+    """The channels of `residual` that are `added`, zeros for -1."""
+    index = torch.from_numpy(added.places)
     return torch.where(index.reshape(-1, 1, 1) >= 0, residual[:, index.clamp(min=0)], 0)
 
 
@@ -313,12 +313,12 @@ def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
 ABSENT = """
 import torch
 from torch import nn
-from dspfx.group_conv import GroupConvRun
+from dspfx.group_conv import Added, GroupConvRun
 from test_native import layer
 torch.set_num_threads(4)
 own, convs = zip(*(layer(nn.Conv2d(8, 8, 3, padding=1), 3, seed) for seed in range(3)))
 first, *others = own
-layers = [first, *(each.remade(added=list(range(8))) for each in others)]
+layers = [first, *(each.remade(added=Added(8, list(range(8)))) for each in others)]
 run = GroupConvRun(layers, [(0, -1), (1, 0), (2, 1)], 1, [3])
 a, b, c = convs
 for batch in (0, 1, 3, 4, 5, 21, 22):
@@ -367,7 +367,7 @@ def test_pools_of_many_pixels(kind: Any) -> None:
 
 def test_slices_and_other_layouts() -> None:
     own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
-    own = own.remade(activation="relu", added=np.arange(5))
+    own = own.remade(activation="relu", added=Added(5, np.arange(5)))
     wide, added = torch.randn(2, 9, 8, 8), torch.randn(2, 7, 8, 8)
     for x in (wide[:, 2:8], wide[:, :6].contiguous(memory_format=torch.channels_last)):
         wanted = expected(conv, x, added[:, 1:6], "relu")
@@ -376,7 +376,7 @@ def test_slices_and_other_layouts() -> None:
 
 def test_the_operators_are_such_that_torch_can_work_with_them() -> None:
     own, _ = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
-    adding = own.remade(added=np.arange(5))
+    adding = own.remade(added=Added(5, np.arange(5)))
     x, residual = torch.randn(2, 6, 8, 8), torch.randn(2, 5, 8, 8)
     for conv, added in ((own, None), (adding, residual)):
         args = (x, conv.weight, conv.bias, conv.plan, added, len(conv.sizes), conv.count)
@@ -465,7 +465,9 @@ def test_a_damaged_plan_raises(name: str, change: Any) -> None:
 def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> None:
     """Each number of a plan is in turn something else: whatever is computed, memory is its own."""
     own, _ = layer(nn.Conv2d(6, 9, 3, padding=1), 2, seed=0)
-    run = GroupConvRun([own, own.remade(added=np.arange(9))], [(0, -1), (0, 1)], 1, [1, 2])
+    run = GroupConvRun(
+        [own, own.remade(added=Added(9, np.arange(9)))], [(0, -1), (0, 1)], 1, [1, 2]
+    )
     run = run.transformed(data.draw(st.sets(st.sampled_from([0, 1]))))
     layers = native.as_numbers(run.layers)
     numbers: Any = data.draw(st.sampled_from([run.plan, *layers, run.outputs]))
@@ -524,8 +526,14 @@ def test_an_input_that_does_not_fit_raises() -> None:
     for call in (own, lambda x: native._run([x], own.weight, own.bias, own.plan, numbers, [1])):
         with pytest.raises(RuntimeError, match="an input of 6 channels, got 7"):
             call(wide)
+    adding, x = own.remade(added=Added(5, np.arange(5))), torch.randn(2, 6, 8, 8)
     with pytest.raises(RuntimeError, match="residual"):
-        own.remade(added=np.arange(5))(torch.randn(2, 6, 8, 8), torch.randn(2, 5, 7, 8))
+        adding(x, torch.randn(2, 5, 7, 8))
+    numbers = native.as_text([adding.numbers(0, 1)])
+    buffers: Any = (adding.weight, adding.bias, adding.plan, numbers, [2])
+    for call in (adding, lambda *inputs: native._run(list(inputs), *buffers)):
+        with pytest.raises(RuntimeError, match="a residual of 5 channels, got 9"):
+            call(x, torch.randn(2, 9, 8, 8))  # its first ones were added
 
 
 def test_empty_batches() -> None:
@@ -622,6 +630,32 @@ def test_sums_and_activations_are_fused() -> None:
     assert [getattr(module, name).activation for name in "abc"] == ["relu", "relu", "none"]
     assert_equal(wanted, module(x), 1e-5)
     assert not fuse(module, (x,))
+
+
+class Broadcasts(nn.Module):
+    """Sums of equal sizes only as long as there is one image, or one pixel."""
+
+    def __init__(self, *convs: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = convs
+        self.register_buffer("position", torch.randn(1, 6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.position.expand(-1, -1, x.size(2), x.size(3))
+        return self.b(y) + y.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("size", [(1, 6, 1, 1), (1, 6, 5, 5)])
+def test_a_sum_that_may_broadcast_stays(size: tuple[int, ...]) -> None:
+    """The kernel refused images that were larger than the first ones, or more."""
+    pairs = [layer(nn.Conv2d(6, 6, 3, padding=1), 2, seed=i) for i in range(2)]
+    whole = Broadcasts(*(conv for _, conv in pairs))
+    module = traced(Broadcasts(*(own for own, _ in pairs)))
+    module.position = whole.position.clone()
+    fuse(module, (torch.randn(size),))
+    x = torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        assert_equal(whole.double()(x.double()).float(), module(x), 1e-5)
 
 
 class AddsTruth(nn.Module):

@@ -139,6 +139,7 @@ class Layer:
         groups: of each group the filters, as they lie in `filters`, the inputs, int `[c]`, and
             the weight, `[f, c, kh, kw]`.
         added: the channel of the residual that is added to each of the output, -1 for none.
+        addends: R, the channels of the residual.
     """
 
     kind: int
@@ -149,7 +150,8 @@ class Layer:
     channels: int
     filters: Tensor
     groups: tuple[tuple[Tensor, Tensor, Tensor], ...]
-    added: Tensor | None
+    added: Tensor | None = None
+    addends: int = 0
 
 
 def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
@@ -158,7 +160,7 @@ def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
     for (kind, source, residual, count, filters), settings, activation in described(layers):
         kernel = settings[0]
         if kind in POOLS:
-            yield Layer(kind, source, -1, settings, 0, -1, plan[:0], (), None)
+            yield Layer(kind, source, -1, settings, 0, -1, plan[:0], ())
             continue
         channels, plan = int(plan[0]), plan[1:]
         sizes, written = plan[: 2 * count], plan[2 * count : 2 * count + filters]
@@ -176,11 +178,11 @@ def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
             own = untransformed(own) if kind == WINOGRAD else own
             groups.append((left[:size], inputs, own))
             left = left[size:]
-        added = None
+        added, addends = None, 0
         if residual >= 0:
-            added, plan = plan[:filters], plan[filters:]
+            addends, added, plan = int(plan[0]), plan[1 : filters + 1], plan[filters + 1 :]
         told = kind, source, residual, settings, activation, channels
-        yield Layer(*told, written, tuple(groups), added)
+        yield Layer(*told, written, tuple(groups), added, addends)
 
 
 def as_text(layers: Iterable[Sequence[int]]) -> str:
@@ -262,6 +264,11 @@ def _run(
             y = y + own_bias.reshape(1, -1, 1, 1)
         if layer.added is not None:
             residual = values[layer.residual]
+            if residual.shape[1] != layer.addends:
+                raise RuntimeError(
+                    f"group_conv2d: expected a residual of {layer.addends} channels, got "
+                    f"{residual.shape[1]}"
+                )
             added = residual[:, layer.added.clamp(min=0)]
             y = y + torch.where(layer.added.reshape(-1, 1, 1) >= 0, added, 0)
         values.append(_FUNCTIONS[layer.activation](y))

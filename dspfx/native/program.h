@@ -12,8 +12,8 @@ namespace dspfx {
 // each: kind, source, residual or -1, groups, filters, kernel, stride, padding, dilation, activation.
 // Values are counted from the given ones on. Plan: the rows of a block for which the weights are
 // packed; then for each convolution the channels of its input, the sizes of its groups, filters and
-// inputs, its filters' channels, its groups' inputs, and for every channel of the result that of the
-// residual or -1.
+// inputs, its filters' channels, its groups' inputs, and if there is a residual its channels, and for
+// every channel of the result that of the residual or -1.
 inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
                             c10::ArrayRef<int64_t> layers, c10::ArrayRef<int64_t> outputs,
                             c10::ArrayRef<int64_t> numbers, int64_t weights_given,

@@ -125,6 +125,9 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
     const Value& residual = p.values[l.residual];
     TORCH_CHECK(residual.height == out[0] && residual.width == out[1],
                 "group_conv2d: the residual must be of the size of the output");
+    const int64_t channels = plan.next(1)[0];
+    TORCH_CHECK(residual.channels == channels, "group_conv2d: expected a residual of ", channels,
+                " channels, got ", residual.channels);
     const auto added = plan.next(filters);  // by channel of the result; here by filter
     for (const int64_t c : added)
       TORCH_CHECK(c >= -1 && c < residual.channels, "group_conv2d: channel ", c,
