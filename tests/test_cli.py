@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import dspfx
 from dspfx import cli
 from dspfx.commands import bench as bench_command
+from dspfx.commands.session import Session
 from dspfx.commands.train import PHASES, _base, changed, gentler
 from dspfx.models import CifarResNet
 from dspfx.recipe import Recipe, Schedule, Speed, preset
@@ -366,6 +367,18 @@ def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
     code, text, _ = invoke("inspect", str(tmp_path / "run"))
     assert code == 0
     assert "whole model, MACs" in text
+
+
+def test_several_processes_go_on_as_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Session(as_json=False)
+    own.folder = tmp_path
+    assert own.how_to_go_on() == ""
+    (tmp_path / "config.json").touch()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    command = f"torchrun --nproc-per-node 2 -m dspfx train --resume --run-dir {tmp_path}"
+    assert own.how_to_go_on() == f"; to go on: {command}"
 
 
 def test_warnings_are_lines_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:

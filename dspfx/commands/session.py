@@ -64,7 +64,9 @@ class Session:
         """The command that resumes an interrupted run, if there is anything to resume."""
         if self.folder is None or not RunFolder(self.folder).config.exists():
             return ""
-        words = ["dspfx", "train", "--resume", "--run-dir", str(self.folder), *self.machine]
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        many = ["torchrun", "--nproc-per-node", here, "-m"] if here != "1" else []
+        words = [*many, "dspfx", "train", "--resume", "--run-dir", str(self.folder), *self.machine]
         return f"; to go on: {shlex.join(words)}"
 
     def end(self) -> None:
@@ -87,7 +89,8 @@ def session(*, debug: bool, as_json: bool, threads: int | None = None) -> Iterat
             yield own
         own.end()
     except KeyboardInterrupt as error:
-        say(f"\ninterrupted{own.how_to_go_on()}")
+        if rank() == 0:
+            say(f"\ninterrupted{own.how_to_go_on()}")
         raise typer.Exit(INTERRUPTED) from error
     except (typer.Exit, typer.BadParameter):
         raise
