@@ -29,6 +29,7 @@ from dspfx.collapse import REMEDY, suspects
 from dspfx.errors import DspfxWarning, LearnError
 from dspfx.lookahead import trained_parameters
 from dspfx.masks import get_masks
+from dspfx.module import PreparedModule
 from dspfx.prune import prune
 from dspfx.resumed import check_kind, check_settings
 from dspfx.wrappers import unwrapped
@@ -52,7 +53,8 @@ class CyclicFinetune:
     finetune=finetune)`, construct all three anew, load them, and enter the loop again.
 
     Args:
-        prepared: from `dspfx.prepare`, pruned before or not.
+        prepared: from `dspfx.prepare`, pruned before or not; any other model, such as one of
+            `dspfx.narrow`, if there is no budget.
         optimizer: the user's, over the model's parameters, with the learning rates that each cycle
             starts with. Every cycle finds it in the state that it has now.
         budget: what may remain in the end; cycle c of n prunes to `(n - 1 - c) * prune_more` above
@@ -77,7 +79,7 @@ class CyclicFinetune:
 
     Raises:
         LearnError: a setting out of range.
-        ConvertError: `prepared` does not come from `dspfx.prepare`.
+        ConvertError: there is a budget, and `prepared` does not come from `dspfx.prepare`.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class CyclicFinetune:
             raise LearnError(f"initial_score must be finite, got {initial_score}")
         if not collapse > 0:
             raise LearnError(f"collapse must be positive, got {collapse}")
-        get_masks(prepared)
         check_budget(budget, optional=True)
+        gated = budget is not None or any(isinstance(m, PreparedModule) for m in prepared.modules())
+        if gated:
+            get_masks(prepared)
         if not trained_parameters(optimizer) & set(prepared.parameters()):
             raise LearnError("the optimizer trains no weight of this model; construct it anew")
         if not any(float(group["lr"]) for group in optimizer.param_groups):
@@ -115,6 +119,7 @@ class CyclicFinetune:
             )
         self.prepared = prepared
         self.optimizer = optimizer
+        self._gated = gated
         self.budget = budget
         self.cycles = cycles
         self.epochs = epochs
@@ -243,12 +248,12 @@ class CyclicFinetune:
         """From the best weights so far, prune a little more, and start the rates again."""
         cycle, first = self._cycle_of(self.epoch), not self._best
         self.restore_best()
-        before = get_masks(self.prepared)
+        before = self._masks()
         if self.budget is not None:
             if first and cycle < self.cycles - 1 and self.budget.latency is None:
                 prune(copy.deepcopy(unwrapped(self.prepared)), self.budget)  # can it be reached?
             self.report = prune(self.prepared, self._budget_of(cycle, self.budget))
-        after = get_masks(self.prepared)
+        after = self._masks()
         unchanged = all(torch.equal(mask, after[name]) for name, mask in before.items())
         if first or not unchanged:
             self._best = self._snapshot()
@@ -257,6 +262,9 @@ class CyclicFinetune:
         self.optimizer.load_state_dict(copy.deepcopy(self._fresh))
         self.cycle = cycle
         self._set_rates()
+
+    def _masks(self) -> dict[str, Tensor]:
+        return get_masks(self.prepared) if self._gated else {}
 
     def _budget_of(self, cycle: int, final: Budget) -> Budget:
         return final.at(min(1.0, final.fraction + (self.cycles - 1 - cycle) * self.prune_more))
@@ -308,7 +316,7 @@ class CyclicFinetune:
         return known is not None and known - score > self.collapse * abs(known)
 
     def _warn(self, text: str) -> None:
-        found = suspects(self.prepared)
+        found = suspects(self.prepared) if self._gated else ()
         hint = f"; suspects: {', '.join(found)}" if found else "; no layer is nearly closed"
         warnings.warn(f"fine-tuning has collapsed: {text}{hint}", DspfxWarning, stacklevel=4)
 

@@ -1,5 +1,6 @@
 """Cycles: rates, budgets, which weights are the best, and runs that stop."""
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable
@@ -135,6 +136,20 @@ def test_what_it_begins_with_counts_where_nothing_is_pruned(budget: dspfx.Budget
     finetune = make(budget, cycles=2, epochs=4, prune_more=0.0, initial_score=0.8)
     ends = train(finetune, [0.5, 0.9, 0.6, 0.7])
     assert same(finetune.prepared.state_dict(), ends[1])
+
+
+def test_what_is_left_is_fine_tuned_in_its_place() -> None:
+    """A narrow model ends up where the masked one does, but for rounding."""
+    whole, ends = network(), []
+    whole.get_submodule("3").p = 0.0  # it would draw other numbers for fewer channels
+    dspfx.prune(whole, dspfx.Budget(macs=0.4))
+    for model in (copy.deepcopy(whole), dspfx.narrow(whole)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        finetune = dspfx.CyclicFinetune(model, optimizer, cycles=2, epochs=4, steps_per_epoch=STEPS)
+        train(finetune, [0.5, 0.9, 0.7, 0.8])
+        assert (finetune.best_score, finetune.best_epoch) == (0.9, 1)
+        ends.append(model.eval()(X))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
 
 
 def test_a_score_of_before_pruning_does_not_count() -> None:
@@ -282,7 +297,12 @@ def test_wrong_use() -> None:
         next(iterator)
     with pytest.raises(dspfx.ConvertError):
         dspfx.CyclicFinetune(
-            nn.Linear(2, 2), finetune.optimizer, cycles=1, epochs=1, steps_per_epoch=1
+            nn.Linear(2, 2),
+            finetune.optimizer,
+            dspfx.Budget(macs=0.5),
+            cycles=1,
+            epochs=1,
+            steps_per_epoch=1,
         )
 
 

@@ -172,8 +172,18 @@ def test_pruned_while_it_trains(
     groups = [layer.inputs[1] for layer in outcome.report.layers]
     assert any(len(set(inputs)) > 1 for inputs in groups) == (method == "gradual")
     if method == "gradual":
+        pruned, tuned = (
+            weights_in(tmp_path / "whole" / name) for name in ("pruned.pt", "checkpoint.pt")
+        )
+        assert tuned < 0.8 * pruned  # what is dead was not trained
         run_in_lives(recipe, tmp_path / "run", 4, monkeypatch)
         assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def weights_in(path: Path) -> int:
+    """How many weights the model in a checkpoint has."""
+    state = torch.load(path, weights_only=True)["states"]["model"]
+    return sum(tensor.numel() for name, tensor in state.items() if name.endswith("weight"))
 
 
 def test_a_killed_process_goes_on_bit_for_bit(whole: tuple[Path, Outcome], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     config.json          the recipe, the versions that began the run, and a digest of its images
     metrics.jsonl        a line of JSON for every epoch and every event
     dense.pt             the dense network, when it is trained
+    pruned.pt            the prepared network, when it was pruned while it trained
     checkpoint.pt        all that is needed to go on; replaced in one step
     model.safetensors    the compact network (`dspfx.save`); how to construct it is in
                          model.safetensors.json
@@ -40,6 +41,7 @@ class RunFolder:
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.dense = path / "dense.pt"
+        self.pruned = path / "pruned.pt"
         self.checkpoint = path / "checkpoint.pt"
         self.model = path / "model.safetensors"
         self.report = path / "report.json"

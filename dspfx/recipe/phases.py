@@ -150,7 +150,7 @@ class Tune(Phase):
     def __init__(
         self,
         recipe: Recipe,
-        prepared: nn.Module,
+        model: nn.Module,
         steps: int,
         team: Team,
         *,
@@ -158,17 +158,17 @@ class Tune(Phase):
         initial_score: float | None,
         reference: float | None,
     ) -> None:
-        super().__init__(recipe.tune, prepared, steps, team)
+        super().__init__(recipe.tune, model, steps, team)
         self.recipe = recipe
         self.teacher = teacher
         self.finetune = CyclicFinetune(
-            prepared,
+            model,
             self.optimizer,
-            recipe.budget_of_tuning,
+            None if recipe.gradual else recipe.budget,
             cycles=recipe.cycles,
             epochs=recipe.tune.epochs,
             steps_per_epoch=steps,
-            prune_more=0.0 if recipe.gradual else recipe.prune_more,
+            prune_more=recipe.prune_more,
             initial_score=initial_score,
             reference=reference,
         )

@@ -87,6 +87,10 @@ class Training:
         """Whether the run that is resumed has come to a later phase."""
         return self.place is not None and NAMES.index(self.place.phase) > NAMES.index(phase)
 
+    def is_in(self, phase: str) -> bool:
+        """Whether the run that is resumed has begun this phase, and no later one."""
+        return self.place is not None and self.place.phase == phase
+
     def train(self, phase: Phase, at_start: Callable[[int], None] | None = None) -> None:
         """Go through all epochs of `phase` that are still to do.
 
