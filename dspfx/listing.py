@@ -14,6 +14,7 @@ from torch.fx.node import Node, map_arg
 from dspfx.branches import Branches
 from dspfx.gates import GatedLayer
 
+_SCRIPT = re.compile(r" *#.*|___torch_mangle_\d+\.")  # files, and numbers of the process
 _LEFT_OUT = re.compile(r"device\([^)]*\)| at 0x[0-9a-f]+")
 
 
@@ -47,5 +48,8 @@ def _line(root: nn.Module, node: Node) -> str:
 def _settings(module: nn.Module) -> str:
     """Type and settings of a layer of torch's own, gated or not; nothing of others."""
     kind = module.plain if isinstance(module, GatedLayer) else type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        code = str(module.inlined_graph)
+        return f": TorchScript {hashlib.sha256(_SCRIPT.sub('', code).encode()).hexdigest()}"
     own = kind.__module__.startswith("torch.nn.")
     return f": {kind.__name__}({module.extra_repr()})" if own else ""

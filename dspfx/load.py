@@ -149,7 +149,8 @@ def _gated(child: nn.Module, part: Blueprint, rules: Mapping[Key, Rule]) -> Prep
             "stored: pass the same ones, dspfx.load(path, model, rules={...})"
         )
     if DTYPES[part.dtype] != parameter_dtype_and_device(child)[0]:
-        child.to(DTYPES[part.dtype])
+        dtype = DTYPES[part.dtype]  # complex tensors stay so
+        child._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)  # type: ignore[no-untyped-call]
     kinds = {kind.__name__: kind for kind in GATED}
     layers = tuple(kinds[name] for name in part.layers)
     settings = part.groups, part.frozen, layers, part.round_to, dict(rules), part.opaque

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import MaskError
+from dspfx.filters import structural_groups
 from dspfx.gates import ChannelGate, gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
@@ -38,7 +39,8 @@ def set_masks(prepared: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Args:
         prepared: changed in place: masks, channel gates, and the groups of the named layers.
         masks: name of a gated layer -> bool `[O, C/groups]`, with at most G different rows that
-            are not all False, G being the groups the model was prepared with.
+            are not all False, G being the groups the model was prepared with, in each of the
+            layer's own groups; as many as it likes if they close more of what is pruned already.
 
     Raises:
         MaskError: an unknown layer, a wrong shape or type, or more than G groups; nothing is
@@ -134,14 +136,23 @@ def _validated(prepared: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Te
                 f"the mask of '{name}' has shape {tuple(mask.shape)}; filters x input channels of "
                 f"the layer are {tuple(gate.mask.shape)}"
             )
-        rows, group = torch.unique(mask, dim=0, return_inverse=True)
-        read = rows.any(1)
-        if int(read.sum()) > len(gate.logits):
+        found = _groups(mask, structural_groups(layers[name]))
+        if (count := int(found.max()) + 1) <= len(gate.logits):
+            groups[name] = found
+        elif gate.open or bool((mask & ~gate.mask).any()):  # else groups were found several times
             raise MaskError(
-                f"the mask of '{name}' has {int(read.sum())} groups of filters with different "
-                f"inputs, the model was prepared for {len(gate.logits)}; prepare it with "
-                f"PrepareConfig(groups={int(read.sum())})"
+                f"the mask of '{name}' has {count} groups of filters with different inputs, the "
+                f"model was prepared for {len(gate.logits)}; prepare it with "
+                f"PrepareConfig(groups={count})"
             )
-        number = torch.where(read, read.cumsum(0) - 1, 0)
-        groups[name] = number[group]
     return groups
+
+
+def _groups(mask: Tensor, families: int) -> Tensor:
+    """A number for every filter, int `[O]`, equal within a family where they read the same."""
+    found = []
+    for own in mask.chunk(families):
+        rows, group = torch.unique(own, dim=0, return_inverse=True)
+        read = rows.any(1)
+        found.append(torch.where(read, read.cumsum(0) - 1, 0)[group])
+    return torch.cat(found)

@@ -38,8 +38,8 @@ def make_trainable(
     for module in compacted.root.modules():
         module.training = source.training
     for own, copied in copied_modules(compacted, source):
-        for name, module in own.named_modules():
-            copied.get_submodule(name).training = module.training
+        for module, twin in zip(own.modules(), copied.modules(), strict=True):
+            twin.training = module.training
     return compacted.root
 
 

@@ -90,6 +90,7 @@ class _Analyser(fx.Interpreter):
         self.coupling = Coupling()
         self.ids = ElementIds(self.values)
         self.containers: set[Node] = set()  # inputs that are no tensors but hold some
+        self.fixed_sizes: dict[Node, bool] = {}
         self.born_whole: list[IntArray] = []  # atoms that exist whatever is pruned
 
     def result(self) -> ChannelAnalysis:
@@ -279,7 +280,7 @@ class _Analyser(fx.Interpreter):
         taps = weight[0, 0].numel()
         # every filter is applied at each position of the output, or of the input if transposed
         swept = self.env[operands[0]] if isinstance(layer, TRANSPOSED) else result
-        positions = swept[0].numel() // swept.shape[dim]
+        positions = max(1, swept.numel() // swept.shape[dim] // self._samples(swept))
         if groups == filters == value.channels > 1 and value.dim == dim and not weighted:
             return self._depthwise(node, operands, result, taps * positions)
         self._new_atoms(node, result, dim)
@@ -294,6 +295,12 @@ class _Analyser(fx.Interpreter):
             restored=value.dim != dim or frozen,
             frozen=frozen,
         )
+
+    def _samples(self, swept: Tensor) -> int:
+        """How many samples the model is given; their frames or parts may be a batch inside."""
+        given = (self.values[n].shape for n, op in self.ops.items() if isinstance(op, Source))
+        first = next(given, ())
+        return len(swept) if self.containers or len(first) < 2 else first[0]
 
     def _depthwise(
         self, node: Node, operands: tuple[Node, ...], result: Tensor, macs: int
@@ -332,14 +339,11 @@ class _Analyser(fx.Interpreter):
     def _reduction(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
         """A mean or the like over positions; over channels it mixes them."""
         value = self.values.get(operands[0])
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if len(operands) != 1 or value is None or value.dim is None or dims is None:
-            return None
-        if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
+        if len(operands) != 1 or value is None or value.dim is None:
             return None
         rank = len(value.shape)
-        reduced = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
-        if value.dim in reduced or 0 in reduced:
+        reduced = _reduced(node, rank)
+        if reduced is None or value.dim in reduced or 0 in reduced:
             return None
         kept = result.dim() == rank
         dim = value.dim if kept else value.dim - sum(d < value.dim for d in reduced)
@@ -419,6 +423,10 @@ class _Analyser(fx.Interpreter):
         if move.dim is not None and move.roots:
             source_dims = {self.values[root].dim for root in move.roots}
             if self._runs_on_fewer(node, operands, move):
+                if self._is_for_one_size(node, operands[0], result, move):
+                    self.ids.keep(node, moved)
+                    self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
+                    return Restored(operands, "how many positions a channel has may vary")
                 return self._rearranged(node, result, move, move.dim)
             only_channels = source_dims == {move.dim} and self._leaves_positions(node, move.dim)
             if move.whole_channels and only_channels:
@@ -430,7 +438,9 @@ class _Analyser(fx.Interpreter):
     def _relayout(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
         """A copy in another memory layout: elementwise, or one more step of moving data."""
         elementwise = self._elementwise(node, operands, result)
-        return elementwise or self._move(node, operands, result)
+        if elementwise is not None or node.target in ("detach", torch.detach):
+            return elementwise  # no gradient goes back to what it has moved
+        return self._move(node, operands, result)
 
     def _gathered(self, node: Node, result: Tensor, move: Move, dim: int) -> Op:
         atoms = np.zeros(len(move.index), np.int64)
@@ -447,17 +457,75 @@ class _Analyser(fx.Interpreter):
 
         A crop or a pad that happens to do nothing to the example must not be left out.
         """
-        key = operators.key(node, self.root)
-        if key is operator.getitem and isinstance(node.args[1], tuple):
-            items = _without_ellipsis(node.args[1], len(self.values[node.all_input_nodes[0]].shape))
-            return all(i == slice(None) for d, i in enumerate(items) if d != dim)
+        first = self._operands(node)[0]
+        if node.target is operator.getitem and operators.key(first, self.root) in operators.SPLITS:
+            node, first = first, self._operands(first)[0]
+        key, rank = operators.key(node, self.root), len(self.values[first].shape)
+        if key is operator.getitem:
+            index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            items = _without_ellipsis(index, rank)
+            return all(_is_all(i) for d, i in enumerate(items) if d != dim)
         if key is torch.nn.functional.pad:
             pads: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
-            rank = len(self.values[self._operands(node)[0]].shape)
             own = 2 * (rank - 1 - dim)  # pads are given from the last dimension on
             return all(
                 type(p) is int and (p == 0 or i // 2 == own // 2) for i, p in enumerate(pads)
             )
+        if key in operators.ALONG_ONE:
+            along = operators.along(node)
+            return isinstance(along, int) and along % rank == dim
+        if key in operators.REPEATS:
+            times = operators.sizes(node)
+            fixed = len(times) == rank and all(type(n) is int for n in times)
+            return fixed and all(n == 1 for d, n in enumerate(times) if d != dim)
+        if key in ("expand_as", "repeat_interleave", torch.repeat_interleave):
+            return all(n > 1 for d, n in enumerate(self.values[first].shape) if d != dim)
+        return True
+
+    def _is_for_one_size(self, node: Node, operand: Node, result: Tensor, move: Move) -> bool:
+        """Whether what is made of a channel's positions could not be cut for another image.
+
+        Positions that become channels, as in `flatten(1)`, are as many as the image has. A linear
+        layer behind them has a weight for each, and so settles their number; others do not.
+        """
+        if operators.key(node, self.root) not in operators.FLATTENS | operators.SIZED:
+            return False
+        rank = len(self.values[operand].shape)
+        merges = result.dim() < rank and (result.dim() == 2 or (move.repeat or 1) > 1)
+        return merges and not self._has_fixed_size(operand) and not self._linear_reads(node)
+
+    def _has_fixed_size(self, node: Node) -> bool:
+        """Whether a value has as many positions whatever the image, as behind a global pool."""
+        if node not in self.fixed_sizes:
+            self.fixed_sizes[node] = self._fixes_size(node)
+        return self.fixed_sizes[node]
+
+    def _fixes_size(self, node: Node) -> bool:
+        key = operators.key(node, self.root) if node.op.startswith("call") else None
+        if key in operators.FIXED_POOLS:
+            size: Any = (
+                self.root.get_submodule(str(node.target)).output_size
+                if node.op == "call_module"
+                else node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
+            )
+            return all(type(n) is int for n in (size if isinstance(size, tuple | list) else [size]))
+        operands = [n for n in node.all_input_nodes if not isinstance(self.ops.get(n), Constant)]
+        if key in operators.REDUCTIONS and len(operands) == 1:
+            before = self.values.get(operands[0])
+            positions = set(range(2, 0 if before is None else len(before.shape)))
+            if positions and positions <= (_reduced(node, len(positions) + 2) or set()):
+                return True
+        return bool(operands) and all(self._has_fixed_size(n) for n in operands)
+
+    def _linear_reads(self, node: Node) -> bool:
+        """Whether all that reads `node` is linear layers, by way of what works on each element."""
+        for user in node.users:
+            key = operators.key(user, self.root) if user.op.startswith("call") else None
+            if key in LAYERS and len(user.all_input_nodes) == 1:
+                continue
+            passes = key in operators.ELEMENTWISE | operators.RELAYOUTS | operators.BATCH_NORMS
+            if not (passes and len(user.all_input_nodes) == 1 and self._linear_reads(user)):
+                return False
         return True
 
     def _runs_on_fewer(self, node: Node, operands: tuple[Node, ...], move: Move) -> bool:
@@ -476,7 +544,8 @@ class _Analyser(fx.Interpreter):
         (root,), repeat = move.roots, move.repeat
         assert repeat is not None
         self._pass_atoms(node, result, dim, np.repeat(self.values[root].atoms, repeat))
-        return Channelwise((root,), repeat, np.full(result.shape[dim], move.pads_zeros_only))
+        zeros = move.pads_zeros_only and not _pads_others(node)
+        return Channelwise((root,), repeat, np.full(result.shape[dim], zeros))
 
     def _parts(self, node: Node, operands: tuple[Node, ...]) -> Op:
         """A split or chunk: its parts are found by the `getitem` that takes them."""
@@ -524,7 +593,9 @@ class _Analyser(fx.Interpreter):
 
         def zero(n: Node) -> Any:
             real = self.env[n]
-            return torch.zeros_like(real.flatten()[:1]) if isinstance(real, Tensor) else real
+            if not isinstance(real, Tensor):
+                return real
+            return torch.zeros_like(real[(slice(1),) * real.dim()])  # a layout may need the rank
 
         args, kwargs = map_arg(node.args, zero), map_arg(node.kwargs, zero)
         return bool((getattr(self, node.op)(node.target, args, kwargs) == 0).all())
@@ -551,6 +622,25 @@ _TAUGHT: dict[operators.Rule, _Rule] = {
 def _numpy(tensor: Tensor) -> BoolArray:
     array: BoolArray = tensor.cpu().numpy()
     return array
+
+
+def _reduced(node: Node, rank: int) -> set[int] | None:
+    """The dimensions that a reduction is told to reduce; None if it is not told so."""
+    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
+        return None
+    return {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+
+
+def _is_all(item: Any) -> bool:
+    return isinstance(item, slice) and item == slice(None)
+
+
+def _pads_others(node: Node) -> bool:
+    """Whether it pads anything but zero, where it pads."""
+    if node.target is not torch.nn.functional.pad:
+        return False
+    return bool(node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None))
 
 
 def _without_ellipsis(items: tuple[Any, ...], rank: int) -> list[Any]:

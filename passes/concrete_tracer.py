@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
+from dspfx.passes.aliases import WRITTEN, Aliases
 from dspfx.passes.answers import Answers, is_item
 from dspfx.passes.buffers import Buffers, write_back
 from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
@@ -28,9 +29,7 @@ from dspfx.passes.patched import patched
 from dspfx.passes.randomness import drawn_so_far, generators_kept, generators_of
 from dspfx.passes.unrecorded import Unrecorded
 
-# keys of `Node.meta`
-LINE = "line of source"
-WRITTEN = "positions of the arguments that the call overwrote"
+LINE = "line of source"  # a key of `Node.meta`
 
 
 class UntraceableError(Exception):
@@ -62,6 +61,7 @@ class ConcreteTracer(fx.Tracer):
         self.answers = Answers(self._call, self._check, self._line)
         self.unrecorded = Unrecorded(lambda x: self.create_proxy("call_method", "detach", (x,), {}))
         self.own_gradients = OwnGradients(self._as_leaf)
+        self.aliases = Aliases()
         self.constants: dict[int, Tensor] = {}  # of buffers that code has made, by their `id`
         self.failed_in: str | None = None
 
@@ -149,7 +149,9 @@ class ConcreteTracer(fx.Tracer):
             return proxy
         same = operator.is_ if value is None else operator.eq
         told = f"with {name}={value!r} and cannot be called otherwise"
-        self._check(self._call(same, proxy, value), told)
+        asked = self._call(same, proxy, value)
+        asked.node.meta["is_wrapped"] = True  # or fx would answer it when it is unpickled
+        self._check(asked, told)
         return value
 
     def _check(self, condition: Any, told: str) -> Any:
@@ -195,6 +197,7 @@ class ConcreteTracer(fx.Tracer):
             args = self.unrecorded.written(*args)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         assert isinstance(proxy, ConcreteProxy)
+        self.aliases.check(target, proxy.node.all_input_nodes)
         line = self._line()
         if line:
             proxy.node.meta[LINE] = line
@@ -206,8 +209,11 @@ class ConcreteTracer(fx.Tracer):
                 raise TypeError(f"'{proxy.node.name}' writes into a tensor that the code has made")
             if not torch.is_grad_enabled():
                 self.unrecorded.refuse(argument)
+            if isinstance(argument, ConcreteProxy):
+                self.aliases.overwritten(argument)
         if written:
             proxy.node.meta[WRITTEN] = written
+        self.aliases.note(proxy)
         self.answers.note(proxy, args, kwargs)
         self.unrecorded.note(proxy.node)
         self.answers.passed_on(proxy.node)

@@ -8,7 +8,7 @@
    layer with a bias, in every graph.
 """
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
 
@@ -30,11 +30,13 @@ class GatePlan:
         layers: the convolutions to gate, with the elements of their input for one sample.
         norms: the norms, and what else has a bias, to follow by a gate: (module name, number of the
             call), channels, dim.
+        calls: by the name of a module, what each of its calls reads.
         left_alone: the layers that are not gated, and why.
     """
 
     layers: dict[str, int]
     norms: dict[tuple[str, int], tuple[int, int]]
+    calls: dict[str, list[str]]
     left_alone: dict[str, str]
 
 
@@ -57,7 +59,7 @@ def plan_gates(
     left_alone: dict[str, str] = {}
     layers: dict[str, int] = {}
     norms: dict[tuple[str, int], tuple[int, int]] = {}
-    calls: Counter[str] = Counter()
+    calls: dict[str, list[str]] = defaultdict(list)
     last = _last_linear_layers(root, analysis)
     for node, op in analysis.ops.items():
         if node.op != "call_module":
@@ -76,10 +78,10 @@ def plan_gates(
         if isinstance(op, Channelwise) and op.shifts:
             value = analysis.values[node]
             assert value.dim is not None
-            norms[name, calls[name]] = value.channels, value.dim
-        calls[name] += 1  # of whatever kind: `_follow_norms` counts them all
+            norms[name, len(calls[name])] = value.channels, value.dim
+        calls[name].append(_what_it_reads(node))  # of whatever kind: they are numbered
     layers = {name: elements for name, elements in layers.items() if name not in left_alone}
-    return GatePlan(layers, norms, left_alone)
+    return GatePlan(layers, norms, dict(calls), left_alone)
 
 
 def _why_not(
@@ -101,6 +103,8 @@ def _why_not(
         return "a hook computes its inputs or weights"
     if "forward" in vars(module):
         return "it has a 'forward' of its own"
+    if hasattr(module, "gate"):
+        return "it has a 'gate' of its own"
     return ""
 
 
@@ -129,15 +133,15 @@ def insert_gates(root: nn.Module, graphs: set[fx.Graph], plan: GatePlan, groups:
                 module._modules[name] = replaced[id(child)]
     if not plan.norms:
         return
-    container = nn.Module()
-    for (name, call), (channels, dim) in plan.norms.items():
-        container.add_module(_gate_name(name, call), _norm_gate(root, name, channels, dim))
+    container, names = nn.Module(), _gate_names(plan)
+    for site, (channels, dim) in plan.norms.items():
+        container.add_module(names[site], _norm_gate(root, site[0], channels, dim))
     free = CONTAINER
     while hasattr(root, free):
         free += "_"
     root.add_module(free, container)
     for graph in graphs:
-        _follow_norms(graph, plan, free)
+        _follow_norms(graph, plan, {site: f"{free}.{name}" for site, name in names.items()})
         graph.lint()
 
 
@@ -147,20 +151,46 @@ def _norm_gate(root: nn.Module, name: str, channels: int, dim: int) -> ChannelGa
     return ChannelGate(channels, dim, tensor.device).train(norm.training)
 
 
-def _gate_name(name: str, call: int) -> str:
-    return name.replace(".", "_") + (f"_call_{call}" if call else "")
+def _gate_names(plan: GatePlan) -> dict[tuple[str, int], str]:
+    """A name for the gate behind every call, of its own: `a.b` and `a_b` are two norms."""
+    names: dict[tuple[str, int], str] = {}
+    taken: set[str] = set()
+    for name, call in plan.norms:
+        own = name.replace(".", "_") + (f"_call_{call}" if call else "")
+        while own in taken:
+            own += "_"
+        names[name, call] = own
+        taken.add(own)
+    return names
 
 
-def _follow_norms(graph: fx.Graph, plan: GatePlan, container: str) -> None:
-    calls: Counter[str] = Counter()
-    for node in list(graph.nodes):
-        if node.op != "call_module":
-            continue
-        name = str(node.target)
-        site = name, calls[name]
-        calls[name] += 1
-        if site in plan.norms:
-            _follow(graph, node, f"{container}.{_gate_name(*site)}")
+def _what_it_reads(node: Node) -> str:
+    """Equal for calls, in two graphs, that read what the same module or function gives."""
+    read = node.all_input_nodes[0]
+    return f"{read.op} {read.target}"
+
+
+def _follow_norms(graph: fx.Graph, plan: GatePlan, gates: dict[tuple[str, int], str]) -> None:
+    """Let the gates, by the call of the norm that they stand behind, follow in `graph`.
+
+    In training a norm may be called more often, or in another order: a call has the gate of that
+    which reads the same, the last one if there are several more.
+    """
+    calls: dict[str, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)].append(node)
+    for name in {name for name, _ in gates}:
+        here, there = [_what_it_reads(node) for node in calls[name]], plan.calls[name]
+        for number, node in enumerate(calls[name]):
+            same = [call for call, reads in enumerate(there) if reads == here[number]]
+            call = number
+            if same:
+                call = same[min(here[:number].count(here[number]), len(same) - 1)]
+            elif number < len(there) and there[number] in here:
+                continue  # that one is another call
+            if (name, call) in gates:
+                _follow(graph, node, gates[name, call])
 
 
 def _follow(graph: fx.Graph, node: Node, gate: str) -> None:

@@ -13,7 +13,7 @@ and children under the same names. Left alone: parameters of several modules, an
 call uses otherwise than another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -32,12 +32,14 @@ CONVOLUTIONS: dict[Callable[..., Any], type[nn.Module]] = {
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-def lift(graphs: set[fx.Graph], root: nn.Module) -> bool:
-    """Lift what can be lifted in all of `graphs`; whether anything was."""
+def lift(by_mode: Mapping[bool, fx.Graph], root: nn.Module) -> bool:
+    """Lift what can be lifted in the graphs of evaluation and training; whether anything was."""
     calls: dict[str, list[tuple[Node, nn.Module]]] = {}
+    graphs = set(by_mode.values())
     for graph in graphs:
+        modes = {mode for mode, own in by_mode.items() if own is graph}
         for node in graph.nodes:
-            found = _module_of(node, root)
+            found = _module_of(node, root, modes)
             if found is not None:
                 calls.setdefault(found[0], []).append((node, found[1]))
     lifted = False
@@ -63,12 +65,15 @@ def _leave_counting_to(norm: str, graph: fx.Graph) -> None:
                 graph.erase_node(counter)
 
 
-def _module_of(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
-    """The module that would do what `node` does, and the name of the one it takes over from."""
+def _module_of(node: Node, root: nn.Module, modes: set[bool]) -> tuple[str, nn.Module] | None:
+    """The module that would do what `node` does, and the name of the one it takes over from.
+
+    In all `modes` that it is called in, True being training.
+    """
     if node.op != "call_function":
         return None
     if node.target is F.batch_norm:
-        return _batch_norm(node, root)
+        return _batch_norm(node, root, modes)
     if node.target in CONVOLUTIONS:
         return _convolution(node, root)
     if node.target is F.linear:
@@ -76,7 +81,7 @@ def _module_of(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
-def _batch_norm(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
+def _batch_norm(node: Node, root: nn.Module, modes: set[bool]) -> tuple[str, nn.Module] | None:
     bound = signature(F.batch_norm).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     given: dict[str, Any] = bound.arguments
@@ -90,6 +95,7 @@ def _batch_norm(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
         given["eps"] == module.eps
         and given["momentum"] in (module.momentum, 0.0)
         and (named["weight"] is None) == (module.weight is None)
+        and {given["training"]} == modes
     )
     if owner is None or not agrees:
         return None

@@ -146,6 +146,22 @@ MOVEMENT: frozenset[Key] = frozenset(
     | {nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle, nn.Unfold}
 )
 
+# of these, what is along which dimension; and how their arguments name it
+SPLITS: frozenset[Key] = frozenset(
+    _functions("split", "chunk", "tensor_split", "unbind", "split_with_sizes")
+)
+ALONG_ONE: frozenset[Key] = frozenset(SPLITS | _functions("narrow", "index_select"))
+REPEATS: frozenset[Key] = frozenset(_functions("repeat", "tile"))
+FLATTENS: frozenset[Key] = frozenset(_functions("flatten") | {nn.Flatten})
+FIXED_POOLS: frozenset[Key] = frozenset(
+    _functions(
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    )
+    | {nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d}
+    | {nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d}
+)
+
 # have the same result for the same constants, in evaluation mode
 _RANDOM = _functions(
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "rrelu")
@@ -190,6 +206,15 @@ def sizes(node: Node) -> list[Any]:
     if len(given) == 1 and not isinstance(given[0], int):
         return list(given[0]) if isinstance(given[0], tuple | list) else []
     return list(given)
+
+
+def along(node: Node) -> Any:
+    """The dimension that an `ALONG_ONE` operator works along, a number or a node."""
+    if "dim" in node.kwargs:
+        return node.kwargs["dim"]
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    place = 1 if name in ("narrow", "index_select", "unbind") else 2
+    return node.args[place] if len(node.args) > place else 0
 
 
 def out_of_place(node: Node) -> None:

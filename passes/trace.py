@@ -24,7 +24,8 @@ from torch.fx.node import Node, map_arg
 
 from dspfx.errors import TraceError
 from dspfx.kept import state_kept
-from dspfx.passes.concrete_tracer import LINE, WRITTEN, ConcreteTracer, UntraceableError
+from dspfx.passes.aliases import WRITTEN
+from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
 from dspfx.passes.lift import lift
 from dspfx.passes.operators import is_in_place
 
@@ -96,7 +97,7 @@ def trace(
         graphs[True] = graphs[False]
     for graph in set(graphs.values()):
         _register_constants(graph, root)
-    lift(set(graphs.values()), root)
+    lift(graphs, root)
     for graph in set(graphs.values()):
         follow_in_place_writes(graph, root)
         _follow_hidden_writes(graph, root)
