@@ -38,8 +38,9 @@ def make_trainable(
     for module in compacted.root.modules():
         module.training = source.training
     for own, copied in copied_modules(compacted, source):
-        for module, twin in zip(own.modules(), copied.modules(), strict=True):
-            twin.training = module.training
+        twins = dict(copied.named_modules(remove_duplicate=False))
+        for name, module in own.named_modules():
+            twins[name].training = module.training
     return compacted.root
 
 

@@ -30,16 +30,19 @@ class Aliases:
             alive = [known for known in self._seen[place] if known() is not None]
             self._seen[place] = [*alive, weakref.ref(proxy)]
 
-    def overwritten(self, proxy: Any) -> None:
-        """Remember that whatever else lies where `proxy` does is not what its node computed.
+    def overwritten(self, proxies: list[Any]) -> None:
+        """Remember that whatever else lies where `proxies` do is not what its node computed.
 
-        But for the values that it was before: who reads one of these later reads `proxy`.
+        But for the values that they were before: who reads one of these later reads what it is now.
         """
-        own, value = _versions_of(proxy.node), proxy.concrete
-        for known in self._seen.get(_place(value), ()):
-            other = known()
-            if other is not None and other.node not in own and _overlap(value, other.concrete):
-                self._stale[other.node] = proxy.node.name
+        own = {node for proxy in proxies for node in _versions_of(proxy.node)}
+        for proxy in proxies:
+            for known in self._seen.get(_place(proxy.concrete), ()):
+                other = known()
+                if other is None or other.node in own:
+                    continue
+                if _overlap(proxy.concrete, other.concrete):
+                    self._stale[other.node] = proxy.node.name
 
     def check(self, target: Any, read: list[Node]) -> None:
         """Look at the values that a call of `target` is given.

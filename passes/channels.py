@@ -460,6 +460,8 @@ class _Analyser(fx.Interpreter):
         first = self._operands(node)[0]
         if node.target is operator.getitem and operators.key(first, self.root) in operators.SPLITS:
             node, first = first, self._operands(first)[0]
+        if first not in self.values:
+            return True  # parts, put together
         key, rank = operators.key(node, self.root), len(self.values[first].shape)
         if key is operator.getitem:
             index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)

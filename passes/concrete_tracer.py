@@ -209,8 +209,7 @@ class ConcreteTracer(fx.Tracer):
                 raise TypeError(f"'{proxy.node.name}' writes into a tensor that the code has made")
             if not torch.is_grad_enabled():
                 self.unrecorded.refuse(argument)
-            if isinstance(argument, ConcreteProxy):
-                self.aliases.overwritten(argument)
+        self.aliases.overwritten([args[i] for i in written if type(args[i]) is ConcreteProxy])
         if written:
             proxy.node.meta[WRITTEN] = written
         self.aliases.note(proxy)

@@ -73,9 +73,6 @@ def test_moving_channels_is_a_gather(function: Callable[[Tensor], Tensor], index
 @pytest.mark.parametrize(
     ("function", "repeat"),
     [
-        (lambda x: x.flatten(1), 20),
-        (lambda x: x.view(2, -1), 20),
-        (lambda x: x.reshape(-1, 160), 20),
         (lambda x: x.permute(0, 2, 3, 1), 1),
         (lambda x: x.flatten(2), 1),
         (lambda x: x.view(x.size(0), 8, -1), 1),
@@ -92,6 +89,26 @@ def test_moving_positions_is_channelwise(function: Callable[[Tensor], Tensor], r
     assert isinstance(op, Channelwise)
     assert op.repeat == repeat
     assert op.keeps_zero.all()
+
+
+@pytest.mark.parametrize("flat", [nn.Flatten(), lambda x: x.view(2, -1), lambda x: x.flatten(1)])
+def test_positions_become_channels_for_a_linear_layer_alone(
+    flat: Callable[[Tensor], Tensor],
+) -> None:
+    class Flattens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.applies, self.last = Applies(flat), nn.Linear(160, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.applies(x).relu())
+
+    *_, op, relu, _, _ = analysed(Flattens())[1].ops.values()
+    assert isinstance(op, Channelwise)
+    assert (op.repeat, op.keeps_zero.all()) == (20, True)
+    assert isinstance(relu, Elementwise)
+    alone = last_op(flat)  # another image has more of them
+    assert isinstance(alone, Restored)
 
 
 @pytest.mark.parametrize(
