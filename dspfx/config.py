@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import get_args
 
 from torch import nn
@@ -49,9 +50,11 @@ class PrepareConfig:
             if isinstance(given, str | type) or not isinstance(given, Iterable):
                 raise PrepareError(f"{name} takes several: {name}=({_word(given)},)")
             object.__setattr__(self, name, tuple(given))
-        if self.groups < 1 or self.round_to < 1:
+        whole = all(isinstance(n, Integral) for n in (self.groups, self.round_to))
+        if not whole or self.groups < 1 or self.round_to < 1:
             raise PrepareError(
-                f"groups and round_to must be at least 1, got {self.groups} and {self.round_to}"
+                "groups and round_to must be whole numbers of at least 1, got "
+                f"{self.groups!r} and {self.round_to!r}"
             )
         for kind in self.layers:
             if kind not in GATED:

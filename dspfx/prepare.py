@@ -43,6 +43,11 @@ def prepare(
             `config` matches nothing, or a weight is not finite.
     """
     config = config or PrepareConfig()
+    if not isinstance(model, nn.Module) or not isinstance(config, PrepareConfig):
+        raise PrepareError(
+            "prepare takes a torch.nn.Module and a PrepareConfig, got "
+            f"{type(model).__name__} and {type(config).__name__}"
+        )
     if any(isinstance(module, PreparedModule) for module in model.modules()):
         raise PrepareError("this model is prepared already; prepare the original one")
     _check_weights(model)

@@ -122,9 +122,8 @@ def _trace_graph(
             if not error.module or error.module in failed:
                 raise TraceError(
                     f"{type(root).__name__} cannot be traced: {error.reason} (after node "
-                    f"'{error.node}'). Code whose control flow depends on the values of tensors "
-                    "has no graph: move it out of the model, or prepare the submodules that can "
-                    "be traced"
+                    f"'{error.node}'). Such code has no graph: move it out of the model, or "
+                    "prepare the submodules that can be traced"
                 ) from error
             failed[error.module] = error.reason
 

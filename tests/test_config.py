@@ -131,6 +131,8 @@ def test_only_the_layers_asked_for_get_gates() -> None:
     [
         ({"groups": 0}, "at least 1"),
         ({"round_to": 0}, "at least 1"),
+        ({"round_to": 1.5}, "whole numbers"),
+        ({"groups": "2"}, "whole numbers"),
         ({"layers": (nn.BatchNorm2d,)}, "cannot be gated"),
         ({"rules": {torch.sinc: "harmless"}}, "must be one of elementwise, channelwise"),
     ],

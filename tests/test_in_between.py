@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from helpers import assert_equal, randomise
+from helpers import assert_equal, macs, randomise
 
 Between = Callable[[Tensor, Tensor], Tensor]
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -397,3 +397,49 @@ def test_torchscript_is_known_by_its_code(tmp_path: Path) -> None:
         assert_equal(compact(X), dspfx.load(path, Scripted(nn.ReLU()).double()).eval()(X))
         with pytest.raises(dspfx.LoadError, match="TorchScript"):
             dspfx.load(path, Scripted(nn.Sigmoid()).double())
+
+
+def test_what_is_no_model_is_named() -> None:
+    for given in ((None, X), (nn.ReLU(), X, {"groups": 2})):
+        model, x, *config = given
+        with pytest.raises(
+            dspfx.PrepareError, match=r"takes a torch\.nn\.Module and a PrepareConfig"
+        ):
+            dspfx.prepare(model, x, config=config[0] if config else None)
+
+
+class Frames(nn.Module):
+    """Frames of a film are a batch for its convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.last = Net(lambda u, v: v), nn.Conv1d(4, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t = x.shape[:2]
+        return self.last(self.net(x.flatten(0, 1)).mean((2, 3)).view(n, t, -1).transpose(1, 2))
+
+
+class LengthFirst(nn.Module):
+    """Linear layers over `[length, batch, channels]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.last = Net(lambda u, v: v), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.net(x).flatten(2).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize(("kind", "shape"), [(Frames, (4, 3, 8, 8)), (LengthFirst, (3, 8, 8))])
+def test_macs_are_those_of_a_sample(
+    kind: type[nn.Module], shape: tuple[int, ...], batch: int
+) -> None:
+    """Those of one frame, or one position of all samples, were counted."""
+    x = torch.randn(batch, *shape)
+    prepared = dspfx.prepare(kind(), x)
+    dspfx.prune(prepared, dspfx.Budget(macs=0.6))
+    compact = dspfx.convert(prepared.eval())
+    found = dspfx.report(compact)
+    assert (found.before.macs, found.after.macs) == (macs(kind(), x), macs(compact, x))
