@@ -31,9 +31,9 @@ COST_MODELS = (
 )
 
 
-def inputs(model: Any, seed: int = 0, samples: int = 3) -> Tensor:
+def inputs(model: Any, seed: int = 0, samples: int = 3, larger: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    shape = samples, 3, model.size, model.size
+    shape = samples, 3, model.size + larger, model.size + larger
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -66,6 +66,7 @@ def test_compact_equals_masked(
         before = {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
         compact = dspfx.convert(prepared, cost_model=cost_model)
         assert_equal(prepared(x), compact(x))
+    assert_equal_at_other_sizes(model, prepared, compact)
     compact.graph.lint()
     assert not compact.training
     report = dspfx.report(compact)
@@ -80,6 +81,18 @@ def test_compact_equals_masked(
         assert torch.equal(tensor, compact.state_dict()[name])
     for name, tensor in prepared.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def assert_equal_at_other_sizes(model: nn.Module, masked: nn.Module, compact: nn.Module) -> None:
+    """As far as the masked model takes images of that size."""
+    for larger in (3, 4):
+        x = inputs(model, 2, samples=2, larger=larger)
+        with torch.no_grad():
+            try:
+                expected = masked(x)
+            except (RuntimeError, AssertionError):
+                continue
+            assert_equal(expected, compact(x))
 
 
 @EXAMPLES
