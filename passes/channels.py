@@ -31,6 +31,7 @@ from dspfx.kept import is_altered
 from dspfx.passes import operators
 from dspfx.passes.coupling import Coupling
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
+from dspfx.passes.positions import Positions
 from dspfx.passes.values import (
     BoolArray,
     ChannelAnalysis,
@@ -90,7 +91,7 @@ class _Analyser(fx.Interpreter):
         self.coupling = Coupling()
         self.ids = ElementIds(self.values)
         self.containers: set[Node] = set()  # inputs that are no tensors but hold some
-        self.fixed_sizes: dict[Node, bool] = {}
+        self.positions = Positions(root, self.ops, self.values)
         self.born_whole: list[IntArray] = []  # atoms that exist whatever is pruned
 
     def result(self) -> ChannelAnalysis:
@@ -342,7 +343,7 @@ class _Analyser(fx.Interpreter):
         if len(operands) != 1 or value is None or value.dim is None:
             return None
         rank = len(value.shape)
-        reduced = _reduced(node, rank)
+        reduced = operators.reduced(node, rank)
         if reduced is None or value.dim in reduced or 0 in reduced:
             return None
         kept = result.dim() == rank
@@ -423,13 +424,13 @@ class _Analyser(fx.Interpreter):
         if move.dim is not None and move.roots:
             source_dims = {self.values[root].dim for root in move.roots}
             if self._runs_on_fewer(node, operands, move):
-                if self._is_for_one_size(node, operands[0], result, move):
+                if self.positions.are_for_one_size(node, operands[0], result, move):
                     self.ids.keep(node, moved)
                     self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
                     return Restored(operands, "how many positions a channel has may vary")
                 return self._rearranged(node, result, move, move.dim)
-            only_channels = source_dims == {move.dim} and self._leaves_positions(node, move.dim)
-            if move.whole_channels and only_channels:
+            only_channels = source_dims == {move.dim} and move.whole_channels
+            if only_channels and self.positions.are_left_alone(node, move.dim):
                 return self._gathered(node, result, move, move.dim)
         self.ids.keep(node, moved)
         self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
@@ -451,84 +452,6 @@ class _Analyser(fx.Interpreter):
         atoms[padding] = self.coupling.new(int(padding.sum()))
         self._pass_atoms(node, result, dim, atoms)
         return Gather(move.roots, move.source, move.index)
-
-    def _leaves_positions(self, node: Node, dim: int) -> bool:
-        """Whether an operator that moves whole channels would, at every size of the image.
-
-        A crop or a pad that happens to do nothing to the example must not be left out.
-        """
-        first = self._operands(node)[0]
-        if node.target is operator.getitem and operators.key(first, self.root) in operators.SPLITS:
-            node, first = first, self._operands(first)[0]
-        if first not in self.values:
-            return True  # parts, put together
-        key, rank = operators.key(node, self.root), len(self.values[first].shape)
-        if key is operator.getitem:
-            index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-            items = _without_ellipsis(index, rank)
-            return all(_is_all(i) for d, i in enumerate(items) if d != dim)
-        if key is torch.nn.functional.pad:
-            pads: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
-            own = 2 * (rank - 1 - dim)  # pads are given from the last dimension on
-            return all(
-                type(p) is int and (p == 0 or i // 2 == own // 2) for i, p in enumerate(pads)
-            )
-        if key in operators.ALONG_ONE:
-            along = operators.along(node)
-            return isinstance(along, int) and along % rank == dim
-        if key in operators.REPEATS:
-            times = operators.sizes(node)
-            fixed = len(times) == rank and all(type(n) is int for n in times)
-            return fixed and all(n == 1 for d, n in enumerate(times) if d != dim)
-        if key in ("expand_as", "repeat_interleave", torch.repeat_interleave):
-            return all(n > 1 for d, n in enumerate(self.values[first].shape) if d != dim)
-        return True
-
-    def _is_for_one_size(self, node: Node, operand: Node, result: Tensor, move: Move) -> bool:
-        """Whether what is made of a channel's positions could not be cut for another image.
-
-        Positions that become channels, as in `flatten(1)`, are as many as the image has. A linear
-        layer behind them has a weight for each, and so settles their number; others do not.
-        """
-        if operators.key(node, self.root) not in operators.FLATTENS | operators.SIZED:
-            return False
-        rank = len(self.values[operand].shape)
-        merges = result.dim() < rank and (result.dim() == 2 or (move.repeat or 1) > 1)
-        return merges and not self._has_fixed_size(operand) and not self._linear_reads(node)
-
-    def _has_fixed_size(self, node: Node) -> bool:
-        """Whether a value has as many positions whatever the image, as behind a global pool."""
-        if node not in self.fixed_sizes:
-            self.fixed_sizes[node] = self._fixes_size(node)
-        return self.fixed_sizes[node]
-
-    def _fixes_size(self, node: Node) -> bool:
-        key = operators.key(node, self.root) if node.op.startswith("call") else None
-        if key in operators.FIXED_POOLS:
-            size: Any = (
-                self.root.get_submodule(str(node.target)).output_size
-                if node.op == "call_module"
-                else node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
-            )
-            return all(type(n) is int for n in (size if isinstance(size, tuple | list) else [size]))
-        operands = [n for n in node.all_input_nodes if not isinstance(self.ops.get(n), Constant)]
-        if key in operators.REDUCTIONS and len(operands) == 1:
-            before = self.values.get(operands[0])
-            positions = set(range(2, 0 if before is None else len(before.shape)))
-            if positions and positions <= (_reduced(node, len(positions) + 2) or set()):
-                return True
-        return bool(operands) and all(self._has_fixed_size(n) for n in operands)
-
-    def _linear_reads(self, node: Node) -> bool:
-        """Whether all that reads `node` is linear layers, by way of what works on each element."""
-        for user in node.users:
-            key = operators.key(user, self.root) if user.op.startswith("call") else None
-            if key in LAYERS and len(user.all_input_nodes) == 1:
-                continue
-            passes = key in operators.ELEMENTWISE | operators.RELAYOUTS | operators.BATCH_NORMS
-            if not (passes and len(user.all_input_nodes) == 1 and self._linear_reads(user)):
-                return False
-        return True
 
     def _runs_on_fewer(self, node: Node, operands: tuple[Node, ...], move: Move) -> bool:
         """Whether the operator, sizes rewritten, does on some channels what it does on all."""
@@ -626,30 +549,11 @@ def _numpy(tensor: Tensor) -> BoolArray:
     return array
 
 
-def _reduced(node: Node, rank: int) -> set[int] | None:
-    """The dimensions that a reduction is told to reduce; None if it is not told so."""
-    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
-        return None
-    return {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
-
-
-def _is_all(item: Any) -> bool:
-    return isinstance(item, slice) and item == slice(None)
-
-
 def _pads_others(node: Node) -> bool:
     """Whether it pads anything but zero, where it pads."""
     if node.target is not torch.nn.functional.pad:
         return False
     return bool(node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None))
-
-
-def _without_ellipsis(items: tuple[Any, ...], rank: int) -> list[Any]:
-    """The items of an index, one for each of `rank` dimensions that it consumes."""
-    full = [slice(None)] * (rank - sum(i is not ... and i is not None for i in items))
-    at = items.index(...) if ... in items else len(items)
-    return [*items[:at], *full, *items[at + 1 :]]
 
 
 def _pad_with_ids(args: Any, kwargs: Any) -> tuple[Any, Any]:

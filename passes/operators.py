@@ -217,6 +217,14 @@ def along(node: Node) -> Any:
     return node.args[place] if len(node.args) > place else 0
 
 
+def reduced(node: Node, rank: int) -> set[int] | None:
+    """The dimensions that a reduction is told to reduce; None if it is not told so."""
+    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
+        return None
+    return {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+
+
 def out_of_place(node: Node) -> None:
     """Make a call that overwrites its first argument return a new tensor instead."""
     target: Any = node.target
