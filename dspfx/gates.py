@@ -263,6 +263,7 @@ GATED: dict[type[nn.Module], type[GatedLayer]] = {
         GatedLinear,
     )
 }
+LAYERS = frozenset((*GATED, *GATED.values()))  # gated or not
 
 
 def gated_layers(module: nn.Module) -> dict[str, GatedLayer]:

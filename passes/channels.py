@@ -25,13 +25,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 
 from dspfx.filters import TRANSPOSED, filters_first, structural_groups
-from dspfx.gates import GATED, ChannelGate, GatedLayer
+from dspfx.gates import LAYERS, ChannelGate, GatedLayer
 from dspfx.inputs import fresh
 from dspfx.kept import is_altered
 from dspfx.passes import operators
 from dspfx.passes.coupling import Coupling
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
-from dspfx.passes.positions import Positions
+from dspfx.passes.positions import Positions, operands_of
 from dspfx.passes.values import (
     BoolArray,
     ChannelAnalysis,
@@ -51,8 +51,6 @@ from dspfx.passes.values import (
 )
 from dspfx.trees import leaves
 from dspfx.weighted import is_weighted
-
-LAYERS = frozenset((*GATED, *GATED.values()))
 
 
 def analyse(
@@ -128,7 +126,7 @@ class _Analyser(fx.Interpreter):
             return None
         if node.op == "get_attr":
             return self._constant(node, result)
-        operands = self._operands(node)
+        operands = operands_of(node, self.ops)
         if self._is_constant(node, result):
             return self._constant(node, result)
         if node.op == "output":
@@ -156,12 +154,6 @@ class _Analyser(fx.Interpreter):
         if node.target in (operator.getitem, getattr, "get"):
             return isinstance(node.args[0], Node) and node.args[0] in self.containers
         return node.op == "placeholder"
-
-    def _operands(self, node: Node) -> tuple[Node, ...]:
-        """The inputs of `node` that carry tensors, each once."""
-        return tuple(
-            n for n in node.all_input_nodes if n in self.ops and not isinstance(self.ops[n], Query)
-        )
 
     def _likely_dim(self, operands: tuple[Node, ...], result: Tensor) -> int | None:
         """Where the channels of an opaque operator's result lie: as in an operand, or second."""
@@ -420,21 +412,19 @@ class _Analyser(fx.Interpreter):
         moved = self._run_on_ids(node, operands)
         if not isinstance(moved, Tensor) or moved.shape != result.shape:
             return None
-        move = self.ids.move(moved)
+        move, why = self.ids.move(moved), "its result does not keep whole channels together"
         if move.dim is not None and move.roots:
             source_dims = {self.values[root].dim for root in move.roots}
-            if self._runs_on_fewer(node, operands, move):
-                if self.positions.are_for_one_size(node, operands[0], result, move):
-                    self.ids.keep(node, moved)
-                    self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
-                    return Restored(operands, "how many positions a channel has may vary")
-                return self._rearranged(node, result, move, move.dim)
             only_channels = source_dims == {move.dim} and move.whole_channels
-            if only_channels and self.positions.are_left_alone(node, move.dim):
+            if self._runs_on_fewer(node, operands, move):
+                if not self.positions.are_for_one_size(node, operands[0], result, move):
+                    return self._rearranged(node, result, move, move.dim)
+                why = "how many positions a channel has may vary"
+            elif only_channels and self.positions.are_left_alone(node, move.dim):
                 return self._gathered(node, result, move, move.dim)
         self.ids.keep(node, moved)
         self.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
-        return Restored(operands, "its result does not keep whole channels together")
+        return Restored(operands, why)
 
     def _relayout(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
         """A copy in another memory layout: elementwise, or one more step of moving data."""

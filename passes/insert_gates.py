@@ -180,7 +180,8 @@ def _follow_norms(graph: fx.Graph, plan: GatePlan, gates: dict[tuple[str, int], 
     for node in graph.nodes:
         if node.op == "call_module":
             calls[str(node.target)].append(node)
-    for name in {name for name, _ in gates}:
+    behind: dict[Node, str] = {}
+    for name in dict.fromkeys(name for name, _ in gates):
         here, there = [_what_it_reads(node) for node in calls[name]], plan.calls[name]
         for number, node in enumerate(calls[name]):
             same = [call for call, reads in enumerate(there) if reads == here[number]]
@@ -190,7 +191,10 @@ def _follow_norms(graph: fx.Graph, plan: GatePlan, gates: dict[tuple[str, int], 
             elif number < len(there) and there[number] in here:
                 continue  # that one is another call
             if (name, call) in gates:
-                _follow(graph, node, gates[name, call])
+                behind[node] = gates[name, call]
+    for node in list(graph.nodes):  # in the order of the graph, which names of nodes depend on
+        if node in behind:
+            _follow(graph, node, behind[node])
 
 
 def _follow(graph: fx.Graph, node: Node, gate: str) -> None:

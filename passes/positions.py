@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from dspfx.gates import GATED
+from dspfx.gates import LAYERS
 from dspfx.passes import operators
 from dspfx.passes.movement import Move
 from dspfx.passes.values import Constant, Op, Query, Value
 
-_LAYERS = frozenset((*GATED, *GATED.values()))
 # work on each element, or each channel, of what has no positions
 _PASSING = operators.ELEMENTWISE | operators.RELAYOUTS | operators.BATCH_NORMS
 
@@ -43,9 +42,9 @@ class Positions:
 
         A crop or a pad that happens to do nothing to the example must not be left out.
         """
-        first = self._operands(node)[0]
+        first = operands_of(node, self._ops)[0]
         if node.target is operator.getitem and self._key(first) in operators.SPLITS:
-            node, first = first, self._operands(first)[0]
+            node, first = first, operands_of(first, self._ops)[0]
         if first not in self._values:
             return True  # parts, put together
         key, shape = self._key(node), self._values[first].shape
@@ -106,17 +105,17 @@ class Positions:
         """Whether all that reads `node` is linear layers, by way of what works on each element."""
         for user in node.users:
             alone, key = len(user.all_input_nodes) == 1, self._key(user)
-            if not (alone and (key in _LAYERS or (key in _PASSING and self._linear_reads(user)))):
+            if not (alone and (key in LAYERS or (key in _PASSING and self._linear_reads(user)))):
                 return False
         return True
 
-    def _operands(self, node: Node) -> list[Node]:
-        """The inputs of `node` that carry tensors."""
-        known = (n for n in node.all_input_nodes if n in self._ops)
-        return [n for n in known if not isinstance(self._ops[n], Query)]
-
     def _key(self, node: Node) -> Any:
         return operators.key(node, self._root) if node.op.startswith("call") else None
+
+
+def operands_of(node: Node, ops: Mapping[Node, Op]) -> tuple[Node, ...]:
+    """The inputs of `node` that carry tensors, each once."""
+    return tuple(n for n in node.all_input_nodes if n in ops and not isinstance(ops[n], Query))
 
 
 def _is_all(item: Any) -> bool:

@@ -178,9 +178,7 @@ class _Steps:
         if self.recipe.validation:
             training.facts["dense_validation"] = training.accuracy(model, "validation")
         self.files.log(event="dense", **training.facts)
-        if self.own.first:
-            save_checkpoint(self.files.dense, model=model)
-        self.own.wait()
+        self._keep(self.files.dense, model)
 
     def _learn(self, prepared: nn.Module, training: Training) -> None:
         if training.is_past("learn"):
@@ -193,9 +191,7 @@ class _Steps:
         if self.recipe.gradual:
             self._announce("pruning while it trains", self.recipe.learn.epochs)
             training.train(Prune(self.recipe, prepared, self.steps, self.own))
-            if self.own.first:
-                save_checkpoint(self.files.pruned, model=prepared)
-            self.own.wait()
+            self._keep(self.files.pruned, prepared)
         elif self.recipe.learn.epochs:
             self._announce("learning groups", self.recipe.learn.epochs)
             training.train(Learn(self.recipe, prepared, self.steps, self.own))
@@ -303,6 +299,12 @@ class _Steps:
             self.files.write(self.files.report, outcome.to_dict())
             self.files.write(self.files.text, str(outcome))
         return outcome
+
+    def _keep(self, path: Path, model: nn.Module) -> None:
+        """Write what a phase has made, for a run that is resumed behind it."""
+        if self.own.first:
+            save_checkpoint(path, model=model)
+        self.own.wait()
 
     def _announce(self, what: str, epochs: int) -> None:
         images = len(self.source.numbers["train"])
