@@ -83,9 +83,9 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
         plan = plan_gates(view, analysis, config.layers, task.frozen, task.gate_first)
     if not plan.layers:
         raise PrepareError(
-            f"{name} has no layer to prune: dspfx gates convolutions and linear layers that have "
-            "two or more input channels for each filter and do not read the model's inputs "
-            "directly, apart from linear layers that come last"
+            f"{name} has no layer to prune: dspfx gates convolutions and linear layers, apart from "
+            "depthwise ones, those that read the model's inputs directly, and linear layers that "
+            "come last"
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.recompile()

@@ -1,9 +1,8 @@
 """The gating pass: from a traced model to a gated one.
 
-1. A convolution or linear layer with two or more input channels for each filter becomes a
-   `GatedLayer`, sharing its parameters. Left alone: frozen layers, layers that read the model's
-   inputs, depthwise convolutions, computed weights, and the linear layers that come last, whose
-   outputs are the model's.
+1. A convolution or linear layer becomes a `GatedLayer`, sharing its parameters. Left alone: frozen
+   layers, layers that read the model's inputs, convolutions whose groups have one channel each,
+   and the linear layers that come last, whose outputs are the model's.
 2. A `ChannelGate` follows every norm whose channels lie along one dimension, and every depthwise
    layer with a bias, in every graph.
 """
@@ -95,7 +94,7 @@ def _why_not(
     module = root.get_submodule(op.layer)
     if not isinstance(module, kinds):
         return f"gates for {type(module).__name__} were not asked for"
-    if op.channels // op.structural_groups == 1:
+    if op.channels == op.structural_groups > 1:
         return "its filters read one channel each"
     if isinstance(analysis.ops[op.operands[0]], Source) and not gate_first:
         return "it reads the model's inputs"

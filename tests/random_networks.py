@@ -287,7 +287,7 @@ def networks(
 
 # a step draws itself for `channels` and `size`; None where it cannot follow
 Step = tuple[nn.Module, int, int] | None
-WIDTH = st.integers(2, 9)
+WIDTH = st.integers(1, 9)
 FLAG = st.booleans()
 LARGEST = 16
 
