@@ -156,7 +156,13 @@ def _first_axes(inputs: Iterable[Any]) -> set[str]:
 
 
 def _write_program(program: ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
+    try:
+        torch.export.save(program, path)
+    except NotImplementedError as error:
+        raise ExportError(
+            f"torch.export cannot write what the model returns: {error}; register the class, or "
+            "return a tuple or a dict"
+        ) from error
 
 
 def _write_package(program: ExportedProgram, path: Path) -> None:

@@ -20,7 +20,7 @@ from dspfx.passes.randomness import generators_kept
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
 from dspfx.training_pass import Results, difference, training_pass
-from dspfx.trees import leaves, map_leaves
+from dspfx.trees import leaves, map_leaves, structure
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,13 @@ def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
         generators_kept(),
         prepared.evaluation_view() as view,
     ):
-        actual = list(leaves(view(*fresh(prepared.example_inputs))))
-    expected = list(leaves(expected))
+        found = view(*fresh(prepared.example_inputs))
+    if structure(found) != structure(expected):
+        raise TraceError(
+            f"{name} returns a container that cannot be made again from its fields or items, or "
+            "one that its caller changed; return a tuple, a dict or a plain dataclass"
+        )
+    expected, actual = list(leaves(expected)), list(leaves(found))
     same = len(expected) == len(actual) and all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else a == b
         for a, b in zip(expected, actual, strict=True)

@@ -118,6 +118,10 @@ class Answers:
         if _is_given(asked.node):
             self._insist_on_what(kind_of, asked, kind_of(asked.concrete))
 
+    def insist_on_none(self, asked: Any) -> None:
+        """Check that `asked`, a proxy of an item of a container, is None, as it is now."""
+        self._insist_on_what(kind_of, asked, kind_of(None))
+
     def insist_on_ranks(self) -> None:
         """Check that the inputs have as many dimensions as they have now."""
         inputs, self.inputs = self.inputs, []
@@ -200,9 +204,14 @@ def kind_of(value: Any) -> str:
     return type(value).__name__
 
 
+def takes_out(node: Node) -> bool:
+    """Whether it takes an item out of a container, or an attribute."""
+    return node.target in _ITEMS
+
+
 def is_item(node: Node) -> bool:
     """Whether it takes an item out of an input."""
-    return node.target in _ITEMS and _origin(node.all_input_nodes[0]) is _Origin.INPUTS
+    return takes_out(node) and _origin(node.all_input_nodes[0]) is _Origin.INPUTS
 
 
 def _is_given(node: Node) -> bool:

@@ -49,7 +49,7 @@ from dspfx.passes.values import (
     Source,
     Value,
 )
-from dspfx.trees import leaves
+from dspfx.trees import is_construction, leaves
 from dspfx.weighted import is_weighted
 
 
@@ -464,17 +464,20 @@ class _Analyser(fx.Interpreter):
 
     def _parts(self, node: Node, operands: tuple[Node, ...]) -> Op:
         """A split or chunk: its parts are found by the `getitem` that takes them."""
-        if operators.key(node, self.root) in operators.MOVEMENT:
+        key = operators.key(node, self.root)
+        if key in operators.MOVEMENT:
             parts = self._run_on_ids(node, operands)
             if isinstance(parts, tuple | list):
                 self.ids.keep(node, tuple(parts))
                 return Restored(operands, "its parts are used whole")
+        if is_construction(node.target):
+            return Restored(operands, "")  # the reasons are those of whoever reads it
         return self._opaque(node, operands)
 
     def _run_on_ids(self, node: Node, operands: tuple[Node, ...]) -> Any:
         """The node, executed on the numbered elements of its tensors; None if it refuses."""
         moving = [n for n in operands if not self._is_index(n)]
-        if not self.ids.knows(moving):
+        if not moving or not self.ids.knows(moving):
             return None
         args = map_arg(node.args, lambda n: self.ids.of(n) if n in moving else self.env[n])
         kwargs = map_arg(node.kwargs, lambda n: self.ids.of(n) if n in moving else self.env[n])

@@ -134,5 +134,7 @@ class ConcreteProxy(Proxy):
 
 
 def value_of(item: Any) -> Any:
-    """The value of a proxy; anything else is one itself."""
+    """The value of a proxy, or of a slice of some; anything else is one itself."""
+    if type(item) is slice:
+        return slice(value_of(item.start), value_of(item.stop), value_of(item.step))
     return item.concrete if isinstance(item, ConcreteProxy) else item

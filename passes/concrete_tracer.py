@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Proxy
-from torch.fx.node import Node, map_aggregate
+from torch.fx.node import Node
 from torch.nn.utils import parametrize
 
 from dspfx.gates import ChannelGate, GatedLayer
 from dspfx.passes import operators
 from dspfx.passes.aliases import WRITTEN, Aliases
-from dspfx.passes.answers import Answers, is_item
+from dspfx.passes.answers import Answers, is_item, takes_out
 from dspfx.passes.buffers import Buffers, write_back
 from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
 from dspfx.passes.frames import line_under_way
@@ -28,6 +28,7 @@ from dspfx.passes.own_gradients import OwnGradients
 from dspfx.passes.patched import patched
 from dspfx.passes.randomness import drawn_so_far, generators_kept, generators_of
 from dspfx.passes.unrecorded import Unrecorded
+from dspfx.trees import construction, map_leaves
 
 LINE = "line of source"  # a key of `Node.meta`
 
@@ -165,7 +166,7 @@ class ConcreteTracer(fx.Tracer):
         outside, self.executing = self.executing, True
         try:
             with generators_kept(self.generators):
-                return function(map_aggregate(given, value_of))
+                return function(map_leaves(value_of, given))
         finally:
             self.executing = outside
 
@@ -173,12 +174,17 @@ class ConcreteTracer(fx.Tracer):
         return line_under_way(ConcreteTracer.trace_concretely.__code__)
 
     def create_arg(self, a: Any) -> Any:
-        """A proxy is one, whatever it pretends to be."""
+        """A proxy is one, whatever it pretends to be; a container of its own class is made."""
         if type(a) is not ConcreteProxy:
-            return super().create_arg(a)
+            return super().create_arg(a) if (made := construction(a)) is None else self._make(*made)
         if a.tracer is not self:
             raise TypeError(f"'{a.node.name}' is remembered from an earlier call, or copied")
         return self.unrecorded.read(a).node
+
+    def _make(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = self._call(kind, *args, **kwargs)
+        made.node.meta["is_wrapped"] = True  # or it would be made of fx's proxies when unpickled
+        return made.node
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy for `node`; `create_proxy` gives it its value."""
@@ -216,15 +222,18 @@ class ConcreteTracer(fx.Tracer):
         self.answers.note(proxy, args, kwargs)
         self.unrecorded.note(proxy.node)
         self.answers.passed_on(proxy.node)
+        if proxy.concrete is None and takes_out(proxy.node):
+            self.answers.insist_on_none(proxy)
+            return None
         return self._item(proxy) if is_item(proxy.node) else proxy
 
     def _item(self, proxy: ConcreteProxy) -> Any:
-        """An item of an input; that it is None, as it may be for `dict.get`, it says itself."""
-        if proxy.concrete is None or proxy.node.target is not operator.getitem:
+        """An item of an input; that it is there, as it may not be for `dict.get`, is checked."""
+        if proxy.node.target is not operator.getitem:
             self.answers.insist_on_kind(proxy)
         if isinstance(proxy.concrete, Tensor):
             self.answers.inputs.append(proxy)
-        return None if proxy.concrete is None else proxy
+        return proxy
 
     def told(self, proxy: ConcreteProxy, frame: FrameType) -> None:
         """Code, in `frame`, is told what `proxy` is."""

@@ -9,12 +9,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dspfx.gates import gated_layers
-from dspfx.trees import leaves
+from dspfx.trees import leaves, structure
 
 
 def assert_equal(expected: Any, actual: Any, tolerance: float = 1e-9) -> None:
-    """Equal shapes, and values equal relative to the largest."""
+    """Equal classes, keys and shapes, and values equal relative to the largest."""
+    assert structure(expected) == structure(actual)
     for a, b in zip(leaves(expected), leaves(actual), strict=True):
+        if not isinstance(a, Tensor):
+            assert a == b
+            continue
         a, b = a.detach(), b.detach()
         assert a.shape == b.shape
         if a.numel():
