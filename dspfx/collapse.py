@@ -17,6 +17,7 @@ from torch import nn
 
 from dspfx.gates import gated_layers
 from dspfx.masks import present_liveness
+from dspfx.parametrised import weight_of
 from dspfx.parts import full_name, parts_of
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.values import ChannelAnalysis, Mix, any_along
@@ -96,7 +97,7 @@ def suspects(prepared: nn.Module) -> list[str]:
     odd = [
         f"{name} (holds NaN or infinite weights)"
         for name, layer in gated_layers(prepared).items()
-        if not torch.isfinite(layer.weight).all()
+        if not torch.isfinite(weight_of(layer)).all()
     ]
     weak = weak_layers_of(prepared)
     return [*odd, *([named(weak)] if weak else [])]

@@ -10,6 +10,7 @@ from torch import nn
 
 from dspfx.errors import PrepareError
 from dspfx.gates import GATED
+from dspfx.parametrised import kind_of
 from dspfx.passes.operators import Key, Rule
 
 Pattern = str | type[nn.Module]
@@ -93,4 +94,4 @@ def matching(root: nn.Module, patterns: Iterable[Pattern], option: str) -> froze
 def _matches(name: str, module: nn.Module, pattern: Pattern) -> bool:
     if isinstance(pattern, str):
         return fnmatch.fnmatchcase(name, pattern)
-    return type(module) is pattern
+    return kind_of(module) is pattern

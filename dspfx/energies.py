@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dspfx.errors import DataError, PrepareError
 from dspfx.filters import filters_first, structural_groups
 from dspfx.gates import GatedLayer
+from dspfx.parametrised import weight_of
 from dspfx.passes.values import FloatArray
 from dspfx.penalty import energy
 from dspfx.wrappers import unwrapped
@@ -45,7 +46,7 @@ def energies_of(
         PrepareError: the weight is not finite.
         DataError: the moments are of other channels, negative or not finite.
     """
-    weight = layer.masked()[0] if isinstance(layer, GatedLayer) else None
+    weight = layer.masked(weight_of(layer))[0] if isinstance(layer, GatedLayer) else None
     energies: FloatArray = energy(filters_first(layer, weight).double()).cpu().numpy()
     if not np.isfinite(energies).all():
         raise PrepareError(f"{name} holds NaN or infinite weights; repair them first")

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from dspfx.parametrised import weight_of
+
 TRANSPOSED = _ConvTransposeNd
 
 
@@ -20,7 +22,7 @@ def structural_groups(layer: nn.Module) -> int:
 def filters_first(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     """`weight`, else the layer's own, as `[O, C/S, *taps]`."""
     own: Any = layer
-    weight = own.weight if weight is None else weight
+    weight = weight_of(layer) if weight is None else weight
     if not isinstance(layer, TRANSPOSED):
         return weight
     (channels, filters), taps, groups = weight.shape[:2], weight.shape[2:], own.groups
@@ -30,7 +32,7 @@ def filters_first(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
 
 def spread(layer: nn.Module, matrix: Tensor) -> Tensor:
     """`matrix`, `[O, C/S]`, in the form of the layer's weight, with taps of size 1."""
-    taps = [1] * (layer.weight.dim() - 2)  # type: ignore[operator]
+    taps = [1] * len(getattr(layer, "kernel_size", ()))
     return as_weight(layer, matrix.reshape(*matrix.shape, *taps))
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dspfx.errors import MaskError
 from dspfx.filters import filters_first, spread
@@ -143,8 +144,9 @@ class GatedLayer(nn.Module):
 
     @classmethod
     def wrap(cls, layer: nn.Module, gate: FilterGate) -> Self:
-        """A gated layer that shares the parameters, and the hooks, of `layer`."""
-        gated = cls.__new__(cls)
+        """A gated layer that shares parameters, parametrisations and hooks with `layer`."""
+        kind = _with_properties(cls, layer) if parametrize.is_parametrized(layer) else cls
+        gated: Self = kind.__new__(kind)
         own = {kind: dict(vars(layer)[kind]) for kind in ("_parameters", "_buffers", "_modules")}
         vars(gated).update(vars(layer) | own)
         gated.gate = gate
@@ -158,6 +160,13 @@ class GatedLayer(nn.Module):
         weight = torch.where(spread(self, self.gate.mask), weight, 0.0)
         bias = None if self.bias is None else torch.where(self.gate.alive, self.bias, 0.0)
         return weight, bias
+
+
+def _with_properties(gated: type[nn.Module], parametrised: nn.Module) -> Any:
+    """A subclass of `gated` that computes what `parametrised` computes whenever it is read."""
+    left_out = ("__module__", "__doc__", "__dict__", "__weakref__")
+    own = {name: it for name, it in vars(type(parametrised)).items() if name not in left_out}
+    return type(f"Parametrized{gated.__name__}", (gated,), own)
 
 
 class _GatedConv(GatedLayer):

@@ -14,6 +14,7 @@ from dspfx.kept import state_kept, written_by
 from dspfx.modes import modes_kept
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.origin import Origin
+from dspfx.parametrised import why_computed
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
 from dspfx.passes.randomness import generators_kept
@@ -85,7 +86,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
         raise PrepareError(
             f"{name} has no layer to prune: dspfx gates convolutions and linear layers, apart from "
             "depthwise ones, those that read the model's inputs directly, and linear layers that "
-            "come last"
+            "come last" + _of_computed(prepared)
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.recompile()
@@ -94,6 +95,12 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
         f"opaque, since it cannot be traced: {child}: {why}" for child, why in traced.opaque.items()
     )
     return prepared
+
+
+def _of_computed(prepared: nn.Module) -> str:
+    """What to do about the first layer that a hook keeps from being gated, if there is one."""
+    reasons = ((name, why_computed(module)) for name, module in prepared.named_modules())
+    return next((f"; of '{name}', {why}" for name, why in reasons if why), "")
 
 
 def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:

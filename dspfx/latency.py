@@ -26,6 +26,7 @@ from dspfx.gating import analyse_prepared, fitting_inputs
 from dspfx.group_conv import GroupConvRun
 from dspfx.masks import set_masks
 from dspfx.module import PreparedModule
+from dspfx.parametrised import weight_of
 from dspfx.passes.cost import Cost, layer_costs
 from dspfx.passes.emission import like
 from dspfx.passes.liveness import Liveness
@@ -150,10 +151,8 @@ def _site(module: PreparedModule, op: Mix, shape: torch.Size, share: float) -> S
     reads = max(1, round(op.channels * side))
     channels = min(op.channels, max(reads, round(op.channels * side * UNION)))
     filters = max(1, round(op.filters * side))
-    taps = layer.weight.shape[2:]
-    weight = torch.zeros(
-        filters, channels, *taps, dtype=layer.weight.dtype, device=layer.weight.device
-    )
+    own: torch.Tensor = weight_of(layer)
+    weight = own.new_zeros(filters, channels, *own.shape[2:])
     half = max(1, filters // 2)
     groups = [Group(np.arange(half), np.arange(reads))]
     if half < filters:

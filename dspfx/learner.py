@@ -23,6 +23,7 @@ from dspfx.filters import filters_first, spread
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.lookahead import Buffers, looking_ahead, trained_parameters, trial_steps
 from dspfx.losses import BatchTask, Losses
+from dspfx.parametrised import REMOVE, is_computed
 from dspfx.parts import narrow_parts_of
 from dspfx.penalty import LayerPenalty, energy
 from dspfx.processes import Processes
@@ -41,6 +42,9 @@ class GroupLearner:
     two matrices `[O, C]`; less than twice the parameters, unless one layer has most of them.
     Optimizers that are not torch's own may couple parameters; for them it is a copy of all that
     they train, and of all their state.
+
+    Layers whose weight is computed by a parametrisation (`torch.nn.utils.parametrize`) keep the
+    groups that they have.
 
     Args:
         prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
@@ -88,7 +92,8 @@ class GroupLearner:
         self.logits_every = logits_every
         self.generator = generator
         self.steps_done = 0
-        self.layers = gated_layers(unwrapped(prepared))
+        gated = gated_layers(unwrapped(prepared)).items()
+        self.layers = {name: layer for name, layer in gated if not is_computed(layer)}
         self.processes = Processes.of(prepared, process_group)
         self._check_layers()
         _check_optimizer(self.optimizer)
@@ -316,6 +321,11 @@ class GroupLearner:
             raise LearnError(
                 "groups are learned in the prepared model, not in a narrow one; "
                 "dspfx.widen(narrow, prepared) puts what it has learned there"
+            )
+        if not self.layers and gated_layers(unwrapped(self.prepared)):
+            raise LearnError(
+                "the weights of all gated layers are computed by parametrisations, and groups are "
+                f"learned in weights that are parameters; call {REMOVE} before dspfx.prepare"
             )
         if not self.layers:
             raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")

@@ -17,6 +17,7 @@ from dspfx.filters import filters_first, structural_groups
 from dspfx.gating import analyse_prepared
 from dspfx.modes import only_training
 from dspfx.module import CompactModule, PreparedModule
+from dspfx.parametrised import weight_of
 from dspfx.parts import parts_of
 from dspfx.passes.values import Mix
 from dspfx.processes import Processes
@@ -59,7 +60,7 @@ def input_moments(
         for op in analyse_prepared(part.module).ops.values()
         if isinstance(op, Mix)
     }
-    weighted = {n: m for n, m in layers.items() if isinstance(getattr(m, "weight", None), Tensor)}
+    weighted = {n: m for n, m in layers.items() if isinstance(weight_of(m), Tensor)}
     found = {layer: _of_inputs(layer) for layer in weighted.values()}
     with only_training(prepared, ()):
         count = observe(prepared, found, batches, call, processes)

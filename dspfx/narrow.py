@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from dspfx.blueprint import named_tensors
 from dspfx.convert import exchanged
@@ -160,7 +161,7 @@ def _refuse_shared(prepared: nn.Module, parts: tuple[Part, ...]) -> None:
 
 def _refuse_untrainable(view: fx.GraphModule) -> None:
     for name, module in view.named_modules():
-        if is_weighted(module):
+        if is_weighted(module) or parametrize.is_parametrized(module):
             raise NarrowError(f"the weight of '{name}' is computed from others; {INSTEAD}")
         if module._backward_hooks or module._backward_pre_hooks:
             raise NarrowError(f"'{name}' has hooks, which see its gradients; {INSTEAD}")

@@ -19,6 +19,7 @@ from dspfx.errors import ConvertError, PrepareError, TraceError
 from dspfx.gates import GATED
 from dspfx.inputs import Call, evaluate, fresh
 from dspfx.module import CompactModule, NarrowModule, PreparedModule
+from dspfx.parametrised import kind_of
 from dspfx.wrappers import unwrapped
 
 
@@ -131,7 +132,7 @@ def _try(
     prepare_one: Callable[[nn.Module, str, Call], PreparedModule],
 ) -> PreparedModule | None:
     """The child, prepared; None if it was not called, has no layer, or cannot be."""
-    if inputs is None or not any(type(m) in GATED for m in child.modules()):
+    if inputs is None or not any(kind_of(m) in GATED for m in child.modules()):
         return None
     try:
         return prepare_one(child, name, inputs)

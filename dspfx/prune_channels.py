@@ -25,6 +25,7 @@ from dspfx.energies import check_moments, energies_of
 from dspfx.gating import analyse_prepared
 from dspfx.masks import current_reads
 from dspfx.module import PreparedModule
+from dspfx.parametrised import weight_of
 from dspfx.parts import Part, parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.pins import pinned_classes
@@ -137,7 +138,7 @@ def sides(part: Part, analysis: ChannelAnalysis) -> Iterator[Side]:
     for node, op in analysis.ops.items():
         if not isinstance(op, Mix):
             continue
-        if not isinstance(getattr(part.module.get_submodule(op.layer), "weight", None), Tensor):
+        if not isinstance(weight_of(part.module.get_submodule(op.layer)), Tensor):
             continue
         yield Side(op, analysis.class_of(node), writes=True)
         if not op.restored:

@@ -48,8 +48,8 @@ class _Reader:
 
     def learns(self) -> bool:
         """Whether the layer's weight is one that is trained."""
-        weight = getattr(self.layer, "weight", None)
-        trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+        weight = self.layer._parameters.get("weight")
+        trained = weight is not None and weight.requires_grad
         return trained and not is_weighted(self.layer)
 
     def gradient(self) -> Tensor | None:

@@ -28,6 +28,7 @@ from dspfx.filters import TRANSPOSED, filters_first, structural_groups
 from dspfx.gates import LAYERS, ChannelGate, GatedLayer
 from dspfx.inputs import fresh
 from dspfx.kept import is_altered
+from dspfx.parametrised import is_computed, why_computed
 from dspfx.passes import operators
 from dspfx.passes.coupling import Coupling
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
@@ -174,7 +175,10 @@ class _Analyser(fx.Interpreter):
 
     def _opaque(self, node: Node, operands: tuple[Node, ...]) -> Restored:
         name = _readable(operators.key(node, self.root))
-        return Restored(operands, f"{name} is not known to keep channels apart")
+        why = f"{name} is not known to keep channels apart"
+        if node.op == "call_module":
+            why = why_computed(self.root.get_submodule(str(node.target))) or why
+        return Restored(operands, why)
 
     def _has_another_forward(self, node: Node, result: Tensor) -> bool:
         """Whether a module that stays as it is gives something else than its class would."""
@@ -261,7 +265,8 @@ class _Analyser(fx.Interpreter):
         if weighted and len(operands) == 2 and isinstance(self.ops[operands[1]], Constant):
             operands = operands[:1]
         takes_one_tensor = len(node.args) + len(node.kwargs) - weighted == len(operands) == 1
-        if not takes_one_tensor or type(layer.weight) is not nn.Parameter:
+        has_weight = is_computed(layer) or type(layer.weight) is nn.Parameter
+        if not takes_one_tensor or not has_weight:
             return None
         if value is None or len(value.shape) != result.dim():
             return None

@@ -25,6 +25,7 @@ from torch.fx.node import Node, map_arg
 
 from dspfx.filters import filters_first
 from dspfx.gates import ChannelGate, GatedLayer
+from dspfx.parametrised import make_plain
 from dspfx.passes import operators
 from dspfx.passes.emission import emit
 from dspfx.passes.plan import CompactionPlan, LayerPlan, Order
@@ -326,6 +327,7 @@ class _Emitter:
 def _private(module: nn.Module, kept: Order, channels: int) -> nn.Module:
     """A frozen copy, of whose `channels` only those `kept` are left."""
     own = copy.deepcopy(module)
+    make_plain(own)
     if kept is not None and len(kept):
         _cut(own, kept, channels)
     if hasattr(own, "inplace"):

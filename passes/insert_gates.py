@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.fx.node import Node
 
 from dspfx.gates import GATED, ChannelGate, FilterGate
+from dspfx.parametrised import kind_of
 from dspfx.passes.values import ChannelAnalysis, Channelwise, Mix, Source
 
 CONTAINER = "channel_gates"
@@ -125,7 +126,8 @@ def insert_gates(root: nn.Module, graphs: set[fx.Graph], plan: GatePlan, groups:
     replaced: dict[int, nn.Module] = {}
     for name, elements in plan.layers.items():
         layer = root.get_submodule(name)
-        replaced[id(layer)] = GATED[type(layer)].wrap(layer, FilterGate(groups, layer, elements))
+        gate = FilterGate(groups, layer, elements)
+        replaced[id(layer)] = GATED[kind_of(layer)].wrap(layer, gate)
     for module in list(root.modules()):
         for name, child in list(module._modules.items()):  # by every name it goes by
             if id(child) in replaced:

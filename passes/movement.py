@@ -140,9 +140,8 @@ class _Reader:
         zeros_only = not bool((self.ids == PADDED_VALUE).any())
         if not self.ids.numel():
             rank = 0
-        preferred = [r.value.dim for r in self.roots if r.value.dim is not None]
-        for dim in dict.fromkeys((*preferred, *range(rank))):
-            channel = self._channels_along(dim) if dim < rank else None
+        for dim in self._likely_dims(rank):
+            channel = self._channels_along(dim)
             if channel is not None:
                 source, index = self._locate(channel)
                 whole = zeros_only and self._whole(dim, source, index)
@@ -150,6 +149,14 @@ class _Reader:
                 return Move(nodes, rank, dim, source, index, whole, repeat, zeros_only)
         none = np.zeros(0, np.int64)
         return Move(nodes, rank, None, none, none, False, None, zeros_only)
+
+    def _likely_dims(self, rank: int) -> list[int]:
+        """All dimensions; first those where channels were, or could be if there is just one."""
+        before = [r.value.dim for r in self.roots if r.value.dim is not None]
+        dims = [dim for dim in dict.fromkeys((*before, *range(rank))) if dim < rank]
+        if [r.channels for r in self.roots] == [1]:
+            dims.sort(key=lambda dim: self.ids.shape[dim] != 1)
+        return dims
 
     def _channels_along(self, dim: int) -> Tensor | None:
         """Int `[C]`, the root channel at every position of `dim` (-1: padding), if unique."""

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node
 
+from dspfx.parametrised import kind_of
+
 Key = Callable[..., Any] | str | type[nn.Module]
 Rule = Literal["elementwise", "channelwise", "movement", "opaque"]
 
@@ -25,7 +27,7 @@ STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
 def key(node: Node, root: nn.Module) -> Key:
     """What identifies the operator of a call node: a function, a method's name, a module type."""
     if node.op == "call_module":
-        return named(type(root.get_submodule(str(node.target))))
+        return named(kind_of(root.get_submodule(str(node.target))))
     return named(node.target)
 
 

@@ -24,6 +24,7 @@ from torch.fx.node import Node, map_arg
 
 from dspfx.errors import TraceError
 from dspfx.kept import state_kept
+from dspfx.parametrised import why_computed
 from dspfx.passes.aliases import WRITTEN
 from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
 from dspfx.passes.lift import lift
@@ -57,9 +58,11 @@ def copy_model(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
+        computed = ((name, why_computed(module)) for name, module in model.named_modules())
+        of_hook = next((f": of '{name}', {why}" for name, why in computed if why), "")
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}); dspfx works on a copy of the "
-            "model, so copy.deepcopy(model) has to work"
+            f"model, so copy.deepcopy(model) has to work{of_hook}"
         ) from error
 
 

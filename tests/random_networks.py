@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from dspfx import PreparedModule
 from dspfx.gates import gated_layers
@@ -45,6 +46,21 @@ class ConvNorm(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         return x if self.act is None else self.act(x)
+
+
+class Computed(nn.Module):
+    """A convolution whose weight a parametrisation computes, perhaps a depthwise one."""
+
+    def __init__(self, c: int, o: int, kind: str, act: str, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            conv = nn.Conv2d(c, o, 3, padding=1, groups=c if c == o else 1)
+            self.conv = getattr(parametrizations, kind)(conv)
+        self.norm, self.act = nn.BatchNorm2d(o), ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
 
 
 class Residual(nn.Module):
@@ -308,6 +324,12 @@ def _bare(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return ConvNorm(c, o, bias=True, norm=norm, act=a), o, size
 
 
+def _computed(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    kind = draw(st.sampled_from(["weight_norm", "spectral_norm", "orthogonal"]))
+    o = draw(WIDTH)
+    return Computed(c, o, kind, draw(act), draw(st.integers(0, 9))), o, size
+
+
 def _residual(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return Residual(c, draw(WIDTH), draw(FLAG), draw(FLAG), draw(act)), c, size
 
@@ -400,6 +422,7 @@ def _parametric(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
 STEPS = {
     "conv": _conv,
     "bare": _bare,
+    "computed": _computed,
     "residual": _residual,
     "concat": _concat,
     "split": _split,

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import dspfx
 from dspfx.errors import PrepareError
@@ -113,13 +114,31 @@ def test_masked_equals_an_oracle_that_watches_values(model: nn.Module, recipe: M
     layers = dict(model.named_modules())
     with torch.no_grad():
         for name, mask in masks.items():
-            layers[name].weight.mul_(spread(layers[name], mask))
+            mask_weight(layers[name], mask)
             layers[name].register_forward_hook(silence_dead_filters)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) or is_biased_depthwise(module):
                 module.register_forward_hook(keep_zeros)
         x = inputs(model, 2)
         assert_equal(model(x), prepared(x))
+
+
+class Masked(nn.Module):
+    """The last step of how a weight is computed: zero where it is masked."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+def mask_weight(layer: Any, mask: Tensor) -> None:
+    if parametrize.is_parametrized(layer):
+        parametrize.register_parametrization(layer, "weight", Masked(spread(layer, mask)))
+    else:
+        layer.weight.mul_(spread(layer, mask))
 
 
 def silence_dead_filters(layer: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:

@@ -155,3 +155,24 @@ def test_depthwise_layers_stay_what_they_are() -> None:
     prepared = dspfx.prepare(model, images())
     assert list(gated_layers(prepared)) == ["1"]
     assert prepared.left_alone["0.2"] == "its filters read one channel each"
+
+
+class Moved(nn.Module):
+    """One channel, moved to the end and back; `[N, 3, H, W]` -> `[N, 2, H, W]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 1, 1)
+        self.linear, self.up, self.last = nn.Linear(1, 5), nn.Conv2d(5, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.first(x).relu()).permute(0, 2, 3, 1)
+        return self.last(self.up(self.linear(x).movedim(-1, 1).relu()).relu())
+
+
+def test_an_only_channel_is_known_wherever_it_is_moved() -> None:
+    prepared = dspfx.prepare(randomise(Moved().double()), images())
+    down = dspfx.get_masks(prepared)["down"]
+    dspfx.set_masks(prepared, {"down": torch.zeros_like(down)})
+    assert not dspfx.get_masks(prepared)["linear"].any()
+    assert_same(prepared, images)
