@@ -49,6 +49,7 @@ from dspfx.passes.values import (
     Restored,
     Source,
     Value,
+    used,
 )
 from dspfx.trees import is_construction, leaves
 from dspfx.weighted import is_weighted
@@ -98,16 +99,14 @@ class _Analyser(fx.Interpreter):
         losable = np.ones(len(classes), bool)
         losable[np.concatenate([np.zeros(0, np.int64), *self.born_whole])] = False
         losable = np.isin(classes, classes[losable])
-        used: set[Node] = set()
+        read = used(self.ops)
         declined: list[Declined] = []
-        for node, op in reversed(self.ops.items()):
-            if node in used or node.op == "output":
-                used.update(op.operands)
+        for node, op in self.ops.items():
+            if node in read and isinstance(op, Restored) and op.reason:
                 values = [self.values[o] for o in op.operands if o in self.values]
-                loses = any(losable[value.atoms].any() for value in values)
-                if isinstance(op, Restored) and op.reason and loses:
+                if any(losable[value.atoms].any() for value in values):
                     declined.append(Declined(node.name, op.reason))
-        return ChannelAnalysis(self.ops, self.values, classes, tuple(reversed(declined)))
+        return ChannelAnalysis(self.ops, self.values, classes, tuple(declined))
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)

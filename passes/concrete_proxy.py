@@ -64,6 +64,23 @@ class ConcreteProxy(Proxy):
             count = len(self)
         return iter([self._item(i) for i in range(count)])
 
+    def __getitem__(self, key: Any) -> Any:
+        """Of parts of a tensor, some are as many values."""
+        some = type(key) is slice and self.node in self.tracer.answers.cut
+        return tuple(self)[key] if some else self._item(key)
+
+    def __add__(self, other: Any) -> Any:
+        return self._sum(self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self._sum(other, self)
+
+    def _sum(self, left: Any, right: Any) -> Any:
+        """Of two lists of values, if this one is known item by item, all of them."""
+        if self.node not in self.tracer.answers.cut:
+            return self.tracer.create_proxy("call_function", operator.add, (left, right), {})
+        return (*left, *right)
+
     def __len__(self) -> int:
         count = len(self.concrete)
         if isinstance(self.concrete, Tensor):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch.fx.node import Node
 
-from dspfx.passes.values import ChannelAnalysis, Declined, Mix, Op, Restored, Source
+from dspfx.passes.values import ChannelAnalysis, Declined, Mix, Op, Restored, Source, used
 
 
 def pinned_classes(analysis: ChannelAnalysis, lines: Mapping[str, str]) -> dict[int, Declined]:
@@ -23,8 +23,9 @@ def pinned_classes(analysis: ChannelAnalysis, lines: Mapping[str, str]) -> dict[
         lines: the line of source of each node, by name.
     """
     pinned: dict[int, Declined] = {}
+    read = used(analysis.ops)
     for node, op in analysis.ops.items():
-        for value, reason in _pins(node, op):
+        for value, reason in _pins(node, op, node in read):
             if value in analysis.values:
                 pin = Declined(node.name, reason, lines.get(node.name, ""))
                 for channel in set(analysis.class_of(value).tolist()):
@@ -37,13 +38,13 @@ def with_lines(declined: tuple[Declined, ...], lines: Mapping[str, str]) -> tupl
     return tuple(replace(d, line=lines.get(d.node, "")) for d in declined)
 
 
-def _pins(node: Node, op: Op) -> Iterator[tuple[Node, str]]:
+def _pins(node: Node, op: Op, read: bool) -> Iterator[tuple[Node, str]]:
     match op:
         case Source():
             yield node, "the model's input"
         case Restored() if node.op == "output":
             yield from ((operand, "the model's output") for operand in op.operands)
-        case Restored() if node.users:
+        case Restored() if read:
             reason = op.reason or "the whole size is asked for"
             yield from ((operand, reason) for operand in op.operands)
         case Mix(frozen=True):

@@ -151,6 +151,18 @@ class Query(Op):
     constant: int | None
 
 
+def used(ops: dict[Node, Op]) -> set[Node]:
+    """The nodes of a graph that its outputs depend on, by way of the operands of `ops`.
+
+    Of a split, for instance, whose parts are gathers from what was split, nobody reads the result.
+    """
+    found: set[Node] = set()
+    for node, op in reversed(ops.items()):
+        if node in found or node.op == "output":
+            found |= {node, *op.operands}
+    return found
+
+
 @dataclass(frozen=True)
 class Declined:
     """A node that keeps its operands at full width, why, and its line of source if known."""
