@@ -26,7 +26,7 @@ from dspfx.deployable import check_deployable
 from dspfx.errors import CompileError
 from dspfx.gating import fitting_inputs
 from dspfx.group_conv import GroupConvRun
-from dspfx.inputs import Call, as_inputs, check_accepted
+from dspfx.inputs import Call, as_inputs, check_accepted, fresh
 from dspfx.parts import compact_parts_of
 from dspfx.passes.classifier import join_classifiers
 from dspfx.passes.cost_model import CPU
@@ -178,7 +178,7 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
         CompileError: the model is not converted, is in training mode, or does not accept the
             example inputs.
     """
-    inputs = as_inputs(example_inputs)
+    inputs = fresh(as_inputs(example_inputs))
     check_deployable(model, "compile", CompileError)
     check_accepted(model, Call(inputs), CompileError)
     layers = sites(model, inputs)

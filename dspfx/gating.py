@@ -110,8 +110,8 @@ def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:
 
 
 def fitting_inputs(module: PreparedModule | CompactModule) -> tuple[Any, ...]:
-    """The example inputs of `module`, as its present dtype and device want them."""
-    fitted: tuple[Any, ...] = map_leaves(fitting(module), module.example_inputs)
+    """Copies of the example inputs of `module`, as its present dtype and device want them."""
+    fitted: tuple[Any, ...] = map_leaves(fitting(module), fresh(module.example_inputs))
     return fitted
 
 
@@ -163,19 +163,24 @@ def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
     if structure(found) != structure(expected):
         raise TraceError(
             f"{name} returns a container that cannot be made again from its fields or items, or "
-            "one that its caller changed; return a tuple, a dict or a plain dataclass"
+            "one that its caller changed; return a tuple, a dict or a plain dataclass. Where its "
+            "code compares `type(x)`, write `isinstance`"
         )
     expected, actual = list(leaves(expected)), list(leaves(found))
-    same = len(expected) == len(actual) and all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else a == b
-        for a, b in zip(expected, actual, strict=True)
-    )
+    same = len(expected) == len(actual) and all(map(_equal, expected, actual))
     if not same:
         raise TraceError(
-            f"the graph of {name} does not compute what the model does: its code probably reads "
-            "a tensor under one name after overwriting it under another (`+=`), or compares "
-            "`type(x)`; write `y = y + x`, or `isinstance`, there"
+            f"the graph of {name} does not compute what the model does: its code probably "
+            "compares `type(x)`, where `isinstance` is to be written, or reads a tensor after "
+            "overwriting its memory under another name"
         )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two leaves of outputs are the same, NaN being itself."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _check_training(prepared: PreparedModule, name: str, expected: Results) -> None:

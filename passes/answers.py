@@ -115,7 +115,7 @@ class Answers:
 
     def insist_on_kind(self, asked: Any) -> None:
         """Check that `asked`, a proxy, is of its present kind, if it is an input or lies in one."""
-        if _is_given(asked.node):
+        if is_given(asked.node):
             self._insist_on_what(kind_of, asked, kind_of(asked.concrete))
 
     def insist_on_none(self, asked: Any) -> None:
@@ -214,7 +214,8 @@ def is_item(node: Node) -> bool:
     return takes_out(node) and _origin(node.all_input_nodes[0]) is _Origin.INPUTS
 
 
-def _is_given(node: Node) -> bool:
+def is_given(node: Node) -> bool:
+    """Whether it is an input, or an item of one."""
     return node.op == "placeholder" or is_item(node)
 
 
@@ -224,7 +225,7 @@ def _origin(node: Node) -> _Origin:
 
 
 def _made_of(node: Node, value: Any) -> _Origin:
-    if _is_given(node):
+    if is_given(node):
         return _Origin.VALUES if isinstance(value, Tensor) else _Origin.INPUTS
     inputs = node.all_input_nodes
     if node.op in ("get_attr", "call_module") or not inputs:
@@ -250,7 +251,7 @@ def _is_size(node: Node) -> bool:
             return True
         case _, operator.getitem, int() | slice() as items if _is_shape(source):
             return isinstance(items, int) or _without_channels(items)
-    return _is_given(source) and (_is_shape(node) or _name(node) in ("numel", "nelement"))
+    return is_given(source) and (_is_shape(node) or _name(node) in ("numel", "nelement"))
 
 
 def _is_property(node: Node) -> bool:

@@ -139,6 +139,8 @@ class _Analyser(fx.Interpreter):
         if self._has_another_forward(node, result):
             why = f"a hook, or a 'forward' of its own, changes what '{node.target}' computes"
             return Restored(operands, why)
+        if operators.writes_input(node):
+            return Restored(operands, "it is written into an input of the model", effect=True)
         rule = self._rule(node)
         found = None if rule is None else rule(self, node, operands, result)
         return found or self._opaque(node, operands)
@@ -316,6 +318,9 @@ class _Analyser(fx.Interpreter):
             return None
         if result.shape[1] != value.channels:
             return None
+        rank = operators.rank_with_batch(operators.key(node, self.root))
+        if rank is not None and len(value.shape) != rank:
+            return None  # torch takes the batch for the channels, and the channels for positions
         self._pass_atoms(node, result, 1, value.atoms)
         zeros = self._on_zeros(node, operands, result, 1)
         parameters = 0
@@ -331,7 +336,8 @@ class _Analyser(fx.Interpreter):
         value = self.values[operands[0]]
         assert value.dim is not None
         self._pass_atoms(node, result, value.dim, value.atoms)
-        return Gate(operands, str(node.target), norm.operands[0])
+        normalised = norm.operands[0] if isinstance(norm, Channelwise) else operands[0]
+        return Gate(operands, str(node.target), normalised)
 
     def _reduction(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
         """A mean or the like over positions; over channels it mixes them."""
@@ -411,8 +417,8 @@ class _Analyser(fx.Interpreter):
         return met[0]
 
     def _move(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
-        if node.target is operator.getitem and not isinstance(node.args[0], Node):
-            return None  # `(x, call)[0]`: x as the call left it, which depends on both
+        if operators.left_by(node):
+            return None  # it depends on both
         moved = self._run_on_ids(node, operands)
         if not isinstance(moved, Tensor) or moved.shape != result.shape:
             return None

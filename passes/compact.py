@@ -40,6 +40,7 @@ from dspfx.passes.values import (
     Mix,
     Op,
     Query,
+    Restored,
     Value,
     is_run,
 )
@@ -88,6 +89,7 @@ class _Emitter:
         self.taken: dict[str, int] = defaultdict(int)  # how often a name was asked for
         self.emitted: dict[tuple[object, ...], str] = {}  # modules, by whose they are and the plan
         self.constants: dict[Node, Tensor] = {}
+        self.copies: dict[tuple[Node, Node], Node] = {}  # of values, by the call that overwrites
         self.computed: set[Node] = set()
         self.computed_buffers: dict[str, Node] = {}
         self.interpreter = fx.Interpreter(source)
@@ -135,11 +137,27 @@ class _Emitter:
             return {}
         wants = self.plan.wants[node]
         left_out = self.plan.left_out.get(node, (False,) * len(wants))
-        return {
+        aligned = {
             operand: self._align(operand, wanted)
             for operand, wanted, out in zip(op.operands, wants, left_out, strict=True)
             if not out
         }
+        return aligned | self._own_copies(node, aligned)
+
+    def _own_copies(self, node: Node, operands: dict[Node, Node]) -> dict[Node, Node]:
+        """Copies of what `node` overwrites unseen: the operand may be another value's memory here.
+
+        Also for `(x, call)[0]`, which is `x` as that call has left it.
+        """
+        read = operators.left_by(node)
+        if read in self.copies:
+            return {read[0]: self.copies[read]}
+        own = {found for user in node.users if (found := operators.left_by(user))}
+        for value, call in own:
+            if call is node:
+                copied = self.graph.call_method("clone", (operands[value],))
+                self.copies[value, call] = copied
+        return {value: new for (value, call), new in self.copies.items() if call is node}
 
     def _align(self, node: Node, wanted: Order) -> Node:
         """The tensor of `node` with exactly the channels `wanted`, -1 giving a zero channel."""
@@ -219,6 +237,9 @@ class _Emitter:
         Of the `channels` of the module only those `wanted` are kept.
         """
         new = self.graph.node_copy(node, lambda n: operands.get(n, self.env[n]))
+        op = self.analysis.ops.get(node)
+        if isinstance(op, Restored) and op.effect:
+            return new
         operators.out_of_place(new)
         operators.tolerate_strides(new)
         if node.op == "call_module":
@@ -330,7 +351,7 @@ def _private(module: nn.Module, kept: Order, channels: int) -> nn.Module:
     make_plain(own)
     if kept is not None and len(kept):
         _cut(own, kept, channels)
-    if hasattr(own, "inplace"):
+    if operators.is_torchs(own) and hasattr(own, "inplace"):
         setattr(own, "inplace", False)  # noqa: B010 (activations do not declare it)
     for parameter in own.parameters():
         parameter.detach_()
@@ -402,7 +423,7 @@ def _device(root: nn.Module) -> torch.device:
 
 def _remove_unused(graph: fx.Graph, root: nn.Module) -> None:
     """Drop nodes nobody reads, and then the modules and buffers no node names."""
-    graph.eliminate_dead_code()
+    operators.remove_dead_code(graph)
     named = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     _prune_tree(root, "", named)
 

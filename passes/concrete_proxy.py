@@ -7,7 +7,7 @@ answered from it; `answers` makes sure that the answers stay true.
 import math
 import operator
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from dspfx.passes.concrete_tracer import ConcreteTracer
 
 PLAIN = int | float | str | bool | None  # values that an input can be compared with
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    """The operator that overwrites a tensor; of a number, the one that does not."""
+
+    def overwrite(self: Any, other: Any) -> Any:
+        if not isinstance(self.concrete, Tensor):
+            return NotImplemented
+        return self.tracer.create_proxy("call_method", name, (self, other), {})
+
+    return overwrite
 
 
 class ConcreteProxy(Proxy):
@@ -98,13 +109,11 @@ class ConcreteProxy(Proxy):
             return bool(self._number())
         return bool(self.tracer.create_proxy("call_method", "__contains__", (self, item), {}))
 
-    def _overwrite(self, _: Any) -> Any:
-        """`y += x` makes a new tensor, if autograd then knows of it what it has to."""
-        if isinstance(self.concrete, Tensor) and not torch.is_grad_enabled():
-            self.tracer.unrecorded.refuse(self)
-        return NotImplemented
-
-    __iadd__ = __isub__ = __imul__ = __itruediv__ = _overwrite
+    __iadd__, __isub__, __imul__ = _in_place("add_"), _in_place("sub_"), _in_place("mul_")
+    __itruediv__, __ifloordiv__ = _in_place("div_"), _in_place("floor_divide_")
+    __imod__, __ipow__ = _in_place("remainder_"), _in_place("pow_")
+    __iand__, __ior__ = _in_place("bitwise_and_"), _in_place("bitwise_or_")
+    __ixor__ = _in_place("bitwise_xor_")
 
     def __bool__(self) -> bool:
         counts = isinstance(self.concrete, tuple | list | Mapping)

@@ -18,9 +18,10 @@ from torch.fx.node import Node
 from torch.nn.utils import parametrize
 
 from dspfx.gates import ChannelGate, GatedLayer
+from dspfx.inputs import fresh
 from dspfx.passes import operators
-from dspfx.passes.aliases import WRITTEN, Aliases
-from dspfx.passes.answers import Answers, is_item, takes_out
+from dspfx.passes.aliases import WRITTEN, WRITTEN_INPUT, Aliases, StaleValueError
+from dspfx.passes.answers import Answers, is_given, is_item, takes_out
 from dspfx.passes.buffers import Buffers, write_back
 from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
 from dspfx.passes.frames import line_under_way
@@ -28,6 +29,7 @@ from dspfx.passes.own_gradients import OwnGradients
 from dspfx.passes.patched import patched
 from dspfx.passes.randomness import drawn_so_far, generators_kept, generators_of
 from dspfx.passes.unrecorded import Unrecorded
+from dspfx.passes.writes import Arguments, nodes_in
 from dspfx.trees import construction, map_leaves
 
 LINE = "line of source"  # a key of `Node.meta`
@@ -53,7 +55,7 @@ class ConcreteTracer(fx.Tracer):
         leaves: frozenset[type] = frozenset(),
     ) -> None:
         super().__init__(param_shapes_constant=True)
-        self.inputs = dict(inputs)
+        self.inputs = fresh(dict(inputs))
         for name in [name for name in inputs if name.startswith("**")]:
             self.inputs |= self.inputs.pop(name)
         self.opaque = opaque
@@ -65,6 +67,7 @@ class ConcreteTracer(fx.Tracer):
         self.aliases = Aliases()
         self.constants: dict[int, Tensor] = {}  # of buffers that code has made, by their `id`
         self.failed_in: str | None = None
+        self.modules = [""]  # the paths of those whose code is under way, the innermost last
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
         """The graph of `root`.
@@ -84,11 +87,14 @@ class ConcreteTracer(fx.Tracer):
                 self._nothing_drawn(),
             ):
                 graph = self.trace(root)
+                for given in self.aliases.overwritten_inputs():
+                    given.meta[WRITTEN_INPUT] = True
         except Exception as error:
             nodes = list(self.graph.nodes) if hasattr(self, "graph") else []
             last = nodes[-1].name if nodes else ""
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UntraceableError(self.failed_in or "", last, reason[:300]) from error
+            module = _blamed(error, self.failed_in) or ""
+            raise UntraceableError(module, last, reason[:300]) from error
         finally:
             assigned = buffers.take_back()
         if (name := buffers.remembered(graph, assigned, evaluation=not root.training)) is not None:
@@ -203,29 +209,42 @@ class ConcreteTracer(fx.Tracer):
             args = self.unrecorded.written(*args)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         assert isinstance(proxy, ConcreteProxy)
-        self.aliases.check(target, proxy.node.all_input_nodes)
         line = self._line()
         if line:
             proxy.node.meta[LINE] = line
-        versions = _versions(args)
+        called = self.root.get_submodule(target) if kind == "call_module" else None
+        own_code = called is not None and not operators.is_torchs(called)
+        arguments = Arguments((args, kwargs), copied=own_code)
         proxy.concrete = self._execute(kind, target, args, kwargs)
-        written = [i for i, version in enumerate(_versions(args)) if version != versions[i]]
-        for argument in (args[i] for i in written):
-            if isinstance(argument, Tensor):
-                raise TypeError(f"'{proxy.node.name}' writes into a tensor that the code has made")
-            if not torch.is_grad_enabled():
-                self.unrecorded.refuse(argument)
-        self.aliases.overwritten([args[i] for i in written if type(args[i]) is ConcreteProxy])
-        if written:
-            proxy.node.meta[WRITTEN] = written
+        if written := arguments.overwritten():
+            self._note_writes(proxy.node, written)
         self.aliases.note(proxy)
         self.answers.note(proxy, args, kwargs)
+        if is_given(proxy.node):
+            self.aliases.note_input(proxy)
         self.unrecorded.note(proxy.node)
         self.answers.passed_on(proxy.node)
         if proxy.concrete is None and takes_out(proxy.node):
             self.answers.insist_on_none(proxy)
             return None
         return self._item(proxy) if is_item(proxy.node) else proxy
+
+    def _note_writes(self, node: Node, written: list[Any]) -> None:
+        """Remember that the call `node` has overwritten the values `written`."""
+        for value in written:
+            if isinstance(value, Tensor):
+                raise TypeError(f"'{node.name}' writes into a tensor that the code has made")
+            if not torch.is_grad_enabled():
+                self.unrecorded.refuse(value)
+        node.meta[WRITTEN] = [value.node for value in written]
+        becomes = operators.overwritten(node, self.root)
+        self.aliases.overwritten(node, written, becomes, self.modules[-1])
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """A node that reads what is so; this one may be the output."""
+        node = super().create_node(*args, **kwargs)
+        self.aliases.check(node)
+        return node
 
     def _item(self, proxy: ConcreteProxy) -> Any:
         """An item of an input; that it is there, as it may not be for `dict.get`, is checked."""
@@ -255,12 +274,25 @@ class ConcreteTracer(fx.Tracer):
         if self.executing:
             return forward(*args, **kwargs)
         try:
-            with self._nothing_drawn():
-                return super().call_module(m, forward, args, kwargs)
-        except Exception:
+            with self._nothing_drawn(), self._inside(m):
+                result = super().call_module(m, forward, args, kwargs)
+                self.aliases.check_returned(nodes_in(result), self.modules[-1])
+            return result
+        except Exception as error:
             if self.failed_in is None:
-                self.failed_in = self.path_of_module(m)
+                self.failed_in = _blamed(error, self.path_of_module(m))
             raise
+
+    @contextmanager
+    def _inside(self, module: nn.Module) -> Iterator[None]:
+        """The code of `module` is under way, if it is traced."""
+        path = self.path_of_module(module)
+        traced = not self.is_leaf_module(module, path)
+        self.modules.append(path if traced else self.modules[-1])
+        try:
+            yield
+        finally:
+            self.modules.pop()
 
     @contextmanager
     def _nothing_drawn(self) -> Iterator[None]:
@@ -295,7 +327,6 @@ class ConcreteTracer(fx.Tracer):
         return self._as_leaf(make, (args, kwargs))
 
 
-def _versions(args: Any) -> list[int | None]:
-    """How often each argument has been overwritten; None for what is no tensor."""
-    values = [value_of(a) for a in args]
-    return [v._version if isinstance(v, Tensor) else None for v in values]
+def _blamed(error: Exception, module: str | None) -> str | None:
+    """Whose code is to be left untraced: of what overwrote a stale value, else of `module`."""
+    return error.module if isinstance(error, StaleValueError) else module

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
 from dspfx.group_conv import Added, FilterGroup, GroupConv2d, Numbers
+from dspfx.passes import operators
 
 _ADDS = {operator.add, torch.add, "add"}
 _ACTIVATIONS: dict[Any, str] = {
@@ -51,7 +52,7 @@ def fuse(module: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
             fused |= fusion.norm_of(node)
             fused |= fusion.sum_of(node)
             fused |= fusion.activation_of(node)
-    module.graph.eliminate_dead_code()
+    operators.remove_dead_code(module.graph)
     module.graph.lint()
     module.recompile()
     return fused

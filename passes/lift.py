@@ -112,7 +112,7 @@ def _convolution(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
         owner, kind = _computed_by(given), WEIGHTED[kind]
     module: Any = None if owner is None else root.get_submodule(owner)
     settings = [given.get(k, d) for k, d in zip(_CONV_ARGUMENTS[3:], (1, 0, 1, 1), strict=True)]
-    fixed = all(isinstance(s, int | str) or all(isinstance(i, int) for i in s) for s in settings)
+    fixed = all(_is_fixed(setting) for setting in settings)
     if owner is None or not isinstance(module, plain) or type(module) is plain or not fixed:
         return None
     bias = given.get("bias") is not None
@@ -121,6 +121,12 @@ def _convolution(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
         return None
     out, channels, kernel = shape
     return owner, kind(channels, out, kernel, *settings, bias=bias, device="meta")
+
+
+def _is_fixed(setting: Any) -> bool:
+    """Whether it is the same in every call, not computed from the input."""
+    numbers = setting if isinstance(setting, tuple | list) else [setting]
+    return all(isinstance(n, int | str) for n in numbers)
 
 
 def _computed_by(given: dict[str, Any]) -> str | None:

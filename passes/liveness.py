@@ -36,6 +36,7 @@ from dspfx.passes.values import (
     Restored,
     Source,
     any_along,
+    is_wanted,
 )
 
 
@@ -214,7 +215,7 @@ class _Backward:
             if isinstance(op, Query):
                 if op.constant is None:
                     self._demand(op.operands[0], None)
-            elif node in self.demanded or node.op in ("output", "placeholder"):
+            elif node in self.demanded or node.op == "placeholder" or is_wanted(node, op):
                 self._need_operands(node, op, self._keep(node, op))
         return self.result
 

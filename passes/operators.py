@@ -7,6 +7,7 @@ opaque: correct, and left at its full width.
 
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -122,6 +123,8 @@ CHANNELWISE: frozenset[Key] = frozenset(
     }
 )
 
+_ANY_RANK = BATCH_NORMS - {FROZEN_BATCH_NORM}
+
 REDUCTIONS: frozenset[Key] = frozenset(
     _functions("mean", "sum", "amax", "amin", "std", "var", "logsumexp")
 )
@@ -187,12 +190,42 @@ _FUNCTIONAL = {
 }
 
 
-def is_in_place(node: Node, root: nn.Module) -> bool:
-    """Whether a call overwrites its first argument."""
+def overwritten(node: Node, root: nn.Module) -> Node | None:
+    """The value that an in-place operator overwrites and returns; None if the call is no such."""
     if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    asked = node.op == "call_function" and bool(_argument(node, "inplace"))
-    return asked or overwrites(node.op, node.target)
+        module = root.get_submodule(str(node.target))
+        in_place = is_torchs(module) and bool(getattr(module, "inplace", False))
+    else:
+        asked = node.op == "call_function" and bool(_argument(node, "inplace"))
+        in_place = asked or overwrites(node.op, node.target)
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if in_place and isinstance(first, Node) else None
+
+
+def left_by(node: Node) -> tuple[Node, Node] | None:
+    """Of `(x, call)[0]`, the value `x` as the call has left it: both."""
+    match node.target, node.args:
+        case operator.getitem, ((Node() as value, Node() as call), 0):
+            return value, call
+    return None
+
+
+def writes_input(node: Node) -> bool:
+    """Whether it writes into an input of the model, or an item of one: nobody has to read it."""
+    written = node.args[0] if (node.op, node.target) == ("call_method", "copy_") else None
+    while isinstance(written, Node) and written.target in (operator.getitem, getattr, "get"):
+        written = written.args[0]
+    return isinstance(written, Node) and written.op == "placeholder"
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Drop the nodes that nobody reads, but for what has an effect."""
+    graph.eliminate_dead_code(lambda node: writes_input(node) or node.is_impure())
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether no code but torch's runs in a call of `module`."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def overwrites(kind: str, target: Any) -> bool:
@@ -200,6 +233,16 @@ def overwrites(kind: str, target: Any) -> bool:
     if kind == "call_method":
         return _has_in_place_name(target)
     return kind == "call_function" and (target in _FUNCTIONAL or _twin(target) is not None)
+
+
+def rank_with_batch(key: Key) -> int | None:
+    """How many dimensions a `CHANNELWISE` operator's tensors have, unless any number will do.
+
+    With one fewer, what looks like a batch are its channels: `F.max_pool1d` takes `[C, L]`.
+    """
+    name = key if isinstance(key, str) else key.__name__
+    found = None if key in _ANY_RANK else re.search(r"([123])d", name)
+    return None if found is None else int(found[1]) + 2
 
 
 def sizes(node: Node) -> list[Any]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from dspfx.gates import LAYERS
+from dspfx.gates import LAYERS, ChannelGate
 from dspfx.passes import operators
 from dspfx.passes.movement import Move
 from dspfx.passes.values import Constant, Op, Query, Value
 
 # work on each element, or each channel, of what has no positions
-_PASSING = operators.ELEMENTWISE | operators.RELAYOUTS | operators.BATCH_NORMS
+_PASSING = operators.ELEMENTWISE | operators.RELAYOUTS | operators.BATCH_NORMS | {ChannelGate}
 
 
 class Positions:

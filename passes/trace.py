@@ -9,6 +9,7 @@
 4. In-place operations are followed by their readers: whoever reads a value after it was
    overwritten reads the node that wrote it, so that values and nodes are the same thing. Where an
    unknown function overwrote an argument, they read that argument and the call: `(x, call)[0]`.
+   An input that is overwritten is a copy of it, until the graph ends with `x.copy_(...)`.
 5. Functional calls on a module's own parameters become calls of the module (`lift`).
 6. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
 """
@@ -25,10 +26,10 @@ from torch.fx.node import Node, map_arg
 from dspfx.errors import TraceError
 from dspfx.kept import state_kept
 from dspfx.parametrised import why_computed
-from dspfx.passes.aliases import WRITTEN
+from dspfx.passes.aliases import WRITTEN, WRITTEN_INPUT
 from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
 from dspfx.passes.lift import lift
-from dspfx.passes.operators import is_in_place
+from dspfx.passes.operators import overwritten
 
 _CONSTANT = "_tensor_constant"  # how fx names the tensors that it makes attributes of
 
@@ -98,12 +99,12 @@ def trace(
             graphs = {mode: trace_in(mode) for mode in (False, True)}
     if _signature(graphs[False]) == _signature(graphs[True]):
         graphs[True] = graphs[False]
+    renamed: dict[str, str] = {}
     for graph in set(graphs.values()):
-        _register_constants(graph, root)
+        _register_constants(graph, root, renamed)
     lift(graphs, root)
     for graph in set(graphs.values()):
-        follow_in_place_writes(graph, root)
-        _follow_hidden_writes(graph, root)
+        _write_inputs(graph, _follow_writes(graph, root))
         graph.lint()
     lines = {n.name: n.meta[LINE] for g in graphs.values() for n in g.nodes if LINE in n.meta}
     return Traced(graphs[False], graphs[True], failed, lines)
@@ -131,15 +132,23 @@ def _trace_graph(
             failed[error.module] = error.reason
 
 
-def _register_constants(graph: fx.Graph, root: nn.Module) -> None:
+def _register_constants(graph: fx.Graph, root: nn.Module, renamed: dict[str, str]) -> None:
+    """Make plain attributes buffers, under another name where the class has this one, too."""
     for node in graph.nodes:
-        if node.op == "get_attr":
-            *path, leaf = str(node.target).split(".")
-            owner = root.get_submodule(".".join(path))
-            value = getattr(owner, leaf)
-            if isinstance(value, Tensor) and leaf in vars(owner):
-                delattr(owner, leaf)
-                owner.register_buffer(leaf, value, persistent=False)
+        if node.op != "get_attr":
+            continue
+        target = str(node.target)
+        path, _, leaf = target.rpartition(".")
+        owner = root.get_submodule(path)
+        value = vars(owner).get(leaf)
+        if isinstance(value, Tensor):
+            delattr(owner, leaf)
+            free = leaf
+            while hasattr(owner, free):
+                free += "_"
+            owner.register_buffer(free, value, persistent=False)
+            renamed[target] = f"{path}.{free}".lstrip(".")
+        node.target = renamed.get(target, target)
 
 
 def _signature(graph: fx.Graph) -> list[tuple[Any, ...]]:
@@ -153,32 +162,40 @@ def _signature(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [plain(node) for node in graph.nodes]
 
 
-def _follow_hidden_writes(graph: fx.Graph, root: nn.Module) -> None:
-    """Let the later readers of an argument that a call overwrote depend on that call."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
+def _follow_writes(graph: fx.Graph, root: nn.Module) -> dict[Node, Node]:
+    """Let whoever reads a value after it was overwritten read what it has become.
+
+    Returns:
+        What each value that was overwritten has become in the end.
+    """
+    became: dict[Node, Node] = {}
     for node in list(graph.nodes):
-        if is_in_place(node, root):
-            continue
-        for argument in node.meta.get(WRITTEN, ()):
-            written = node.args[argument]
-            later = [u for u in written.users if position.get(u, -1) > position[node]]
-            if later:
+        for read in node.all_input_nodes:
+            if read in became:
+                node.replace_input_with(read, _last(read, became))
+        in_place = overwritten(node, root)
+        if in_place is not None:
+            became[in_place] = node
+        for value in node.meta.pop(WRITTEN, ()):
+            now = _last(value, became)
+            if now is not node and now in node.all_input_nodes:
                 with graph.inserting_after(node):
-                    after = graph.call_function(operator.getitem, ((written, node), 0))
-                for user in later:
-                    user.replace_input_with(written, after)
+                    became[now] = graph.call_function(operator.getitem, ((now, node), 0))
+    return {value: _last(value, became) for value in became}
 
 
-def follow_in_place_writes(graph: fx.Graph, root: nn.Module) -> bool:
-    """Let the later readers of an overwritten value read the node that overwrote it."""
-    changed = False
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not (is_in_place(node, root) and node.args and isinstance(node.args[0], Node)):
-            continue
-        written = node.args[0]
-        for user in list(written.users):
-            if position[user] > position[node]:
-                user.replace_input_with(written, node)
-                changed = True
-    return changed
+def _last(value: Node, became: Mapping[Node, Node]) -> Node:
+    while value in became:
+        value = became[value]
+    return value
+
+
+def _write_inputs(graph: fx.Graph, became: Mapping[Node, Node]) -> None:
+    """Let a copy of an input be overwritten, and the input itself, which is the caller's, last."""
+    *_, last = graph.find_nodes(op="placeholder")
+    for given in [n for n in graph.nodes if n.meta.pop(WRITTEN_INPUT, False)]:
+        with graph.inserting_after(last if given.op == "placeholder" else given):
+            copied = graph.call_method("clone", (given,))
+        given.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)
+        with graph.inserting_before(graph.output_node()):
+            graph.call_method("copy_", (given, became[given]))

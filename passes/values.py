@@ -138,10 +138,12 @@ class Gather(Op):
 class Restored(Op):
     """Anything else. Its operands are given to it at full width, zeros filled in.
 
-    `reason` is empty where that is no loss, as for the outputs of the model.
+    `reason` is empty where that is no loss, as for the outputs of the model. What has an `effect`,
+    as a write into an input, is done whether or not anybody reads its result.
     """
 
     reason: str
+    effect: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,14 @@ def used(ops: dict[Node, Op]) -> set[Node]:
     """
     found: set[Node] = set()
     for node, op in reversed(ops.items()):
-        if node in found or node.op == "output":
+        if node in found or is_wanted(node, op):
             found |= {node, *op.operands}
     return found
+
+
+def is_wanted(node: Node, op: Op) -> bool:
+    """Whether what a node does is to be done even if no other reads it."""
+    return node.op == "output" or (isinstance(op, Restored) and op.effect)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.fx.node import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspfx.errors import EquivalenceError
+from dspfx.inputs import fresh
 from dspfx.kept import buffers_kept
 from dspfx.passes.compact import compact
 from dspfx.passes.liveness import Liveness
@@ -51,7 +52,7 @@ def verify(
     with torch.no_grad(), buffers_kept(widest), exact:
         compacted = compact(widest, analysis, plan)
         module = fx.GraphModule(compacted.root, compacted.graph)
-        worst = difference(widest(*inputs), module(*inputs))
+        worst = difference(widest(*fresh(inputs)), module(*fresh(inputs)))
         if worst is not None:
             return worst, dtype
         names = {
@@ -106,7 +107,7 @@ def _widest(
     wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
     try:
         with torch.no_grad(), _InFloat64():
-            wide(*drawn)
+            wide(*fresh(drawn))
     except (RuntimeError, TypeError):
         types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
         narrow = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, drawn)
@@ -138,9 +139,9 @@ def _first_difference(
 ) -> str:
     """The first node, in the order of execution, whose kept channels differ."""
     recorder = _Recorder(compact)
-    recorder.run(*inputs)
+    recorder.run(*fresh(inputs))
     checker = _Checker(masked, recorder.results, names)
-    checker.run(*inputs)
+    checker.run(*fresh(inputs))
     return checker.first or "the output"
 
 
