@@ -1,6 +1,7 @@
 """A layer of groups of filters as it is emitted: ordinary layers side by side."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,11 +57,16 @@ class Branches(nn.Module):
         self.register_buffer(name, torch.from_numpy(wanted).to(device))
         return name
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[N, C, *]` to `[N, O, *]`; channels come last where the layers are linear."""
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """`[N, C, *]` to `[N, O, *]`; channels come last where the layers are linear.
+
+        Transposed convolutions may be asked for an `output_size`, as torch's own.
+        """
+        sizes = () if output_size is None else (output_size,)
         layers: list[nn.Module] = [getattr(self, str(i)) for i in range(len(self.inputs))]
         outputs = [
-            layer(self._take(x, own)) for layer, own in zip(layers, self.inputs, strict=True)
+            layer(self._take(x, own), *sizes)
+            for layer, own in zip(layers, self.inputs, strict=True)
         ]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, self.dim)
         return self._take(y, self.order)

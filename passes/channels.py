@@ -232,8 +232,15 @@ class _Analyser(fx.Interpreter):
         return Query(operands, None)
 
     def _whole_shape(self, node: Node, operands: tuple[Node, ...], value: Value) -> Op:
-        """A whole `size()` is fine as long as it is only taken apart, away from the channels."""
+        """A whole `size()` is fine as long as it is only taken apart, away from the channels.
+
+        Or if a transposed convolution is asked for it, which reads of it no channels.
+        """
         for user in node.users:
+            if user.op == "call_module" and user.args[0] is not node:
+                layer = self.root.get_submodule(str(user.target))
+                if operators.output_size(user, layer) is node:
+                    continue
             taken = user.args[1] if user.target is operator.getitem else None
             if isinstance(taken, int):
                 continue
@@ -265,7 +272,11 @@ class _Analyser(fx.Interpreter):
         weighted = is_weighted(layer)
         if weighted and len(operands) == 2 and isinstance(self.ops[operands[1]], Constant):
             operands = operands[:1]
-        takes_one_tensor = len(node.args) + len(node.kwargs) - weighted == len(operands) == 1
+        asked = (
+            isinstance(layer, TRANSPOSED) and len(node.args) + ("output_size" in node.kwargs) > 1
+        )
+        takes_one_tensor = len(node.args) + len(node.kwargs) - weighted - asked == 1
+        takes_one_tensor &= len(operands) == 1
         has_weight = is_computed(layer) or type(layer.weight) is nn.Parameter
         if not takes_one_tensor or not has_weight:
             return None

@@ -262,7 +262,9 @@ class _Emitter:
             return emit(layer, weight, bias, *stored, op.structural_groups)
 
         key = layer, plan.key, None if computed is None else _bytes(computed)
-        return self.graph.call_module(self._module(op.layer, key, make), (x,))
+        size = operators.output_size(node, layer)
+        sizes = () if size is None else (map_arg(size, self.env.__getitem__),)
+        return self.graph.call_module(self._module(op.layer, key, make), (x, *sizes))
 
     def _channelwise(self, node: Node, op: Channelwise) -> Node:
         if node in self.plan.folded:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node
 
+from dspfx.filters import TRANSPOSED
 from dspfx.parametrised import kind_of
 
 Key = Callable[..., Any] | str | type[nn.Module]
@@ -251,6 +252,13 @@ def sizes(node: Node) -> list[Any]:
     if len(given) == 1 and not isinstance(given[0], int):
         return list(given[0]) if isinstance(given[0], tuple | list) else []
     return list(given)
+
+
+def output_size(node: Node, layer: nn.Module) -> Any:
+    """The size that a call of `layer`, if it is a transposed convolution, is asked for, or None."""
+    if not isinstance(layer, TRANSPOSED):
+        return None
+    return node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
 
 
 def along(node: Node) -> Any:

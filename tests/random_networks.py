@@ -173,16 +173,18 @@ class PixelGate(nn.Module):
 
 
 class Up(nn.Module):
-    """A transposed convolution that doubles the size."""
+    """A transposed convolution that doubles the size, by its settings or since it is asked to."""
 
-    def __init__(self, c: int, o: int, groups: int, norm: bool, act: str) -> None:
+    def __init__(self, c: int, o: int, groups: int, norm: bool, act: str, sized: bool) -> None:
         super().__init__()
+        self.sized = sized
         self.conv = nn.ConvTranspose2d(c, o, 3, 2, 1, output_padding=1, groups=groups)
         self.norm = nn.BatchNorm2d(o) if norm else nn.Identity()
         self.act = ACTIVATIONS[act]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        size = [2 * n for n in x.shape[2:]] if self.sized else None
+        return self.act(self.norm(self.conv(x, output_size=size)))
 
 
 class Pixels(nn.Module):
@@ -389,7 +391,8 @@ def _pixel_gate(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
 def _up(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     groups = draw(st.sampled_from([g for g in (1, 2, 3, c) if c % g == 0]))
     o = groups * draw(st.integers(1, 3))
-    return (Up(c, o, groups, draw(FLAG), draw(act)), o, 2 * size) if 2 * size <= LARGEST else None
+    step = Up(c, o, groups, draw(FLAG), draw(act), draw(FLAG))
+    return (step, o, 2 * size) if 2 * size <= LARGEST else None
 
 
 def _pixels(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
