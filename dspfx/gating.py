@@ -1,6 +1,7 @@
 """From a private copy of a module to a gated graph of it, and the analysis of what came out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,11 @@ from dspfx.modes import modes_kept
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.origin import Origin
 from dspfx.parametrised import why_computed
+from dspfx.passes.agreement import SizeFacts, agree
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
 from dspfx.passes.randomness import generators_kept
+from dspfx.passes.sizes import Shapes, fix_sizes, other_sizes, resized, shapes_of
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
 from dspfx.training_pass import Results, difference, training_pass
@@ -66,6 +69,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
     config, name = task.config, type(root).__name__
     dtype, _ = parameter_dtype_and_device(root)
     expected, trained = evaluate(root, call), training_pass(root, call) if prove else None
+    others = _other_calls(root, call)
     leaves = frozenset(key for key in config.rules if isinstance(key, type))
     arguments = call.map(fresh).by_name(root)
     frozen_modes = _frozen_modes(root)
@@ -79,7 +83,10 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
     _check_trace(prepared, name, expected)
     if trained is not None:
         _check_training(prepared, name, trained)
-    analysis = analyse_prepared(prepared)
+    _settle_sizes(
+        prepared, [(_positional(prepared.graph, own.by_name(root)), found) for own, found in others]
+    )
+    analysis = _analyse_all_sizes(prepared)
     with prepared.evaluation_view() as view:  # whatever mode the model is in
         plan = plan_gates(view, analysis, config.layers, task.frozen, task.gate_first)
     if not plan.layers:
@@ -105,8 +112,28 @@ def _of_computed(prepared: nn.Module) -> str:
 
 def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:
     """The analysis of the evaluation graph, whose nodes are the keys of the result."""
+    with _analyser_of(prepared) as analyse_on:
+        return analyse_on(fitting_inputs(prepared), prepared.size_facts)
+
+
+@contextmanager
+def _analyser_of(
+    prepared: PreparedModule,
+) -> Iterator[Callable[[Any, SizeFacts], ChannelAnalysis]]:
+    """What analyses the evaluation graph on an example, whose nodes are the same in all results."""
     with prepared.evaluation_view() as view, state_kept(prepared, written=written_by(view)):
-        return analyse(view, fitting_inputs(prepared), prepared.frozen, prepared.config.rules)
+        frozen, rules = prepared.frozen, prepared.config.rules
+        yield lambda inputs, facts: analyse(view, inputs, frozen, rules, facts)
+
+
+def _analyse_all_sizes(prepared: PreparedModule) -> ChannelAnalysis:
+    """The analysis of the example, with what other sizes say of it kept in `prepared`."""
+    inputs = fitting_inputs(prepared)
+    examples = [inputs, *(resized(inputs, shapes) for shapes in prepared.other_sizes)]
+    with _analyser_of(prepared) as analyse_on:
+        analysis, facts = agree(analyse_on, examples)
+    prepared.size_facts = facts
+    return analysis
 
 
 def fitting_inputs(module: PreparedModule | CompactModule) -> tuple[Any, ...]:
@@ -143,6 +170,48 @@ def _positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(inputs)
 
 
+def _other_calls(root: nn.Module, call: Call) -> list[tuple[Call, Any]]:
+    """Calls of `root` with inputs of other sizes, and what it computes for them."""
+    found: dict[Shapes, tuple[Call, Any]] = {}
+    given = call.args, call.kwargs
+
+    def accepts(shapes: Shapes) -> bool:
+        other = Call(*resized(given, shapes))
+        try:
+            found[shapes] = other, evaluate(root, other)
+        except Exception:
+            return False
+        return True
+
+    return [found[shapes] for shapes in other_sizes(given, accepts)]
+
+
+def _settle_sizes(prepared: PreparedModule, others: list[tuple[tuple[Any, ...], Any]]) -> None:
+    """Find which of the sizes that the model takes its graph takes; refuse what it gets wrong.
+
+    Args:
+        prepared: traced, without gates; checks of sizes are put into its graphs where the code
+            of the model does something else for these sizes than the graph.
+        others: inputs of the graph, and what the model computes for them.
+    """
+    example, taken = shapes_of(prepared.example_inputs), []
+    for inputs, expected in others:
+        try:
+            actual = _run_graph(prepared, inputs)
+        except Exception:  # a check in the graph, made when it was traced
+            continue
+        if _is_same(expected, actual):
+            taken.append(shapes_of(inputs))
+            continue
+        fix_sizes(prepared.graphs.values(), prepared.example_inputs, shapes_of(inputs))
+        prepared.recompile()
+        prepared.notes += (
+            f"takes inputs of the shapes {example} only, since its code does something else for "
+            "other sizes than its graph",
+        )
+    prepared.other_sizes = tuple(taken)
+
+
 def _frozen_modes(root: nn.Module) -> frozenset[str]:
     """The modules that `root.train(True)` leaves in evaluation mode; what it freezes is frozen."""
     with modes_kept(root):
@@ -150,8 +219,8 @@ def _frozen_modes(root: nn.Module) -> frozenset[str]:
         return frozenset(name for name, module in root.named_modules() if not module.training)
 
 
-def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
-    """Compare the evaluation graph's outputs for the example inputs with the model's own."""
+def _run_graph(prepared: PreparedModule, inputs: tuple[Any, ...]) -> Any:
+    """What the evaluation graph computes; nothing of `prepared` changes, nor of `inputs`."""
     with (
         torch.no_grad(),
         state_kept(prepared),
@@ -159,16 +228,25 @@ def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
         generators_kept(),
         prepared.evaluation_view() as view,
     ):
-        found = view(*fresh(prepared.example_inputs))
+        return view(*fresh(inputs))
+
+
+def _is_same(expected: Any, actual: Any) -> bool:
+    """Whether two outputs are the same, bit for bit."""
+    one, other = list(leaves(expected)), list(leaves(actual))
+    return len(one) == len(other) and all(map(_equal, one, other))
+
+
+def _check_trace(prepared: PreparedModule, name: str, expected: Any) -> None:
+    """Compare the evaluation graph's outputs for the example inputs with the model's own."""
+    found = _run_graph(prepared, prepared.example_inputs)
     if structure(found) != structure(expected):
         raise TraceError(
             f"{name} returns a container that cannot be made again from its fields or items, or "
             "one that its caller changed; return a tuple, a dict or a plain dataclass. Where its "
             "code compares `type(x)`, write `isinstance`"
         )
-    expected, actual = list(leaves(expected)), list(leaves(found))
-    same = len(expected) == len(actual) and all(map(_equal, expected, actual))
-    if not same:
+    if not _is_same(expected, found):
         raise TraceError(
             f"the graph of {name} does not compute what the model does: its code probably "
             "compares `type(x)`, where `isinstance` is to be written, or reads a tensor after "

@@ -17,6 +17,8 @@ from torch import fx, nn
 
 from dspfx.config import PrepareConfig
 from dspfx.origin import Origin
+from dspfx.passes.agreement import SizeFacts
+from dspfx.passes.sizes import Shapes
 
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -189,9 +191,14 @@ class PreparedModule(TwoModeModule):
         lines: the line of source that each node of the graphs comes from, where it is known.
         notes: what was decided without the user, for the report.
         origin: what else has to be known to prepare another module alike.
+        other_sizes: further shapes of the tensors among `example_inputs` that the graph takes.
+        size_facts: what is known of the graph from running it on these.
     """
 
-    carried = ("example_inputs", "config", "frozen", "left_alone", "lines", "notes", "origin")
+    carried = (
+        *("example_inputs", "config", "frozen", "left_alone", "lines", "notes", "origin"),
+        *("other_sizes", "size_facts"),
+    )
     example_inputs: tuple[Any, ...]
     config: PrepareConfig
     frozen: frozenset[str]
@@ -199,6 +206,8 @@ class PreparedModule(TwoModeModule):
     lines: dict[str, str]
     notes: tuple[str, ...]
     origin: Origin
+    other_sizes: tuple[Shapes, ...] = ()
+    size_facts: SizeFacts = SizeFacts()
 
 
 class CompactModule(TwoModeModule):

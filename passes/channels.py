@@ -30,6 +30,7 @@ from dspfx.inputs import fresh
 from dspfx.kept import is_altered
 from dspfx.parametrised import is_computed, why_computed
 from dspfx.passes import operators
+from dspfx.passes.agreement import SizeFacts
 from dspfx.passes.coupling import Coupling
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
 from dspfx.passes.positions import Positions, operands_of
@@ -60,6 +61,7 @@ def analyse(
     inputs: tuple[Any, ...],
     frozen: frozenset[str] = frozenset(),
     rules: Mapping[operators.Key, operators.Rule] | None = None,
+    facts: SizeFacts | None = None,
 ) -> ChannelAnalysis:
     """Analyse the graph of `root`, which must be in evaluation mode, on example `inputs`.
 
@@ -68,8 +70,9 @@ def analyse(
         inputs: positional inputs; a batch of two or more tells batch and channels apart.
         frozen: names of the layers that keep all their filters and input channels.
         rules: what is known of further operators; takes precedence.
+        facts: what is known of the same graph on inputs of other sizes.
     """
-    analyser = _Analyser(root, frozen, rules or {})
+    analyser = _Analyser(root, frozen, rules or {}, facts or SizeFacts())
     with torch.no_grad():
         analyser.run(*inputs)
     return analyser.result()
@@ -81,9 +84,11 @@ class _Analyser(fx.Interpreter):
         root: fx.GraphModule,
         frozen: frozenset[str],
         rules: Mapping[operators.Key, operators.Rule],
+        facts: SizeFacts,
     ) -> None:
         super().__init__(root)
         self.root = root
+        self.facts = facts
         self.frozen = frozen
         self.rules = {operators.named(key): rule for key, rule in rules.items()}
         self.ops: dict[Node, Op] = {}
@@ -111,12 +116,19 @@ class _Analyser(fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         op = self._classify(n, result)
+        if op is not None and n in self.values and self._holds_positions(n):
+            del self.values[n]
+            op = op if isinstance(op, Source) else Restored(operands_of(n, self.ops), _BY_SIZE)
         if op is not None:
             self.ops[n] = op
             if isinstance(result, Tensor) and n not in self.values:
-                self._new_atoms(n, result, self._likely_dim(op.operands, result))
+                self._new_atoms(n, result, self._likely_dim(n, op.operands, result))
                 self.born_whole.append(self.values[n].atoms)
         return result
+
+    def _holds_positions(self, node: Node) -> bool:
+        """Whether the channels of a value were sought along a dimension whose size varies."""
+        return self.facts.are_positions(node, self.values[node].dim)
 
     def _classify(self, node: Node, result: Any) -> Op | None:
         if self._is_input(node):
@@ -133,6 +145,8 @@ class _Analyser(fx.Interpreter):
             return Restored(operands, "")
         if not operands:
             return self._size_or_nothing(node, result)
+        if node.name in self.facts.dependent:
+            return Restored(operands, _BY_SIZE)
         if not isinstance(result, Tensor):
             of_inputs = self._of_inputs(operands, result)
             return of_inputs or self._size(node, operands) or self._parts(node, operands)
@@ -157,15 +171,20 @@ class _Analyser(fx.Interpreter):
             return isinstance(node.args[0], Node) and node.args[0] in self.containers
         return node.op == "placeholder"
 
-    def _likely_dim(self, operands: tuple[Node, ...], result: Tensor) -> int | None:
-        """Where the channels of an opaque operator's result lie: as in an operand, or second."""
+    def _likely_dim(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> int | None:
+        """Where the channels of an opaque operator's result lie: as in an operand, or second.
+
+        Or in the first dimension after that whose size does not vary.
+        """
+        fixed = [d for d in range(1, result.dim()) if not self.facts.are_positions(node, d)]
         for value in (self.values[o] for o in operands if o in self.values):
             dim = value.dim
             if dim is None or len(value.shape) != result.dim():
                 continue
-            if value.shape[dim] == result.shape[dim]:
+            same = value.shape[dim] == result.shape[dim]
+            if same and not self.facts.are_positions(node, dim):
                 return dim
-        return 1 if result.dim() > 1 else None
+        return fixed[0] if fixed else None
 
     def _new_atoms(self, node: Node, result: Tensor, dim: int | None) -> None:
         count = 0 if dim is None else result.shape[dim]
@@ -539,6 +558,8 @@ class _Analyser(fx.Interpreter):
         args, kwargs = map_arg(node.args, zero), map_arg(node.kwargs, zero)
         return bool((getattr(self, node.op)(node.target, args, kwargs) == 0).all())
 
+
+_BY_SIZE = "what it does to channels depends on the size of the inputs"
 
 _Rule = Callable[[_Analyser, Node, tuple[Node, ...], Tensor], Op | None]
 _RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
