@@ -37,7 +37,8 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
         prepared: from `dspfx.prepare`, pruned or not. A compact model is returned as a copy.
         cost_model: decides in which form each layer is emitted. `dspfx.compile` decides anew, by
             measuring; a model that goes elsewhere keeps these forms.
-        verify: run both models on random inputs, in float64 where they allow it, and compare.
+        verify: run both models on random inputs, in float64 where they allow it, and compare; at
+            the size of the example and, where the masked model takes them, at two more.
 
     Returns:
         A `CompactModule`, an evaluation-mode `GraphModule` of standard operators that shares
@@ -73,7 +74,8 @@ def _convert(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> C
     with prepared.evaluation_view() as view:
         planned = plan(view, analysis, live, cost_model)
         inputs = fitting_inputs(prepared)
-        difference = verify_equal(view, analysis, live, planned, inputs) if verify else None
+        found = view, analysis, live, planned, inputs, prepared.other_sizes
+        difference = verify_equal(*found) if verify else None
     module = emit_compact(prepared, analysis, planned)
     summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
     module.summary = replace(summary, gathers=count_gathers(module))

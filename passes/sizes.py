@@ -15,7 +15,7 @@ An example is `Shapes`, those of the tensors among the inputs; their values are 
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,29 +214,46 @@ def _odd(size: int) -> int:
     return size - 1 + size % 2
 
 
-def random_sizes(
+def sizes_to_prove(
     shapes: Shapes, others: Sequence[Shapes], generator: torch.Generator
-) -> Iterator[Shapes]:
-    """Further sizes between half of `shapes` and all of them, along what differs in `others`.
+) -> list[Shapes]:
+    """Two sizes besides `shapes`, one of them at random, neither larger: proofs shall be cheap.
 
-    Sizes differ by multiples of what accepted ones differ by: where only multiples of 32 were
-    accepted, only these are drawn.
+    Args:
+        shapes: of the example.
+        others: of further ones that were accepted.
+        generator: of what is random.
     """
-    for other in others:
-        steps: dict[int, int] = {}
-        drawn: list[tuple[int, ...]] = []
-        for shape, changed in zip(shapes, other, strict=True):
-            sizes = []
-            for dim, (size, new) in enumerate(zip(shape, changed, strict=True)):
-                step = math.gcd(size, new)
-                fewest = 1 if dim == 0 else -(-size // 2)
-                multiples = range(-(-fewest // step), size // step + 1)
-                if new == size or not multiples:
-                    sizes.append(size)
-                    continue
-                if size not in steps or len(shapes) == 1:
-                    place = int(torch.randint(len(multiples), (), generator=generator))
-                    steps[size] = step * multiples[place]
-                sizes.append(steps[size])
-            drawn.append(tuple(sizes))
-        yield tuple(drawn)
+    elements = _elements(shapes)
+    found = [other for other in others[:1] if _elements(other) <= elements]
+    for _ in range(4):
+        drawn = [_drawn(shapes, other, generator) for other in others[:1]]
+        found += [own for own in drawn if own not in (shapes, *found)]
+    return found[:2]
+
+
+def _drawn(shapes: Shapes, other: Shapes, generator: torch.Generator) -> Shapes:
+    """A size between half of `shapes` and all of them, along the dimensions that `other` changes.
+
+    By multiples of what the two differ by: where that is 32, only multiples of 32 are drawn.
+    """
+    joined: dict[int, int] = {}  # equal sizes of several inputs stay equal
+    drawn = []
+    for shape, changed in zip(shapes, other, strict=True):
+        sizes = list(shape)
+        for dim, (size, new) in enumerate(zip(shape, changed, strict=True)):
+            step = math.gcd(size, new)
+            fewest = 1 if dim == 0 else -(-size // 2)
+            multiples = range(-(-fewest // step), size // step + 1)
+            if new == size or not multiples:
+                continue
+            if len(shapes) == 1 or size not in joined:
+                chosen = int(torch.randint(len(multiples), (), generator=generator))
+                joined[size] = step * multiples[chosen]
+            sizes[dim] = joined[size]
+        drawn.append(tuple(sizes))
+    return tuple(drawn)
+
+
+def _elements(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes)

@@ -6,8 +6,9 @@ cannot run so is compared in its own type.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from dspfx.kept import buffers_kept
 from dspfx.passes.compact import compact
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.plan import CompactionPlan, Order
+from dspfx.passes.sizes import Shapes, resized, shapes_of, sizes_to_prove
 from dspfx.passes.values import BoolArray, ChannelAnalysis
 from dspfx.trees import leaves, map_leaves
 
@@ -34,36 +36,63 @@ def verify(
     live: Liveness,
     plan: CompactionPlan,
     inputs: tuple[Any, ...],
+    others: Sequence[Shapes] = (),
 ) -> tuple[float, torch.dtype]:
     """The largest relative difference that compacting `masked` makes, on random inputs.
 
-    The type in which it was found is given with it.
+    The type in which it was found is given with it. The proof covers the size of `inputs` and, as
+    far as `masked` takes them, two of `sizes_to_prove`.
 
     Args:
         masked: in evaluation mode; only read.
         analysis, live, plan: of its graph.
         inputs: shapes and types of the inputs.
+        others: further shapes of the tensors among them.
 
     Raises:
         EquivalenceError: if the outputs differ by more than the type's tolerance.
     """
-    widest, inputs, dtype = _widest(masked, inputs)
-    exact = nullcontext() if widest is masked else _InFloat64()
-    with torch.no_grad(), buffers_kept(widest), exact:
-        compacted = compact(widest, analysis, plan)
+    widest = _widest(masked, inputs)
+    exact = nullcontext() if widest.module is masked else _InFloat64()
+    with torch.no_grad(), buffers_kept(widest.module), exact:
+        compacted = compact(widest.module, analysis, plan)
         module = fx.GraphModule(compacted.root, compacted.graph)
-        worst = difference(widest(*fresh(inputs)), module(*fresh(inputs)))
-        if worst is not None:
-            return worst, dtype
-        names = {
-            old.name: (new.name, plan.order.get(old), live.kept.get(old))
-            for old, new in compacted.nodes.items()
-        }
-        first = _first_difference(widest, module, inputs, names)
-    raise EquivalenceError(
-        f"masked and compact model differ, first at {first}. If that layer has no forward hook, "
+        worst = difference(widest.outputs, module(*fresh(widest.inputs)))
+        if worst is None:
+            names = {
+                old.name: (new.name, plan.order.get(old), live.kept.get(old))
+                for old, new in compacted.nodes.items()
+            }
+            first = _first_difference(widest.module, module, widest.inputs, names)
+            raise EquivalenceError(_told(first))
+        generator = torch.Generator().manual_seed(1)
+        for shapes in sizes_to_prove(shapes_of(inputs), others, generator):
+            given = _random(resized(widest.inputs, shapes), generator)
+            worst = max(worst, _at_another_size(widest.module, module, given))
+    return worst, widest.dtype
+
+
+def _at_another_size(masked: fx.GraphModule, compact: fx.GraphModule, inputs: Any) -> float:
+    """The difference for `inputs`; none where the masked model refuses them."""
+    try:
+        expected = masked(*fresh(inputs))
+    except Exception:
+        return 0.0
+    where = f"inputs of the shapes {shapes_of(inputs)}"
+    try:
+        found = difference(expected, compact(*fresh(inputs)))
+    except Exception as error:
+        raise EquivalenceError(f"{_told(where)} The compact model raises {error!r}") from error
+    if found is None:
+        raise EquivalenceError(_told(where))
+    return found
+
+
+def _told(where: str) -> str:
+    return (
+        f"masked and compact model differ, first at {where}. If that layer has no forward hook, "
         "which a compact layer does not call, this is a bug of dspfx; please report the model. "
-        "Until then, PrepareConfig(ignore=...) can leave the layer alone"
+        "Until then, PrepareConfig(ignore=...) can leave the layer alone."
     )
 
 
@@ -91,29 +120,51 @@ def difference(expected: Any, actual: Any) -> float | None:
     return worst
 
 
-def _widest(
-    masked: fx.GraphModule, inputs: tuple[Any, ...]
-) -> tuple[fx.GraphModule, tuple[Any, ...], torch.dtype]:
-    """A float64 copy over the same graph, and inputs for it; `masked` if that does not run."""
+@dataclass(frozen=True)
+class _Masked:
+    """The masked model in the widest type that it runs in, with inputs and what it makes of them.
+
+    Attributes:
+        module: a float64 copy over the same graph, or the model itself.
+        inputs: random ones.
+        outputs: for these.
+        dtype: in which it runs.
+    """
+
+    module: fx.GraphModule
+    inputs: Any
+    outputs: Any
+    dtype: torch.dtype
+
+
+def _widest(masked: fx.GraphModule, inputs: tuple[Any, ...]) -> _Masked:
     generator = torch.Generator().manual_seed(0)
+    wide_inputs = _random(map_leaves(_as_double, inputs), generator)
+    wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
+    try:
+        with torch.no_grad(), buffers_kept(wide), _InFloat64():
+            return _Masked(wide, wide_inputs, wide(*fresh(wide_inputs)), torch.float64)
+    except (RuntimeError, TypeError):
+        types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
+        drawn = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, wide_inputs)
+        own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
+        with torch.no_grad(), buffers_kept(masked):
+            return _Masked(masked, drawn, masked(*fresh(drawn)), own)
+
+
+def _as_double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _random(inputs: Any, generator: torch.Generator) -> Any:
+    """Normal numbers in place of the floating-point ones of `inputs`, of the same types."""
 
     def draw(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-        return drawn.to(leaf.device)
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
 
-    drawn = map_leaves(draw, inputs)
-    wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
-    try:
-        with torch.no_grad(), _InFloat64():
-            wide(*fresh(drawn))
-    except (RuntimeError, TypeError):
-        types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
-        narrow = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, drawn)
-        own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
-        return masked, narrow, own
-    return wide, drawn, torch.float64
+    return map_leaves(draw, inputs)
 
 
 class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
