@@ -75,12 +75,12 @@ def verify(
 def _at_another_size(masked: fx.GraphModule, compact: fx.GraphModule, inputs: Any) -> float:
     """The difference for `inputs`; none where the masked model refuses them."""
     try:
-        expected = masked(*fresh(inputs))
+        expected = masked.forward(*fresh(inputs))  # a call would print where it fails
     except Exception:
         return 0.0
     where = f"inputs of the shapes {shapes_of(inputs)}"
     try:
-        found = difference(expected, compact(*fresh(inputs)))
+        found = difference(expected, compact.forward(*fresh(inputs)))
     except Exception as error:
         raise EquivalenceError(f"{_told(where)} The compact model raises {error!r}") from error
     if found is None:

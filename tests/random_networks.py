@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from dspfx import PreparedModule
 from dspfx.gates import gated_layers
 from helpers import randomise
+from random_positions import ALIKE, Along, FromLast, Tokens
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -28,7 +29,7 @@ ACTIVATIONS = {
 }
 SMOOTH = ("silu", "leaky", "elu")  # zero for nothing but zero
 # steps after which values may be zero that no rule can know to be
-BY_VALUE = ("mix", "instance", "pixels")
+BY_VALUE = ("mix", "instance", "pixels", "along", "tokens")
 
 
 class ConvNorm(nn.Module):
@@ -269,14 +270,20 @@ class Head(nn.Module):
 
 
 class RandomNetwork(nn.Module):
-    """Takes `[N, 3, size, size]`."""
+    """Takes `[N, 3, size, size]`, or `[N, size, size, 3]` where channels come `last`."""
 
-    def __init__(self, steps: list[nn.Module], size: int) -> None:
+    def __init__(self, steps: list[nn.Module], size: int, last: bool = False) -> None:
         super().__init__()
-        self.steps, self.size = nn.Sequential(*steps), size
+        self.steps, self.size, self.last = nn.Sequential(*steps), size, last
 
     def forward(self, x: Tensor) -> Any:
         return self.steps(x)
+
+    def inputs(self, seed: int = 0, samples: int = 3, larger: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        shape = samples, 3, self.size + larger, self.size + larger
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.permute(0, 2, 3, 1).contiguous() if self.last else x
 
 
 @st.composite
@@ -291,6 +298,9 @@ def networks(
     start = size = draw(st.integers(6, 9))
     channels = draw(WIDTH)
     steps: list[nn.Module] = [ConvNorm(3, channels, act=draw(act))]
+    last = "along" not in without and draw(st.integers(0, 4)) == 0
+    if last:
+        steps.insert(0, FromLast(tuple(draw(st.lists(st.sampled_from(ALIKE), max_size=2)))))
     for kind in draw(st.lists(kinds, min_size=1, max_size=5)):
         step = STEPS[kind](draw, channels, size, act)
         if step is not None:
@@ -298,7 +308,7 @@ def networks(
             steps.append(made)
     heads = ["pool", "conv", "flatten", "hard-coded", "two outputs"]
     steps.append(Head(channels, size, draw(st.sampled_from(heads))))
-    network = RandomNetwork(steps, start)
+    network = RandomNetwork(steps, start, last)
     randomise(network, draw(st.integers(0, 99)))
     return network.double().eval()
 
@@ -418,6 +428,14 @@ def _instance_norm(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return (nn.InstanceNorm2d(c, affine=draw(FLAG)), c, size) if size > 1 else None
 
 
+def _along(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return Along(draw(st.sampled_from(ALIKE)), draw(st.integers(2, 3))), c, size
+
+
+def _tokens(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return Tokens(c, draw(WIDTH), draw(st.sampled_from(["linear", "spelt", "fused"]))), c, size
+
+
 def _parametric(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return nn.PReLU(c if draw(FLAG) else 1), c, size
 
@@ -445,6 +463,8 @@ STEPS = {
     "group norm": _group_norm,
     "instance": _instance_norm,
     "prelu": _parametric,
+    "along": _along,
+    "tokens": _tokens,
 }
 
 

@@ -16,6 +16,7 @@ from dspfx.gates import GatedLayer, gated_layers
 from dspfx.passes.cost_model import CPU
 from helpers import assert_equal, macs
 from random_networks import BY_VALUE, SMOOTH, MaskRecipe, mask_recipes, networks
+from random_positions import LENGTH, sequences
 
 COUNT = int(os.environ.get("DSPFX_EXAMPLES", "200"))
 EXAMPLES = settings(
@@ -33,9 +34,8 @@ COST_MODELS = (
 
 
 def inputs(model: Any, seed: int = 0, samples: int = 3, larger: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = samples, 3, model.size + larger, model.size + larger
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    x: Tensor = model.inputs(seed, samples, larger)
+    return x
 
 
 def prepare(model: nn.Module, groups: int) -> dspfx.PreparedModule | None:
@@ -63,6 +63,7 @@ def test_compact_equals_masked(
     x = inputs(model, 1)
     with torch.no_grad():
         assert_equal(model(x), prepared(x), tolerance=0)
+        assert_traced_at_other_sizes(model, prepared)
         dspfx.set_masks(prepared, recipe.masks(prepared))
         before = {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
         compact = dspfx.convert(prepared, cost_model=cost_model)
@@ -84,6 +85,17 @@ def test_compact_equals_masked(
         assert torch.equal(tensor, before[name])
 
 
+def assert_traced_at_other_sizes(model: nn.Module, prepared: nn.Module) -> None:
+    """The graph computes what the model does, or refuses the size."""
+    for larger in (3, 4):
+        x = inputs(model, 2, samples=2, larger=larger)
+        try:
+            found = prepared(x)
+        except (RuntimeError, AssertionError):
+            continue
+        assert_equal(model(x), found, tolerance=0)
+
+
 def assert_equal_at_other_sizes(model: nn.Module, masked: nn.Module, compact: nn.Module) -> None:
     """As far as the masked model takes images of that size."""
     for larger in (3, 4):
@@ -94,6 +106,29 @@ def assert_equal_at_other_sizes(model: nn.Module, masked: nn.Module, compact: nn
             except (RuntimeError, AssertionError):
                 continue
             assert_equal(expected, compact(x))
+
+
+@settings(EXAMPLES, max_examples=max(1, COUNT // 2))
+@given(model=sequences(), recipe=mask_recipes(), groups=st.integers(1, 4))
+def test_compact_equals_masked_whatever_the_length(
+    model: Any, recipe: MaskRecipe, groups: int
+) -> None:
+    config = dspfx.PrepareConfig(groups=groups)
+    prepared = dspfx.prepare(model, model.inputs(LENGTH), config=config)
+    given = [model.inputs(t, n, seed=1) for t, n in ((LENGTH, 3), (19, 2), (9, 1), (24, 1))]
+    taken = []
+    with torch.no_grad():
+        for x in given:
+            try:
+                found = prepared(x)
+            except (RuntimeError, AssertionError):
+                continue
+            assert_equal(model(x), found, tolerance=0)
+            taken.append(x)
+        dspfx.set_masks(prepared, recipe.masks(prepared))
+        compact = dspfx.convert(prepared)
+        for x in taken:
+            assert_equal(prepared(x), compact(x))
 
 
 @EXAMPLES
