@@ -63,17 +63,9 @@ def pruned(model: nn.Module, x: Tensor) -> tuple[nn.Module, nn.Module]:
 def test_positions_of_frames_are_no_channels(along: Function) -> None:
     """Compact models held lists of the example's frames."""
     prepared, compact = pruned(Sequence(along), torch.randn(2, 30, 8, dtype=torch.float64))
-    taken = 0
     for shape in ((2, 30, 8), (2, 44, 8), (3, 20, 8), (1, 17, 8)):
         x = torch.randn(shape, dtype=torch.float64)
-        with torch.no_grad():
-            try:
-                expected = prepared(x)
-            except (AssertionError, RuntimeError):  # the length that it unbinds is checked
-                continue
-            assert_equal(expected, compact(x))
-            taken += 1
-    assert taken >= 1
+        assert_equal(prepared(x), compact(x))
 
 
 @pytest.mark.parametrize(
