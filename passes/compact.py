@@ -216,16 +216,25 @@ class _Emitter:
         return self.graph.get_attr(target)
 
     def _constant(self, node: Node) -> Tensor:
-        """What a `Constant` node holds, reckoned anew from the parameters of the source."""
-        if node not in self.constants:
-            args, kwargs = map_arg((node.args, node.kwargs), self._constant)
-            whole = node.op == "get_attr" or operators.key(node, self.source) in _MOVES
-            if not whole or self.computed.intersection(node.all_input_nodes):
-                self.computed.add(node)
-            with torch.no_grad():
-                value = getattr(self.interpreter, node.op)(node.target, args, kwargs)
-            self.constants[node] = value.detach()
+        """What a `Constant` node holds, computed again from the parameters of the source."""
+        ahead = [node]
+        while ahead:
+            missing = [n for n in ahead[-1].all_input_nodes if n not in self.constants]
+            if missing:
+                ahead += missing
+            elif (ready := ahead.pop()) not in self.constants:
+                self.constants[ready] = self._compute(ready)
         return self.constants[node]
+
+    def _compute(self, node: Node) -> Tensor:
+        """The same, where what it is computed from is known."""
+        args, kwargs = map_arg((node.args, node.kwargs), self.constants.__getitem__)
+        whole = node.op == "get_attr" or operators.key(node, self.source) in _MOVES
+        if not whole or self.computed.intersection(node.all_input_nodes):
+            self.computed.add(node)
+        with torch.no_grad():
+            value: Tensor = getattr(self.interpreter, node.op)(node.target, args, kwargs)
+        return value.detach()
 
     # -- operators ---------------------------------------------------------------------------
 

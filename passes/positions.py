@@ -81,8 +81,11 @@ class Positions:
 
     def _are_fixed(self, node: Node) -> bool:
         """Whether a value has as many positions whatever the image, as behind a global pool."""
-        if node not in self._fixed:
-            self._fixed[node] = self._fixes_them(node)
+        for earlier in node.graph.nodes:  # each after what it reads
+            if earlier not in self._fixed:
+                self._fixed[earlier] = self._fixes_them(earlier)
+            if earlier is node:
+                break
         return self._fixed[node]
 
     def _fixes_them(self, node: Node) -> bool:
@@ -99,14 +102,17 @@ class Positions:
             rank = len(self._values[read[0]].shape)
             if rank > 2 and set(range(2, rank)) <= (operators.reduced(node, rank) or set()):
                 return True
-        return bool(read) and all(self._are_fixed(n) for n in read)
+        return bool(read) and all(self._fixed[n] for n in read)
 
     def _linear_reads(self, node: Node) -> bool:
         """Whether all that reads `node` is linear layers, by way of what works on each element."""
-        for user in node.users:
-            alone, key = len(user.all_input_nodes) == 1, self._key(user)
-            if not (alone and (key in LAYERS or (key in _PASSING and self._linear_reads(user)))):
+        ahead = [*node.users]
+        while ahead:
+            user = ahead.pop()
+            key = self._key(user)
+            if len(user.all_input_nodes) > 1 or key not in LAYERS | _PASSING:
                 return False
+            ahead += user.users if key not in LAYERS else ()
         return True
 
     def _key(self, node: Node) -> Any:

@@ -1,0 +1,65 @@
+"""However many layers follow each other, no verb runs out of stack."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dspfx
+from helpers import assert_equal, random_masks, randomise
+
+X = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+
+class Residual(nn.Module):
+    """Sums that depend on each other, and a parameter that is scaled again and again."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.layers = nn.ModuleList([nn.Conv2d(4, 4, 1) for _ in range(layers)])
+        self.scale, self.last = nn.Parameter(torch.rand(4, 1, 1)), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, scale = self.first(x), self.scale
+        for layer in self.layers:
+            y = (y + layer(y)) * 0.7
+            scale = scale * 1.001
+        return self.last(y * scale)
+
+
+def chain(layers: int) -> nn.Module:
+    body: list[nn.Module] = [nn.Conv2d(3, 4, 1)]
+    for _ in range(layers):
+        body += [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    return nn.Sequential(*body, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 5))
+
+
+def plain(layers: int) -> nn.Module:
+    """What reads the positions that have become channels comes last."""
+    body = [nn.Conv2d(4, 4, 1) if i else nn.Conv2d(3, 4, 1) for i in range(layers)]
+    tail: list[nn.Module] = [m for _ in range(300) for m in (nn.ReLU(), nn.Identity())]
+    return nn.Sequential(*body, nn.Flatten(), *tail, nn.Linear(64, 4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"), [(chain, 150), (Residual, 350), (plain, 600)], ids=["chain", "sum", "plain"]
+)
+def test_long_chains_of_layers(
+    make: Callable[[int], nn.Module], layers: int, tmp_path: Path
+) -> None:
+    model = randomise(make(layers)).double().eval()
+    prepared = dspfx.prepare(model, X)
+    assert_equal(model(X), prepared(X), tolerance=0)
+    dspfx.set_masks(prepared, random_masks(prepared, keep=0.6))
+    compact = dspfx.convert(prepared)
+    for module in (prepared, compact):
+        dspfx.save(module, tmp_path / "model.safetensors")
+        loaded = dspfx.load(tmp_path / "model.safetensors", make(layers).double())
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+            assert_equal(module(X), twin(X), tolerance=0)
+    assert "macs" in str(dspfx.report(compact)).lower()
