@@ -641,3 +641,104 @@ def test_weights_that_every_call_changes_are_those_of_the_model() -> None:
     prepared = alike(model, "b")
     dspfx.report(prepared)
     assert torch.equal(prepared.get_parameter("b.weight"), model.b.weight)
+
+
+class Swish(torch.autograd.Function):
+    """Saves memory: its gradient is that of its code, but for rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return y * torch.sigmoid(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        s = torch.sigmoid(y)
+        return gradient * (s * (1 + y * (1 - s)))
+
+
+class Swishes(nn.Module):
+    def forward(self, y: Tensor) -> Tensor:
+        return Swish.apply(y)
+
+
+class Centre(torch.autograd.Function):
+    """The gradient of the offset is zero, whichever way it is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, offset: Tensor) -> Tensor:
+        y = y + offset
+        return y - y.mean((2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        own = gradient - gradient.mean((2, 3), keepdim=True)
+        return own, own.double().sum((0, 2, 3), keepdim=True).to(own.dtype)
+
+
+class Centres(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return Centre.apply(y, self.offset)
+
+
+ZEROS = {
+    "a shift before a norm": lambda: [nn.BatchNorm2d(16), nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32)],
+    "a bias before a norm of each image": lambda: [nn.Conv2d(16, 32, 3), nn.InstanceNorm2d(32)],
+    "a bias before a norm of one group": lambda: [nn.Conv2d(16, 32, 1), nn.GroupNorm(32, 32)],
+    "an offset that is taken away": lambda: [nn.Conv2d(16, 32, 1), Centres(32)],
+}
+
+
+@pytest.mark.parametrize("kind", ZEROS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_that_are_zero_but_for_rounding_are_the_same(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """Rounding errors were compared with each other, and half of the networks refused."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 16, 3), Swishes(), *ZEROS[kind](), Swishes(), nn.Conv2d(32, 8, 1)]
+        model = nn.Sequential(*layers, nn.BatchNorm2d(8)).to(dtype)
+        prepared = dspfx.prepare(model, torch.randn(2, 3, 16, 16, dtype=dtype))
+        assert "opaque" not in str(dspfx.report(prepared))
+
+
+class Leaks(nn.Module):
+    """Adds a gradient of size `much`, where there is none, that is another at every call."""
+
+    def __init__(self, much: float) -> None:
+        super().__init__()
+        self.much, self.calls = much, 0
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        self.calls += 1
+        return y + self.much * self.calls * (z.square() - z.square().detach())
+
+
+@pytest.mark.parametrize("much", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize("where", ["zero", "small"])
+def test_a_wrong_gradient_is_found_however_small_it_is(much: float, where: str) -> None:
+    """Of a bias that has none, by exact arithmetic, and of a branch that hardly matters."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+            self.side, self.leaks, self.c = nn.Conv2d(3, 8, 5), Leaks(much), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = Swish.apply(self.a(x))
+            y = self.c(Swish.apply(self.norm(self.b(y))))
+            if where == "zero":
+                return self.leaks(y, self.b.bias.sum())
+            return y + 1e-6 * self.leaks(self.side(x), self.side.weight.sum())
+
+    model = Net()
+    what = "b.bias" if where == "zero" else "side.weight"
+    with pytest.raises(dspfx.TraceError, match=f"the gradient of {what} differs"):
+        dspfx.prepare(model, torch.randn(2, 3, 12, 12))
