@@ -44,6 +44,7 @@ from dspfx.passes.values import (
     Gate,
     Gather,
     IntArray,
+    Merge,
     Mix,
     Op,
     Query,
@@ -383,6 +384,25 @@ class _Analyser(fx.Interpreter):
         self._pass_atoms(node, result, dim, value.atoms)
         return Channelwise(operands, 1, self._on_zeros(node, operands, result, dim))
 
+    def _merge(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
+        """Several channels become one, where there are fewer along the dimension of channels."""
+        value = self.values.get(operands[0])
+        shuffles = operators.key(node, self.root) in operators.PIXEL_SHUFFLES
+        sizes = zip((() if value is None else value.shape), result.shape, strict=False)
+        fewer = [dim for dim, (before, after) in enumerate(sizes) if after < before]
+        if len(operands) != 1 or value is None or fewer != [value.dim]:
+            return self._move(node, operands, result) if shuffles else None
+        (dim,) = fewer
+        count = result.shape[dim]
+        op = Merge(
+            operands, value.channels // count, shuffles, self._is_absorbing(node, operands[0], dim)
+        )
+        atoms = value.atoms[op.read_by(np.arange(count), count)]
+        for others in atoms[1:]:
+            self.coupling.unite(atoms[0], others)
+        self._pass_atoms(node, result, dim, atoms[0])
+        return op
+
     def _elementwise(self, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
         key = operators.key(node, self.root)
         if key == "to" and len(operands) > 1:
@@ -540,11 +560,21 @@ class _Analyser(fx.Interpreter):
     ) -> BoolArray:
         """Bool `[C]`: the channels of `result` that are zero where the operand is."""
         zeros = torch.zeros_like(self.env[operands[0]])
-        args = map_arg(node.args, lambda n: zeros if n is operands[0] else self.env[n])
-        kwargs = map_arg(node.kwargs, lambda n: zeros if n is operands[0] else self.env[n])
-        out = getattr(self, node.op)(node.target, args, kwargs)
-        zero = (out == 0).movedim(dim, 0)
+        zero = (self._run_on(node, operands[0], zeros) == 0).movedim(dim, 0)
         return _numpy(zero.reshape(len(zero), -1).all(1))
+
+    def _is_absorbing(self, node: Node, operand: Node, dim: int) -> bool:
+        """Whether zeros in the first half of its channels are enough for it to give zero."""
+        half = torch.ones_like(self.env[operand])
+        half.narrow(dim, 0, half.shape[dim] // 2).zero_()
+        return bool((self._run_on(node, operand, half) == 0).all())
+
+    def _run_on(self, node: Node, operand: Node, x: Tensor) -> Tensor:
+        """What `node` makes of `x` in place of `operand`."""
+        args = map_arg(node.args, lambda n: x if n is operand else self.env[n])
+        kwargs = map_arg(node.kwargs, lambda n: x if n is operand else self.env[n])
+        result: Tensor = getattr(self, node.op)(node.target, args, kwargs)
+        return result
 
     def _zero_of_zeros(self, node: Node) -> bool:
         """Whether an elementwise operator gives zero where all its tensors are zero."""
@@ -567,6 +597,7 @@ _RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
     (frozenset((ChannelGate,)), _Analyser._gate),
     (operators.CHANNELWISE, _Analyser._channelwise),
     (operators.REDUCTIONS, _Analyser._reduction),
+    (operators.PIXEL_SHUFFLES | operators.GLUS, _Analyser._merge),
     (operators.RELAYOUTS, _Analyser._relayout),
     (operators.ELEMENTWISE, _Analyser._elementwise),
     (operators.MOVEMENT, _Analyser._move),

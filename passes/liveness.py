@@ -7,7 +7,8 @@ Forward, `zero[v][c]` (lattice: zero < unknown):
 2. A channelwise operator keeps a zero where running it on zeros gave exactly zero.
 3. A gate makes zero what it holds dead, and everything whose norm reads a zero.
 4. A sum is zero where all its terms are, a product where any factor is.
-5. Moved channels stay what they were; padding with zeros is zero. All else is unknown.
+5. A channel made of several is zero where all of them are, or the first one if it is absorbing.
+   Moved channels stay what they were; padding with zeros is zero. All else is unknown.
 
 Backward, `kept[v][c] = needed and not zero`:
 6. A kept filter needs the live channels that it reads; other operators need the channels their
@@ -30,6 +31,7 @@ from dspfx.passes.values import (
     Gate,
     Gather,
     IntArray,
+    Merge,
     Mix,
     Op,
     Query,
@@ -179,6 +181,10 @@ def _zero(
             some = any_along(np.stack(terms), 0) | muted
             every = ~any_along(~np.stack(terms), 0) & all(op.spans)
             return (every & op.keeps_zero) | (some & op.absorbing)
+        case Merge():
+            read = zero[op.operands[0]][op.read_by(np.arange(channels), channels)]
+            merged: BoolArray = ~any_along(~read, 0) | (read[0] & op.absorbing)
+            return merged
         case Gather():
             result = np.ones(channels, bool)
             for k, root in enumerate(op.operands):
@@ -257,6 +263,10 @@ class _Backward:
                 self._demand(op.operands[0], kept & alive)
             case Elementwise():
                 self._need_terms(node, op, kept)
+            case Merge():
+                self._demand(
+                    op.operands[0], op.read_by(np.flatnonzero(kept), len(kept)).reshape(-1)
+                )
             case Gather():
                 for k, root in enumerate(op.operands):
                     read = op.index[kept & (op.source == k)]

@@ -126,6 +126,10 @@ CHANNELWISE: frozenset[Key] = frozenset(
 
 _ANY_RANK = BATCH_NORMS - {FROZEN_BATCH_NORM}
 
+# make one channel of several: of those that lie side by side, or of one of each half
+PIXEL_SHUFFLES: frozenset[Key] = frozenset(_functions("pixel_shuffle") | {nn.PixelShuffle})
+GLUS: frozenset[Key] = frozenset(_functions("glu") | {nn.GLU})
+
 REDUCTIONS: frozenset[Key] = frozenset(
     _functions("mean", "sum", "amax", "amin", "std", "var", "logsumexp")
 )

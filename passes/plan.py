@@ -9,7 +9,8 @@ unread. Every operator wants its operands aligned to certain lists of channels:
 2. A channelwise operator takes its input as it is, plus channels that are zero before it and a
    constant after it. A depthwise convolution takes only what is kept.
 3. An elementwise operator aligns its operands to the longest of them, without what is not kept.
-4. A gather takes from each operand the channels that are kept; all of them, if it moves all.
+4. What merges channels takes those of which the kept ones are made, in the order it needs.
+   A gather takes from each operand the channels that are kept; all of them, if it moves all.
 5. An opaque operator takes its operands whole.
 6. A batch norm that alone reads a layer, but for its sizes, is folded into it, unless it makes a
    constant of a zero.
@@ -37,6 +38,7 @@ from dspfx.passes.values import (
     Gate,
     Gather,
     IntArray,
+    Merge,
     Mix,
     Op,
     Query,
@@ -157,6 +159,8 @@ class _Planner:
                 self._set(node, self.held(op.operands[0]), (self.held(op.operands[0]),))
             case Elementwise():
                 self._place_elementwise(node, op, kept)
+            case Merge():
+                self._place_merge(node, op, kept)
             case Gather():
                 self._place_gather(node, op, kept)
             case _:
@@ -173,7 +177,8 @@ class _Planner:
     def _place_layer(self, node: Node, op: Mix, kept: BoolArray) -> None:
         inputs = np.arange(op.channels) if op.restored else self.held(op.operands[0])
         filters = np.flatnonzero(kept)
-        filters = filters[np.argsort(self.place_of[self.analysis.class_of(node)[filters]])]
+        classes = self.analysis.class_of(node)[filters]
+        filters = filters[np.argsort(self.place_of[classes], kind="stable")]
         live, row = self.live.reads_live(node, op)[:, inputs], self.live.reads[op.layer].row
         groups = groups_of(np.arange(len(filters)), row[filters], live)
         family = filters // (op.filters // op.structural_groups)
@@ -231,6 +236,15 @@ class _Planner:
                 longest = longest[kept[longest]]
             wanted = np.concatenate([longest, np.setdiff1d(wanted, longest)])
         self._set(node, wanted, tuple(wanted if spans else None for spans in op.spans))
+
+    def _place_merge(self, node: Node, op: Merge, kept: BoolArray) -> None:
+        held = self.held(op.operands[0])
+        place = np.full(len(kept) * op.count, len(held))
+        place[held] = np.arange(len(held))
+        channels = np.flatnonzero(kept)
+        first = place[op.read_by(channels, len(kept))].min(0, initial=len(held))
+        channels = channels[np.argsort(first, kind="stable")]
+        self._set(node, channels, (op.operand_for(channels, len(kept)),))
 
     def _place_gather(self, node: Node, op: Gather, kept: BoolArray) -> None:
         wants: list[IntArray] = []

@@ -1,7 +1,7 @@
 """The value types of the channel analysis: what a graph does to channels, operator by operator.
 
-A traced graph has hundreds of operators. For channels they do one of nine things, the classes
-below; liveness, cost and compaction know these nine and nothing else.
+A traced graph has hundreds of operators. For channels they do one of ten things, the classes
+below; liveness, cost and compaction know these ten and nothing else.
 """
 
 from dataclasses import dataclass, field
@@ -124,6 +124,29 @@ class Elementwise(Op):
     keeps_zero: bool
     absorbing: bool
     skips_zero: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Merge(Op):
+    """Channel j is made of `count` channels of the operand, as by a pixel shuffle or a GLU.
+
+    If `side_by_side` these are the channels from `j*count` on, else j, j + C, j + 2C, ... of
+    `count*C`. All of them zero give zero; the first of them is enough if it is `absorbing`.
+    """
+
+    count: int
+    side_by_side: bool
+    absorbing: bool
+
+    def read_by(self, channels: IntArray, of: int) -> IntArray:
+        """Int `[count, n]`: what `channels`, int `[n]`, are made of, `of` being C."""
+        own = np.arange(self.count)[:, None]
+        return channels * self.count + own if self.side_by_side else channels + own * of
+
+    def operand_for(self, channels: IntArray, of: int) -> IntArray:
+        """Int `[n * count]`: the operand of which the operator makes `channels` and no others."""
+        read = self.read_by(channels, of)
+        return (read.T if self.side_by_side else read).reshape(-1)
 
 
 @dataclass(frozen=True)

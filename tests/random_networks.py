@@ -202,6 +202,39 @@ class Pixels(nn.Module):
         return self.last(self.conv(self.first(x)))
 
 
+class Shuffled(nn.Module):
+    """Four times the channels, shuffled up; then down again, so that the size stays."""
+
+    def __init__(self, c: int, o: int, bias: bool, pool: bool, act: str) -> None:
+        super().__init__()
+        self.conv, self.up = ConvNorm(c, 4 * o, bias=bias, norm=not bias, act=act), PixelUp()
+        self.down = nn.MaxPool2d(2) if pool else nn.Conv2d(o, o, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.conv(x)))
+
+
+class PixelUp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(x, 2)
+
+
+class Gated(nn.Module):
+    """A gated linear unit, in one of the ways in which they are written."""
+
+    def __init__(self, c: int, o: int, how: str, norm: bool) -> None:
+        super().__init__()
+        self.how, self.glu = how, nn.GLU(1)
+        self.conv = ConvNorm(c, 2 * o, 1, bias=True, norm=norm, act="")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.how == "chunk":
+            a, b = x.chunk(2, 1)
+            return a * b.sigmoid()
+        return self.glu(x) if self.how == "module" else F.glu(x, dim=1)
+
+
 class ChannelsLast(nn.Module):
     """A linear layer over channels that are moved to the end, and back."""
 
@@ -410,6 +443,16 @@ def _pixels(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return (Pixels(c, up, draw(act)), c, size) if up or size % 2 == 0 else None
 
 
+def _shuffled(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    o = draw(st.integers(1, 5))
+    return Shuffled(c, o, draw(FLAG), draw(FLAG), draw(act)), o, size
+
+
+def _gated(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    o = draw(WIDTH)
+    return Gated(c, o, draw(st.sampled_from(["chunk", "module", "function"])), draw(FLAG)), o, size
+
+
 def _channels_last(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     o = draw(WIDTH)
     return ChannelsLast(c, o, draw(FLAG), draw(act)), o, size
@@ -458,6 +501,8 @@ STEPS = {
     "pixel gate": _pixel_gate,
     "up": _up,
     "pixels": _pixels,
+    "shuffled": _shuffled,
+    "gated": _gated,
     "last": _channels_last,
     "mix": _mix,
     "group norm": _group_norm,

@@ -118,7 +118,7 @@ def test_positions_become_channels_for_a_linear_layer_alone(
         lambda x: x.softmax(1),
         lambda x: x.view(2, 4, 40).permute(0, 2, 1),
         lambda x: x.mean(1, keepdim=True),
-        lambda x: F.pixel_shuffle(x, 2),
+        lambda x: F.pixel_shuffle(x.transpose(1, 2), 2),
         lambda x: F.pad(x, (0, 0, 0, 0, 1, 1), value=1.0),
         lambda x: x.view(2, 20, 8, 1),
         lambda x: x.reshape(1, 16, 4, 5),
