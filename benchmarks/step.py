@@ -143,9 +143,9 @@ def times_when_pruned(depth: int, batch: int, rounds: int, kept: float) -> dict[
     """
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     masked = prepared_resnet(depth)
-    dspfx.prune_channels(masked, dspfx.Budget(macs=kept**0.5))
+    dspfx.prune_channels(masked, dspfx.Budget(macs=kept**0.5, count="masks"))
     dspfx.cluster_groups(masked)
-    dspfx.prune(masked, dspfx.Budget(macs=kept))
+    dspfx.prune(masked, dspfx.Budget(macs=kept, count="masks"))
     models = {"masked": masked, "narrow": dspfx.narrow(masked)}
     return medians({n: _plain(m, x, y) for n, m in models.items()}, rounds, warm_up=1.0)
 

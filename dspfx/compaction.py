@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.fx.node import Node
 
-from dspfx.passes.lowering import Part
+from dspfx.passes.lowering import Part, weights
 from dspfx.passes.plan import CompactionPlan, LayerPlan, Order
 from dspfx.passes.summary import Summary
 from dspfx.passes.values import ChannelAnalysis, IntArray, Mix
@@ -174,7 +174,7 @@ class _Reader:
         plan = LayerPlan((), lowering, filters, inputs, norm)
         if (op.layer, plan.key) not in self.counted:  # calls that are alike share their weights
             self.counted.add((op.layer, plan.key))
-            self.weights_left -= op.taps * sum(part.weights for part in lowering)
+            self.weights_left -= op.taps * weights(lowering)
         if not lowering or self.weights_left < 0:
             raise ValueError(f"{name} has other weights than there are")
         return plan

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dspfx.budget import Budget, PruneReport, check_budget, latency_tables, prune_by
+from dspfx.budget import Budget, PruneReport, check_budget
 from dspfx.errors import LearnError
 from dspfx.latency import LatencyTable
 from dspfx.parts import Part, parts_of
 from dspfx.processes import Processes
 from dspfx.resumed import check_kind, check_settings
+from dspfx.search import latency_tables, prune_by
 from dspfx.sensitive_parts import sensitive_parts
 from dspfx.sensitivity import Sensitivity
 from dspfx.wrappers import unwrapped

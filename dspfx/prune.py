@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor, nn
 
-from dspfx.budget import Budget, PruneReport, prune_to
+from dspfx.budget import Budget, PruneReport
 from dspfx.energies import check_moments, energies_of
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
@@ -15,6 +15,7 @@ from dspfx.parts import Part, parts_of
 from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
+from dspfx.search import prune_to
 
 LEAST = (
     "with one input channel left to each group, {least:.2%} remains; ask for more than that, use "

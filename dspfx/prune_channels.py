@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from dspfx.budget import Budget, PruneReport, prune_to
+from dspfx.budget import Budget, PruneReport
 from dspfx.energies import check_moments, energies_of
 from dspfx.gating import analyse_prepared
 from dspfx.masks import current_reads
@@ -30,6 +30,7 @@ from dspfx.parts import Part, parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.pins import pinned_classes
 from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
+from dspfx.search import prune_to
 
 LEAST = (
     "with one channel left to every layer, and those that cannot go, {least:.2%} remains; ask for "

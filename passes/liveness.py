@@ -17,6 +17,7 @@ Backward, `kept[v][c] = needed and not zero`:
 8. Widths that shall be multiples of n are rounded up with channels that are not zero.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -116,6 +117,16 @@ class Liveness:
     def reads_live(self, node: Node, mix: Mix) -> BoolArray:
         """Bool `[R, C]`, the lists of a layer without the channels that are zero."""
         return self.reads[mix.layer].lists & self.live_inputs(node, mix)
+
+    def digest(self) -> bytes:
+        """Equal where the same is alive, and read by the same filters."""
+        found = hashlib.sha256()
+        for reads in self.reads.values():
+            found.update(np.ascontiguousarray(reads.row).tobytes())
+            found.update(np.packbits(reads.lists).tobytes())
+        for kept in self.kept.values():
+            found.update(np.packbits(kept).tobytes())
+        return found.digest()
 
     def live_inputs(self, node: Node, mix: Mix) -> BoolArray:
         """Bool `[C]`, the input channels of a layer that are not zero."""

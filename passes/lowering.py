@@ -9,13 +9,16 @@ layer. The forms are all of this kind:
 3. *grouped*: groups as one convolution; where they differ in size, filled up with zero weights.
 4. *merged*: the two groups that are the cheapest to read together become one, again and again, and
    what is left is emitted as 2 or 3. In the end that is 1. Where there are too many groups for
-   that, those of one family, the filters of one group of the original layer, become one.
+   that, only those of one family, the filters of one group of the original layer, become one.
+5. *families*: the groups of each family become one, and the families are emitted as 2 or 3. As one
+   convolution, each filled up to the widest, they never have more weights than the original layer.
 
 Groups of equal size share a part in 2 as well, where the layer knows of groups: oneDNN and cuDNN
 then see one convolution.
 """
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,6 +65,11 @@ class Part:
 Lowering = tuple[Part, ...]
 
 
+def weights(lowering: Lowering) -> int:
+    """The elements of the weights of all parts, for each tap."""
+    return sum(part.weights for part in lowering)
+
+
 def groups_of(filters: IntArray, row: IntArray, lists: BoolArray) -> list[Group]:
     """The groups of a layer: `filters[i]` reads the channels `lists[row[i]]`, nothing if -1.
 
@@ -80,13 +88,20 @@ def groups_of(filters: IntArray, row: IntArray, lists: BoolArray) -> list[Group]
     ]
 
 
-def forms(groups: Sequence[Group], family: Sequence[int], grouping: bool = True) -> list[Lowering]:
+def forms(
+    groups: Sequence[Group],
+    family: Sequence[int],
+    grouping: bool = True,
+    most_weights: float = math.inf,
+) -> list[Lowering]:
     """Every form of a layer worth considering, the one with the fewest weights first.
 
     Args:
         groups: of the layer.
         family: of every group, the group of the original layer that its filters belong to.
         grouping: whether the layer has a grouped form; linear layers have none.
+        most_weights: forms with more, for each tap, are left out. What the filters read of the
+            original layer is always enough: branches have no more than that.
     """
     found: dict[bytes, Lowering] = {}
     for merged in _merged(groups, family):
@@ -95,7 +110,8 @@ def forms(groups: Sequence[Group], family: Sequence[int], grouping: bool = True)
             branches(merged),
             *([filled_up(merged)] if grouping and len(merged) > 1 else []),
         ):
-            found.setdefault(_key(lowering), lowering)
+            if weights(lowering) <= most_weights:
+                found.setdefault(_key(lowering), lowering)
     return list(found.values())
 
 
@@ -140,11 +156,14 @@ def _merged(groups: Sequence[Group], family: Sequence[int]) -> Iterator[list[Gro
     """The groups, and after each merge of the two that cost the fewest zero weights."""
     now = list(groups)
     yield now
+    of_one: dict[int, list[Group]] = defaultdict(list)
+    for group, own in zip(now, family, strict=True):
+        of_one[own].append(group)
+    families = [_union(own) for own in of_one.values()]
+    if 1 < len(families) < len(now):
+        yield families
     if len(now) > MOST_GROUPS:
-        of_one: dict[int, list[Group]] = defaultdict(list)
-        for group, own in zip(now, family, strict=True):
-            of_one[own].append(group)
-        now = [_union(own) for own in of_one.values()]
+        now = families
         yield now
         if len(now) > MOST_GROUPS:
             return

@@ -4,7 +4,8 @@ A compact value is a tensor that holds some channels of the original one; the ot
 unread. Every operator wants its operands aligned to certain lists of channels:
 
 1. A layer takes its input as it is. Filters that read the same live channels form a group; the
-   filters are ordered as the layout wants, and the form is the one that the cost model prefers.
+   filters are ordered as the layout wants, and the form is the one that the cost model prefers of
+   those that have no more weights than the original layer.
    Calls of one layer that keep the same have the form of the first of them: they share weights.
 2. A channelwise operator takes its input as it is, plus channels that are zero before it and a
    constant after it. A depthwise convolution takes only what is kept.
@@ -188,7 +189,8 @@ class _Planner:
             grouping = not isinstance(self.root.get_submodule(op.layer), nn.Linear)
             size = geometry(self.analysis, node, op, len(inputs))
             seconds = partial(self.model.seconds, geometry=size)
-            self.lowerings[called] = min(forms(groups, families, grouping), key=seconds)
+            most = op.filters * op.channels // op.structural_groups
+            self.lowerings[called] = min(forms(groups, families, grouping, most), key=seconds)
         lowering = self.lowerings[called]
         norm = self._norm_to_fold(node, kept)
         self.layers[node] = LayerPlan(tuple(groups), lowering, filters, inputs, norm)

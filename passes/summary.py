@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import fx
-from torch.fx.node import Node
 
 from dspfx.branches import Branches
 from dspfx.passes.cost import Cost, layer_costs, total
+from dspfx.passes.emitted import emitted_costs, emitted_total
 from dspfx.passes.liveness import Liveness
-from dspfx.passes.lowering import written
 from dspfx.passes.pins import pinned_classes, with_lines
 from dspfx.passes.plan import CompactionPlan
 from dspfx.passes.values import ChannelAnalysis, Channelwise, Declined, Mix
@@ -72,7 +71,7 @@ def summarise(
 ) -> Summary:
     """Collect the summary of a compaction, layer by layer in the order of the graph."""
     before, after = layer_costs(analysis), layer_costs(analysis, live)
-    emitted = {**after, **_emitted(analysis, plan)}
+    emitted = emitted_costs(analysis, live, plan)
     pinned, writers = pinned_classes(analysis, lines), _writers(analysis)
     layers = []
     for node, op in analysis.ops.items():
@@ -106,7 +105,7 @@ def summarise(
         tuple(layers),
         total(before, analysis),
         total(after, analysis),
-        total(emitted, analysis, {node: layer.key for node, layer in plan.layers.items()}),
+        emitted_total(analysis, live, plan),
         with_lines(analysis.declined, lines),
     )
 
@@ -120,18 +119,6 @@ def count_gathers(module: fx.GraphModule) -> int:
     branches = [layer for layer in called if isinstance(layer, Branches)]
     in_layers = sum(isinstance(own, str) for b in branches for own in (*b.inputs, b.order))
     return in_graph + in_layers
-
-
-def _emitted(analysis: ChannelAnalysis, plan: CompactionPlan) -> dict[Node, Cost]:
-    """The cost of every layer as it is lowered."""
-    costs = {}
-    for node, layer in plan.layers.items():
-        op = analysis.ops[node]
-        assert isinstance(op, Mix)
-        weights = op.taps * sum(part.weights for part in layer.lowering)
-        biases = len(written(layer.lowering)) if op.has_bias else 0
-        costs[node] = Cost(weights * op.positions, weights + biases)
-    return costs
 
 
 def _writers(analysis: ChannelAnalysis) -> dict[int, dict[str, None]]:

@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounter
 
 import dspfx
 from dspfx import Budget
-from dspfx.budget import prune_to
 from dspfx.filters import spread, structural_groups
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
@@ -24,6 +23,7 @@ from dspfx.parts import parts_of
 from dspfx.passes.cost import layer_costs, total
 from dspfx.passes.values import ChannelAnalysis, Mix
 from dspfx.processes import Processes
+from dspfx.search import prune_to
 from dspfx.sensitive_parts import sensitive_parts
 from dspfx.sensitivity import Sensitivity
 from dspfx.trees import leaves
@@ -235,7 +235,7 @@ def test_it_falls_geometrically_between_begin_and_end() -> None:
 
 @pytest.mark.parametrize("fraction", [0.97, 0.8, 0.5, 0.3, 0.15])
 def test_no_more_goes_than_must(fraction: float) -> None:
-    prepared, budget = layers(), Budget(macs=fraction)
+    prepared, budget = layers(), Budget(macs=fraction, count="masks")
     sensitivity = Sensitivity(prepared)
     loss(prepared).backward()
     sensitivity.update()
@@ -277,7 +277,8 @@ def pruned_to(budget: Budget) -> dspfx.PreparedModule:
 
 def test_a_budget_of_latency_goes_by_the_time_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     layers_take(monkeypatch, {})
-    like_macs, by_macs = pruned_to(Budget(latency=0.4)), pruned_to(Budget(macs=0.4))
+    like_macs = pruned_to(Budget(latency=0.4))
+    by_macs = pruned_to(Budget(macs=0.4, count="masks"))
     for name, mask in dspfx.get_masks(by_macs).items():
         assert torch.equal(mask, dspfx.get_masks(like_macs)[name])
     layers_take(monkeypatch, {"side": 30.0})

@@ -68,7 +68,7 @@ def test_the_longest_prefix_below_the_threshold_is_dropped() -> None:
     layer = gated_layers(prepared)["conv"]
     layer.gate.assign(torch.tensor([0, 1, 0, 1, 1, 0]))
     weight = layer.weight.detach().double()  # the threshold is a share to 40 bits
-    report = dspfx.prune(prepared, Budget(macs=0.6))
+    report = dspfx.prune(prepared, Budget(macs=0.6, count="masks"))
     assert "closest below" in report.note
     for group in (0, 1):
         members = layer.gate.assignment == group

@@ -266,7 +266,7 @@ def _masked(
 ) -> nn.Module:
     """A copy of `prepared` that `prune` has pruned."""
     pruned = copy.deepcopy(prepared)
-    prune(pruned, dspfx.Budget(macs=macs / dense_macs(run.dense)[0]))
+    prune(pruned, dspfx.Budget(macs=macs / dense_macs(run.dense)[0], count="masks"))
     return pruned
 
 
@@ -332,7 +332,7 @@ def _gradually(
     pruned, schedule = copy.deepcopy(prepared), run.scenario.learn
     made: list[dspfx.GradualPruning] = []
     whole, gated = dense_macs(run.dense)
-    budget = dspfx.Budget(macs=macs / whole)
+    budget = dspfx.Budget(macs=macs / whole, count="masks")
     if timed:
         budget = dspfx.Budget(latency=1 - (whole - macs) / gated)
     steps = run.data.steps(schedule.epochs)
@@ -359,7 +359,7 @@ def _gradually(
 def _by_the_loss(prepared: nn.Module, macs: int, run: Run, groups: bool = True) -> nn.Module:
     """Gradually, by the gradients of some batches, but without a step of any optimizer."""
     pruned = copy.deepcopy(prepared).train()
-    budget = dspfx.Budget(macs=macs / dense_macs(run.dense)[0])
+    budget = dspfx.Budget(macs=macs / dense_macs(run.dense)[0], count="masks")
     pruning = dspfx.GradualPruning(
         pruned, budget, total_steps=PASSES, begin=0.2, end=1.0, prunings=PASSES // 2, groups=groups
     )

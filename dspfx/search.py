@@ -1,0 +1,196 @@
+"""The search for the smallest threshold whose masks are within a budget.
+
+The cost of a candidate follows from its masks: by liveness what they leave, and from the plan that
+`convert` would make of it what is emitted. A search takes no forward pass.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import fx, nn
+
+from dspfx.budget import Budget, PruneReport, check_budget
+from dspfx.collapse import in_words, weak_layers
+from dspfx.errors import BudgetError
+from dspfx.latency import LatencyTable, measured_fraction
+from dspfx.masks import apply_reads
+from dspfx.module import PreparedModule
+from dspfx.parts import Part
+from dspfx.passes.cost import Cost, layer_costs, together, total
+from dspfx.passes.cost_model import CPU
+from dspfx.passes.emitted import emitted_total
+from dspfx.passes.liveness import Liveness
+from dspfx.passes.plan import plan
+from dspfx.passes.values import ChannelAnalysis
+from dspfx.processes import Processes
+
+FINEST = 2.0**-40  # thresholds are not told apart any further
+CLOSE_ENOUGH = 0.005
+
+
+class PrunablePart(Protocol):
+    """A part of a model, of which the more is pruned the higher a threshold in [0, 1] is."""
+
+    @property
+    def module(self) -> PreparedModule:
+        """The part."""
+
+    @property
+    def analysis(self) -> ChannelAnalysis:
+        """Of its evaluation graph."""
+
+    @property
+    def name(self) -> str:
+        """Its own, in the model."""
+
+    @property
+    def resolution(self) -> float:
+        """What thresholds must be apart to make a difference; zero if that is not known."""
+
+    def liveness(self, threshold: float) -> Liveness:
+        """What is left alive at `threshold`."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Masks that might be set.
+
+    Attributes:
+        lives: what they leave alive in every part of the model.
+        cost: of what they leave, all parts together.
+        emitted: of what `convert` makes of it, the zeros that fill up its forms included.
+        budgeted: what of it the budget is of.
+    """
+
+    lives: tuple[Liveness, ...]
+    cost: Cost
+    emitted: Cost
+    budgeted: float
+
+
+def prune_to(
+    prepared: nn.Module, parts: Sequence[PrunablePart], budget: Budget, hint: str
+) -> PruneReport:
+    """`prune_by` the times of layers, where they count; the result is measured then.
+
+    Raises:
+        BudgetError: the budget cannot be reached. Nothing is changed.
+    """
+    check_budget(budget)
+    processes = Processes.of(prepared)
+    report = prune_by(latency_tables(parts, budget, processes), parts, budget, hint)
+    if budget.latency is None:
+        return report
+    modules = [part.module for part in parts]
+    return replace(report, measured=processes.of_first(lambda: measured_fraction(modules)))
+
+
+def latency_tables(
+    parts: Iterable[Part | PrunablePart], budget: Budget, processes: Processes
+) -> list[LatencyTable]:
+    """The times of the layers of all `parts`; none where the budget does not ask for them."""
+    if budget.latency is None:
+        return []
+    return [LatencyTable.of(part.module, processes) for part in parts]
+
+
+def prune_by(
+    tables: Sequence[LatencyTable], parts: Sequence[PrunablePart], budget: Budget, hint: str
+) -> PruneReport:
+    """Mask `parts` by the smallest threshold that is within `budget`.
+
+    Args:
+        tables: of the parts, for a budget of latency.
+        parts: all of a model.
+        budget: what may remain.
+        hint: for an error, why no less than `{least}` can remain, and what to do about it.
+
+    Raises:
+        BudgetError: the budget cannot be reached. Nothing is changed.
+    """
+    before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
+    dense = budget.of(before, before, sum(table.predict() for table in tables))
+    with ExitStack() as stack:
+        views = [stack.enter_context(part.module.evaluation_view()) for part in parts]
+        search = _Search(parts, views, tables, budget, dense)
+        threshold, found = search.smallest(hint)
+    for part, live in zip(parts, found.lives, strict=True):
+        apply_reads(part.module, part.analysis, live)
+    achieved, note = found.budgeted / dense, ""
+    if threshold > 0 and achieved < budget.fraction - CLOSE_ENOUGH:
+        note = "the next step up exceeds the budget: this is the closest below it"
+    weak = [
+        layer
+        for part, live in zip(parts, found.lives, strict=True)
+        for layer in weak_layers(part.name, part.analysis, live)
+    ]
+    return PruneReport(
+        *(budget.fraction, achieved, threshold, before, found.cost, found.emitted, note),
+        warnings=in_words(weak),
+    )
+
+
+class _Search:
+    """For the smallest threshold within a budget; `dense` is what is budgeted of all there is."""
+
+    def __init__(
+        self,
+        parts: Sequence[PrunablePart],
+        views: Sequence[fx.GraphModule],
+        tables: Sequence[LatencyTable],
+        budget: Budget,
+        dense: float,
+    ) -> None:
+        self.parts, self.views, self.tables = parts, views, tables
+        self.budget, self.dense = budget, dense
+        self.emitted: dict[tuple[int, bytes], Cost] = {}  # of a part, by what is alive in it
+
+    def smallest(self, hint: str) -> tuple[float, Candidate]:
+        """The threshold, as closely as it is known to matter, and what it leaves.
+
+        Raises:
+            BudgetError: the budget cannot be reached.
+        """
+        limit = self.budget.fraction * self.dense
+        low, best = 0.0, self.candidate(0.0)
+        if best.budgeted <= limit:
+            return 0.0, best
+        high, best = 1.0, self.candidate(1.0)
+        if best.budgeted > limit:
+            least = best.budgeted / self.dense
+            raise BudgetError(
+                f"the budget of {self.budget.fraction:.2%} cannot be reached: "
+                + hint.format(least=least)
+            )
+        resolution = max(min(part.resolution for part in self.parts), FINEST)
+        while high - low > resolution:
+            middle = (low + high) / 2
+            found = self.candidate(middle)
+            if found.budgeted <= limit:
+                high, best = middle, found
+            else:
+                low = middle
+            if best.budgeted > limit - CLOSE_ENOUGH / 50 * self.dense:
+                break
+        return high, best
+
+    def candidate(self, threshold: float) -> Candidate:
+        """What `threshold` leaves of all parts."""
+        lives = tuple(part.liveness(threshold) for part in self.parts)
+        costs = (
+            total(layer_costs(part.analysis, live), part.analysis)
+            for part, live in zip(self.parts, lives, strict=True)
+        )
+        cost, emitted = together(costs), together(map(self._emitted, range(len(lives)), lives))
+        seconds = sum(t.predict(live) for t, live in zip(self.tables, lives, strict=False))
+        return Candidate(lives, cost, emitted, self.budget.of(cost, emitted, seconds))
+
+    def _emitted(self, number: int, live: Liveness) -> Cost:
+        key = number, live.digest()
+        if key not in self.emitted:
+            analysis = self.parts[number].analysis
+            planned = plan(self.views[number], analysis, live, CPU)
+            self.emitted[key] = emitted_total(analysis, live, planned)
+        return self.emitted[key]

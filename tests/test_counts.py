@@ -1,0 +1,108 @@
+"""What is counted is what is there: costs as reported, as budgeted and as torch counts them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_properties import EXAMPLES, inputs, prepare
+from torch import Tensor, nn
+
+import dspfx
+from dspfx import Budget
+from dspfx.errors import BudgetError
+from dspfx.passes.cost_model import CPU
+from dspfx.gates import gated_layers
+from helpers import assert_equal, macs, random_masks, randomise
+from random_networks import MaskRecipe, mask_recipes, networks
+
+
+def chain(conv: Callable[[int, int], nn.Module], dims: int, depth: int = 3) -> nn.Module:
+    layers: list[nn.Module] = [(nn.Conv1d, nn.Conv2d)[dims - 1](3, 64, 1)]
+    for _ in range(depth):
+        layers += [nn.ReLU(), conv(64, 64)]
+    return nn.Sequential(*layers)
+
+
+GROUPED = {
+    "convolutions": lambda: chain(lambda c, o: nn.Conv2d(c, o, 3, padding=1, groups=8), 2),
+    "transposed": lambda: chain(lambda c, o: nn.ConvTranspose2d(c, o, 2, groups=32), 2),
+    "1d": lambda: chain(lambda c, o: nn.Conv1d(c, o, 5, groups=4), 1),
+}
+
+
+def grouped(kind: str, groups: int) -> tuple[dspfx.PreparedModule, Tensor]:
+    torch.manual_seed(0)
+    model = GROUPED[kind]().double()
+    x = torch.randn(2, 3, *[16] * (1 if kind == "1d" else 2), dtype=torch.float64)
+    return dspfx.prepare(model, x, config=dspfx.PrepareConfig(groups=groups)), x
+
+
+@pytest.mark.parametrize("cost_model", [CPU, dspfx.FEWEST_WEIGHTS])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_layers_with_groups_never_grow(kind: str, cost_model: dspfx.CostModel) -> None:
+    """Where channels go unevenly, groups are filled up, and are not taken for one dense layer."""
+    for keep in (0.9, 0.5, 0.2):
+        prepared, x = grouped(kind, 4)
+        dspfx.set_masks(prepared, random_masks(prepared, keep=keep, drop=0.2))
+        compact = dspfx.convert(prepared, cost_model=cost_model)
+        found = dspfx.report(compact)
+        assert macs(compact, x) == found.emitted.macs <= found.before.macs
+        assert sum(p.numel() for p in compact.parameters()) == found.emitted.parameters
+        for layer in found.layers:
+            assert layer.emitted.macs <= layer.before.macs
+
+
+@pytest.mark.parametrize("verb", [dspfx.prune, dspfx.prune_channels])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_budgets_are_of_what_is_emitted(kind: str, verb: Any) -> None:
+    prepared, x = grouped(kind, 4)
+    found = verb(prepared, Budget(macs=0.5))
+    compact = dspfx.convert(prepared)
+    assert found.emitted == dspfx.report(compact).emitted == dspfx.report(prepared).emitted
+    assert macs(compact, x) == found.emitted.macs
+    assert found.achieved == found.emitted.macs / found.before.macs <= 0.5
+
+
+@EXAMPLES
+@given(model=networks(), recipe=mask_recipes(), groups=st.integers(1, 4))
+def test_what_is_reported_is_emitted(model: Any, recipe: MaskRecipe, groups: int) -> None:
+    prepared = prepare(model, groups)
+    if prepared is None:
+        return
+    dspfx.set_masks(prepared, recipe.masks(prepared))
+    compact = dspfx.convert(prepared, verify=False)
+    found = dspfx.report(compact)
+    assert dspfx.report(prepared).emitted == found.emitted
+    assert macs(compact, inputs(model)) == found.emitted.macs
+    assert found.emitted.macs <= found.before.macs
+
+
+@EXAMPLES
+@given(
+    model=networks(),
+    verb=st.sampled_from([dspfx.prune, dspfx.prune_channels]),
+    groups=st.integers(1, 4),
+    kind=st.sampled_from(["macs", "params"]),
+    fraction=st.floats(0.05, 1),
+)
+def test_budgets_hold_for_what_is_emitted(
+    model: Any, verb: Any, groups: int, kind: str, fraction: float
+) -> None:
+    prepared = prepare(model, groups)
+    if prepared is None:
+        return
+    try:
+        found = verb(prepared, Budget(**{kind: fraction}))
+    except BudgetError:
+        return
+    compact = dspfx.convert(prepared, verify=False)
+    left = dspfx.report(compact)
+    assert left.emitted == found.emitted
+    assert left.after == found.after
+    assert macs(compact, inputs(model)) == found.emitted.macs
+    of = "macs" if kind == "macs" else "parameters"
+    assert getattr(left.emitted, of) <= fraction * getattr(left.before, of)
+    assert found.achieved == getattr(left.emitted, of) / getattr(left.before, of)
