@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_properties import EXAMPLES, inputs, prepare
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ import dspfx
 from dspfx import Budget
 from dspfx.errors import BudgetError
 from dspfx.passes.cost_model import CPU
-from dspfx.gates import gated_layers
-from helpers import assert_equal, macs, random_masks, randomise
+from helpers import macs, random_masks
 from random_networks import MaskRecipe, mask_recipes, networks
 
 
