@@ -55,6 +55,7 @@ class Blueprint:
         masks: of the gated layers.
         dead: the channels that each channel gate keeps at zero.
         compaction: None for a prepared module.
+        samples: see `PreparedModule`; None where it is the length of the first tensor.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Blueprint:
     masks: dict[str, MaskRecord]
     dead: dict[str, Channels]
     compaction: Compaction | None
+    samples: float | None = None
 
 
 def blueprint(prepared: PreparedModule) -> Blueprint:
@@ -94,6 +96,7 @@ def blueprint(prepared: PreparedModule) -> Blueprint:
         masks={name: _mask_record(layer.gate) for name, layer in gated_layers(prepared).items()},
         dead={name: _numbers((~gate.alive).nonzero().flatten()) for name, gate in gates.items()},
         compaction=None,
+        samples=float(prepared.samples),
     )
 
 

@@ -1,6 +1,6 @@
 """Budgets: what fraction of a network may remain, of what; and the report of who met one."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
 
@@ -38,7 +38,7 @@ class Budget:
                 "give exactly one of Budget(macs=...), Budget(params=...) and Budget(latency=...)"
             )
         ((name, value),) = given.items()
-        if not isinstance(value, Real) or not 0 < value <= 1:
+        if not isinstance(value, Real) or not 0 < float(value) <= 1:
             raise BudgetError(f"a budget is a fraction in (0, 1], got {value!r}")
         if self.count not in get_args(Count):
             raise BudgetError(f"count must be 'emitted' or 'masks', got {self.count!r}")
@@ -51,8 +51,11 @@ class Budget:
 
     def at(self, fraction: float) -> "Budget":
         """A budget of the same, of another fraction."""
-        own = {name: fraction for name in _FRACTIONS if getattr(self, name) is not None}
-        return replace(self, **own)
+
+        def scaled(own: float | None) -> float | None:
+            return None if own is None else fraction
+
+        return Budget(scaled(self.macs), scaled(self.params), scaled(self.latency), self.count)
 
     def of(self, masks: Cost, emitted: Cost, seconds: float) -> float:
         """What is budgeted of a network, of which the masks leave so much."""

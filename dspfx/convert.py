@@ -19,6 +19,7 @@ from dspfx.module import CompactModule, PreparedModule, TwoModeModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.compact import compact
 from dspfx.passes.cost_model import CPU, CostModel
+from dspfx.passes.emitted import kept_ties
 from dspfx.passes.plan import CompactionPlan, plan
 from dspfx.passes.summary import count_gathers, summarise
 from dspfx.passes.values import ChannelAnalysis
@@ -91,6 +92,8 @@ def emit_compact(
     """The module that `planned` describes, without its summary and blueprint."""
     with prepared.evaluation_view() as view:
         compacted = compact(view, analysis, planned)
+    for tie in kept_ties(analysis, planned):
+        _share(compacted.root, tie.owner_name, tie.name)
     graphs = dict.fromkeys((False, True), compacted.graph)
     module = CompactModule(compacted.root, graphs, type(prepared).__name__)
     module.example_inputs, module.origin = fitting_inputs(prepared), prepared.origin
@@ -98,6 +101,14 @@ def emit_compact(
     module.indices = {name: buffer.clone() for name, buffer in indices(prepared).items()}
     module.answer_like(prepared)
     return module
+
+
+def _share(root: nn.Module, owner: str, name: str) -> None:
+    """Let the parameter `name` be the one called `owner`, where both are there still."""
+    parameters = dict(root.named_parameters())
+    if owner in parameters and name in parameters:
+        path, _, leaf = name.rpartition(".")
+        setattr(root.get_submodule(path), leaf, parameters[owner])
 
 
 def indices(prepared: PreparedModule) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from dspfx.config import PrepareConfig
 from dspfx.errors import PrepareError, TraceError
-from dspfx.inputs import Call, evaluate, fresh, parameter_dtype_and_device
+from dspfx.inputs import Call, evaluate, fresh, parameter_dtype_and_device, samples_of
 from dspfx.kept import state_kept, written_by
 from dspfx.modes import modes_kept
 from dspfx.module import CompactModule, PreparedModule
@@ -38,6 +38,7 @@ class Task:
         opaque: names of the modules that are not traced into.
         gate_first: whether layers that read the inputs directly are gated too.
         notes: what was decided without the user, for the report.
+        samples: how many the call is of, if that is not the length of its first tensor.
     """
 
     config: PrepareConfig
@@ -45,6 +46,7 @@ class Task:
     opaque: frozenset[str] = frozenset()
     gate_first: bool = False
     notes: tuple[str, ...] = ()
+    samples: float | None = None
 
     def within(self, prefix: str, gate_first: bool) -> "Task":
         """The same for the child at the path `prefix`."""
@@ -80,6 +82,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
     prepared.example_inputs = _positional(prepared.graph, call.by_name(root))
     prepared.frozen, prepared.config = task.frozen, config
     prepared.lines, prepared.frozen_modes = traced.lines, frozen_modes
+    prepared.samples = task.samples or samples_of(call)
     prepared.left_alone, prepared.notes = {}, task.notes
     prepared.origin = Origin(call.map(fresh), task.opaque, task.gate_first, dtype)
     _check_trace(prepared, name, expected)
@@ -125,7 +128,8 @@ def _analyser_of(
     """What analyses the evaluation graph on an example, whose nodes are the same in all results."""
     with prepared.evaluation_view() as view, state_kept(prepared, written=written_by(view)):
         frozen, rules = prepared.frozen, prepared.config.rules
-        yield lambda inputs, facts: analyse(view, inputs, frozen, rules, facts)
+        whole, samples = prepared, prepared.samples
+        yield lambda inputs, facts: analyse(view, inputs, frozen, rules, facts, whole, samples)
 
 
 def _analyse_all_sizes(prepared: PreparedModule) -> ChannelAnalysis:

@@ -13,6 +13,7 @@ from dspfx.kept import state_kept
 from dspfx.passes.randomness import drawing_anew
 from dspfx.trees import leaves, map_leaves
 
+IMAGE_RANK = 3  # channels, rows and columns
 IMAGE_SIZES = (224, 32, 28, 64, 299)
 _SPATIAL: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -71,6 +72,24 @@ def check_accepted(root: nn.Module, call: Call, failure: type[DspfxError]) -> No
 def as_inputs(given: Any) -> tuple[Any, ...]:
     """Positional inputs from a tuple, or from a single one."""
     return given if isinstance(given, tuple) else (given,)
+
+
+def samples_of(call: Call) -> int:
+    """How many samples `call` is of: the length of its first tensor, 1 without any.
+
+    Of a list of single images, as detectors take it, every one is a sample.
+    """
+    for argument in (*call.args, *call.kwargs.values()):
+        if isinstance(argument, list | tuple) and argument and all(map(_is_image, argument)):
+            return len(argument)
+        for leaf in leaves(argument):
+            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf):
+                return len(leaf)
+    return 1
+
+
+def _is_image(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dim() == IMAGE_RANK
 
 
 def fresh(inputs: Any) -> Any:

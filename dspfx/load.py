@@ -155,7 +155,10 @@ def _gated(child: nn.Module, part: Blueprint, rules: Mapping[Key, Rule]) -> Prep
     layers = tuple(kinds[name] for name in part.layers)
     settings = part.groups, part.frozen, layers, part.round_to, dict(rules), part.opaque
     config = PrepareConfig(*settings)
-    task = Task(config, frozenset(part.frozen), frozenset(part.opaque), part.gate_first)
+    if part.samples is not None and not part.samples > 0:
+        raise LoadError(f"it was prepared for {part.samples} samples")
+    names = frozenset(part.frozen), frozenset(part.opaque)
+    task = Task(config, *names, part.gate_first, samples=part.samples)
     try:
         gated = gate(child, _call(child, part), task, prove=False)
     except (TraceError, PrepareError) as error:

@@ -193,11 +193,13 @@ class PreparedModule(TwoModeModule):
         origin: what else has to be known to prepare another module alike.
         other_sizes: further shapes of the tensors among `example_inputs` that the graph takes.
         size_facts: what is known of the graph from running it on these.
+        samples: how many samples of the whole model the example inputs stand for. A part that
+            reads frames, proposals or tokens as a batch may be prepared for a fraction of one.
     """
 
     carried = (
         *("example_inputs", "config", "frozen", "left_alone", "lines", "notes", "origin"),
-        *("other_sizes", "size_facts"),
+        *("other_sizes", "size_facts", "samples"),
     )
     example_inputs: tuple[Any, ...]
     config: PrepareConfig
@@ -206,6 +208,7 @@ class PreparedModule(TwoModeModule):
     lines: dict[str, str]
     notes: tuple[str, ...]
     origin: Origin
+    samples: float
     other_sizes: tuple[Shapes, ...] = ()
     size_facts: SizeFacts = SizeFacts()
 

@@ -1,5 +1,6 @@
 """`prepare`: from the user's model to a gated graph of it."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from dspfx.config import PrepareConfig, matching
 from dspfx.errors import PrepareError, TraceError
 from dspfx.gating import Task, gate
-from dspfx.inputs import Call, choose_inputs
+from dspfx.inputs import Call, choose_inputs, samples_of
 from dspfx.module import PreparedModule
 from dspfx.parts import first_calls, prepare_in_parts
 from dspfx.passes.trace import copy_model
@@ -79,7 +80,10 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, error: TraceError) -> n
             raise PrepareError(f"{name} is not to be traced into")
         own = _for_part(child, child_inputs)
         # the first part stands for the model where it reads images; later ones read features
-        part = gate(child, own, task.within(name, gate_first=bool(prepared)))
+        within = task.within(name, gate_first=bool(prepared))
+        # of the batch that it reads, a few stand for all
+        samples = samples_of(inputs) * samples_of(own) / samples_of(child_inputs)
+        part = gate(child, own, replace(within, samples=samples))
         part.answer_for(child)
         prepared.append(name)
         return part

@@ -54,10 +54,12 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
 
 def _record(kind: Any, value: Any, where: str) -> Any:
     given, hints = _expect(dict, value, where), get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    if sorted(given) != sorted(names):
+    own = dataclasses.fields(kind)
+    names = {field.name for field in own}
+    needed = {field.name for field in own if field.default is dataclasses.MISSING}
+    if not needed <= given.keys() <= names:  # what has a default may be missing in an older file
         raise ValueError(f"{where[1:] or 'it'} has {sorted(given)} where {sorted(names)} belong")
-    return kind(**{name: from_json(hints[name], given[name], f"{where}.{name}") for name in names})
+    return kind(**{name: from_json(hints[name], given[name], f"{where}.{name}") for name in given})
 
 
 def _tuple(args: tuple[Any, ...], items: list[Any], where: str) -> tuple[Any, ...]:

@@ -19,14 +19,16 @@ from dspfx.module import PreparedModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.cost import Cost, together
 from dspfx.passes.cost_model import CPU
+from dspfx.passes.emitted import broken_ties
 from dspfx.passes.grouped_masks import GroupedMask
 from dspfx.passes.plan import plan
-from dspfx.passes.summary import LayerSummary, Summary, summarise
+from dspfx.passes.summary import NOT_PRUNABLE, LayerSummary, Summary, summarise
 from dspfx.passes.values import Declined
 from dspfx.report_text import text_of
 from dspfx.wrappers import unwrapped
 
 Part = tuple[str, Summary, tuple[GroupedMask, ...]]
+Noted = tuple[Part, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,18 @@ def report(model: nn.Module) -> Report:
         found = [(name, module.summary, module.grouped_masks) for name, module in compact]
         return _joined(model, found, (), prepared=False)
     parts = parts_of(model)
-    notes = tuple(note for part in parts for note in part.module.notes)
-    return _joined(model, [_part(part.name, part.module) for part in parts], notes, prepared=True)
+    noted = [_part(part.name, part.module) for part in parts]
+    notes = tuple(note for _, own in noted for note in own)
+    return _joined(model, [part for part, _ in noted], notes, prepared=True)
 
 
-def _part(name: str, prepared: PreparedModule) -> Part:
+def _part(name: str, prepared: PreparedModule) -> Noted:
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
         planned = plan(view, analysis, live, CPU)
         summary = summarise(analysis, live, planned, prepared.left_alone, prepared.lines)
-    return name, summary, arranged_masks(prepared, analysis, planned)
+    part = name, summary, arranged_masks(prepared, analysis, planned)
+    return part, (*prepared.notes, *broken_ties(analysis, planned))
 
 
 def _joined(model: nn.Module, parts: list[Part], notes: tuple[str, ...], prepared: bool) -> Report:
@@ -154,7 +158,7 @@ def _joined(model: nn.Module, parts: list[Part], notes: tuple[str, ...], prepare
     layers = [
         replace(
             layer,
-            name=full_name(part, layer.name),
+            name=_named(part, layer.name),
             coupled=tuple(full_name(part, other) for other in layer.coupled),
         )
         for part, summary, _ in parts
@@ -185,6 +189,11 @@ def _joined(model: nn.Module, parts: list[Part], notes: tuple[str, ...], prepare
         dtype=str(dtype).removeprefix("torch."),
         parameter_bytes=dtype.itemsize,
     )
+
+
+def _named(part: str, name: str) -> str:
+    prefix = NOT_PRUNABLE if name.startswith(NOT_PRUNABLE) else ""
+    return prefix + full_name(part, name.removeprefix(prefix))
 
 
 def _total(costs: Iterable[tuple[str, Cost]]) -> Cost:

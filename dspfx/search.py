@@ -7,7 +7,7 @@ The cost of a candidate follows from its masks: by liveness what they leave, and
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import fx, nn
 
@@ -18,9 +18,9 @@ from dspfx.latency import LatencyTable, measured_fraction
 from dspfx.masks import apply_reads
 from dspfx.module import PreparedModule
 from dspfx.parts import Part
-from dspfx.passes.cost import Cost, layer_costs, together, total
+from dspfx.passes.cost import Cost, together, total
 from dspfx.passes.cost_model import CPU
-from dspfx.passes.emitted import emitted_total
+from dspfx.passes.emitted import broken_ties, emitted_total
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.plan import plan
 from dspfx.passes.values import ChannelAnalysis
@@ -62,12 +62,21 @@ class Candidate:
         cost: of what they leave, all parts together.
         emitted: of what `convert` makes of it, the zeros that fill up its forms included.
         budgeted: what of it the budget is of.
+        broken: which parameters are not shared any more.
     """
 
     lives: tuple[Liveness, ...]
     cost: Cost
     emitted: Cost
     budgeted: float
+    broken: tuple[str, ...]
+
+
+class Emitted(NamedTuple):
+    """Of a part, see `Candidate`."""
+
+    cost: Cost
+    broken: tuple[str, ...]
 
 
 def prune_to(
@@ -110,7 +119,7 @@ def prune_by(
     Raises:
         BudgetError: the budget cannot be reached. Nothing is changed.
     """
-    before = together(total(layer_costs(part.analysis), part.analysis) for part in parts)
+    before = together(total(part.analysis) for part in parts)
     dense = budget.of(before, before, sum(table.predict() for table in tables))
     with ExitStack() as stack:
         views = [stack.enter_context(part.module.evaluation_view()) for part in parts]
@@ -128,7 +137,7 @@ def prune_by(
     ]
     return PruneReport(
         *(budget.fraction, achieved, threshold, before, found.cost, found.emitted, note),
-        warnings=in_words(weak),
+        warnings=(*in_words(weak), *found.broken),
     )
 
 
@@ -145,7 +154,7 @@ class _Search:
     ) -> None:
         self.parts, self.views, self.tables = parts, views, tables
         self.budget, self.dense = budget, dense
-        self.emitted: dict[tuple[int, bytes], Cost] = {}  # of a part, by what is alive in it
+        self.plans: dict[tuple[int, bytes], Emitted] = {}  # of a part, by what is alive in it
 
     def smallest(self, hint: str) -> tuple[float, Candidate]:
         """The threshold, as closely as it is known to matter, and what it leaves.
@@ -179,18 +188,18 @@ class _Search:
     def candidate(self, threshold: float) -> Candidate:
         """What `threshold` leaves of all parts."""
         lives = tuple(part.liveness(threshold) for part in self.parts)
-        costs = (
-            total(layer_costs(part.analysis, live), part.analysis)
-            for part, live in zip(self.parts, lives, strict=True)
-        )
-        cost, emitted = together(costs), together(map(self._emitted, range(len(lives)), lives))
+        costs = (total(p.analysis, live) for p, live in zip(self.parts, lives, strict=True))
+        planned = [self._emitted(number, live) for number, live in enumerate(lives)]
+        cost, emitted = together(costs), together(each.cost for each in planned)
         seconds = sum(t.predict(live) for t, live in zip(self.tables, lives, strict=False))
-        return Candidate(lives, cost, emitted, self.budget.of(cost, emitted, seconds))
+        ties = tuple(tie for each in planned for tie in each.broken)
+        return Candidate(lives, cost, emitted, self.budget.of(cost, emitted, seconds), ties)
 
-    def _emitted(self, number: int, live: Liveness) -> Cost:
+    def _emitted(self, number: int, live: Liveness) -> Emitted:
         key = number, live.digest()
-        if key not in self.emitted:
+        if key not in self.plans:
             analysis = self.parts[number].analysis
             planned = plan(self.views[number], analysis, live, CPU)
-            self.emitted[key] = emitted_total(analysis, live, planned)
-        return self.emitted[key]
+            cost = emitted_total(analysis, live, planned)
+            self.plans[key] = Emitted(cost, broken_ties(analysis, planned))
+        return self.plans[key]

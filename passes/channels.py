@@ -17,6 +17,7 @@ Whether a zero channel stays zero is found by running the operator on zeros.
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,16 @@ from torch.fx.node import Node, map_arg
 
 from dspfx.filters import TRANSPOSED, filters_first, structural_groups
 from dspfx.gates import LAYERS, ChannelGate, GatedLayer
-from dspfx.inputs import fresh
+from dspfx.inputs import Call, fresh, samples_of
 from dspfx.kept import is_altered
 from dspfx.parametrised import is_computed, why_computed
 from dspfx.passes import operators
 from dspfx.passes.agreement import SizeFacts
 from dspfx.passes.coupling import Coupling
+from dspfx.passes.fixed import fixed
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
 from dspfx.passes.positions import Positions, operands_of
+from dspfx.passes.products import Products
 from dspfx.passes.values import (
     BoolArray,
     ChannelAnalysis,
@@ -63,6 +66,8 @@ def analyse(
     frozen: frozenset[str] = frozenset(),
     rules: Mapping[operators.Key, operators.Rule] | None = None,
     facts: SizeFacts | None = None,
+    whole: nn.Module | None = None,
+    samples: float | None = None,
 ) -> ChannelAnalysis:
     """Analyse the graph of `root`, which must be in evaluation mode, on example `inputs`.
 
@@ -72,11 +77,16 @@ def analyse(
         frozen: names of the layers that keep all their filters and input channels.
         rules: what is known of further operators; takes precedence.
         facts: what is known of the same graph on inputs of other sizes.
+        whole: the module whose parameters are counted, if that has more than `root`.
+        samples: how many of the user's samples `inputs` are, which costs are divided by; see
+            `samples_of`, which is asked if it is None.
     """
-    analyser = _Analyser(root, frozen, rules or {}, facts or SizeFacts())
+    samples = samples or samples_of(Call(inputs))
+    analyser = _Analyser(root, frozen, rules or {}, facts or SizeFacts(), samples)
     with torch.no_grad():
         analyser.run(*inputs)
-    return analyser.result()
+    found = analyser.result()
+    return replace(found, fixed=fixed(root, whole or root, found, analyser.macs))
 
 
 class _Analyser(fx.Interpreter):
@@ -86,8 +96,10 @@ class _Analyser(fx.Interpreter):
         frozen: frozenset[str],
         rules: Mapping[operators.Key, operators.Rule],
         facts: SizeFacts,
+        samples: float,
     ) -> None:
         super().__init__(root)
+        self.samples = samples
         self.root = root
         self.facts = facts
         self.frozen = frozen
@@ -99,6 +111,7 @@ class _Analyser(fx.Interpreter):
         self.containers: set[Node] = set()  # inputs that are no tensors but hold some
         self.positions = Positions(root, self.ops, self.values)
         self.born_whole: list[IntArray] = []  # atoms that exist whatever is pruned
+        self.macs: dict[Node, int] = {}  # for one sample, as counted
 
     def result(self) -> ChannelAnalysis:
         classes = self.coupling.classes()
@@ -115,7 +128,9 @@ class _Analyser(fx.Interpreter):
         return ChannelAnalysis(self.ops, self.values, classes, tuple(declined))
 
     def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
+        with Products() as counted:
+            result = super().run_node(n)
+        self.macs[n] = int(counted.macs / self.samples)
         op = self._classify(n, result)
         if op is not None and n in self.values and self._holds_positions(n):
             del self.values[n]
@@ -310,7 +325,7 @@ class _Analyser(fx.Interpreter):
         taps = weight[0, 0].numel()
         # every filter is applied at each position of the output, or of the input if transposed
         swept = self.env[operands[0]] if isinstance(layer, TRANSPOSED) else result
-        positions = max(1, swept.numel() // swept.shape[dim] // self._samples(swept))
+        positions = max(1, int(swept.numel() // swept.shape[dim] / self.samples))
         if groups == filters == value.channels > 1 and value.dim == dim and not weighted:
             return self._depthwise(node, operands, result, taps * positions)
         self._new_atoms(node, result, dim)
@@ -325,12 +340,6 @@ class _Analyser(fx.Interpreter):
             restored=value.dim != dim or frozen,
             frozen=frozen,
         )
-
-    def _samples(self, swept: Tensor) -> int:
-        """How many samples the model is given; their frames or parts may be a batch inside."""
-        given = (self.values[n].shape for n, op in self.ops.items() if isinstance(op, Source))
-        first = next(given, ())
-        return len(swept) if self.containers or len(first) < 2 else first[0]
 
     def _depthwise(
         self, node: Node, operands: tuple[Node, ...], result: Tensor, macs: int

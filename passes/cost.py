@@ -1,6 +1,6 @@
 """What a network costs, from its liveness alone: multiply-accumulates and parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -8,7 +8,7 @@ import numpy as np
 from torch.fx.node import Node
 
 from dspfx.passes.liveness import Liveness
-from dspfx.passes.values import ChannelAnalysis, Channelwise, Mix
+from dspfx.passes.values import ChannelAnalysis, Channelwise, Constant, Mix
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Cost:
 
     Attributes:
         macs: multiply-accumulate operations.
-        parameters: of convolutions, linear layers and channelwise operators.
+        parameters: all of them; of a layer, its weight and bias.
     """
 
     macs: int
@@ -63,18 +63,52 @@ def _mix(op: Mix, node: Node, live: Liveness | None) -> Cost:
     return Cost(weights * op.taps * op.positions, weights * op.taps + biases)
 
 
-def total(
+def total(analysis: ChannelAnalysis, live: Liveness | None = None) -> Cost:
+    """Of the model, as it was or what is left under `live`."""
+    costs = layer_costs(analysis, live)
+    if live is None:
+        return summed(costs, analysis)
+    return summed(costs, analysis, live, cut=_cut(costs, analysis))
+
+
+def summed(
     costs: Mapping[Node, Cost],
     analysis: ChannelAnalysis,
-    emitted: Mapping[Node, object] = MappingProxyType({}),
+    live: Liveness | None = None,
+    forms: Mapping[Node, object] = MappingProxyType({}),
+    cut: Set[Node] = frozenset(),
 ) -> Cost:
-    """Of the model: MACs for every call, parameters once for every layer.
+    """Of the model: MACs for every call, parameters once for every module.
 
-    Of calls whose `emitted` differs, which says how they are emitted, each has parameters.
+    Args:
+        costs: of the calls of layers.
+        analysis: says what is spent besides.
+        live: what is left; None for all.
+        forms: of calls of one module that differ in this, each has parameters.
+        cut: the calls that no longer have all of their parameters. They share none.
     """
+    fixed, ops = analysis.fixed, analysis.ops
+
+    def there(node: Node) -> bool:
+        needed = live is None or node not in ops or node in live.kept
+        return needed or isinstance(ops[node], Constant)
+
     macs = sum(cost.macs for cost in costs.values())
+    for node, count in fixed.macs.items():
+        computed_once = live is not None and isinstance(ops.get(node), Constant)
+        macs += count if there(node) and not computed_once else 0
     owners = {
-        (getattr(analysis.ops[node], "layer", None) or node.target, emitted.get(node)): node
-        for node in costs
+        (getattr(ops[node], "layer", None) or node.target, forms.get(node)): node for node in costs
     }
-    return Cost(macs, sum(costs[node].parameters for node in owners.values()))
+    parameters = sum(costs[node].parameters for node in owners.values())
+    parameters += sum(count for node, count in fixed.parameters.items() if there(node))
+    parameters += fixed.unused if live is None else 0
+    for tie in fixed.ties:
+        broken = not there(tie.owner) or not cut.isdisjoint((tie.node, tie.owner))
+        parameters += tie.count if there(tie.node) and broken else 0
+    return Cost(macs, parameters)
+
+
+def _cut(costs: Mapping[Node, Cost], analysis: ChannelAnalysis) -> set[Node]:
+    dense = layer_costs(analysis) if analysis.fixed.ties else {}
+    return {node for node in dense if costs[node].parameters != dense[node].parameters}

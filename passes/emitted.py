@@ -5,13 +5,14 @@
 3. Any other operator costs what it works on: perhaps more channels than are live.
 """
 
+import numpy as np
 from torch.fx.node import Node
 
-from dspfx.passes.cost import Cost, layer_costs, total
+from dspfx.passes.cost import Cost, layer_costs, summed
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.lowering import weights, written
 from dspfx.passes.plan import CompactionPlan
-from dspfx.passes.values import ChannelAnalysis, Channelwise, Mix
+from dspfx.passes.values import ChannelAnalysis, Channelwise, IntArray, Mix, Tie
 
 
 def emitted_costs(
@@ -41,4 +42,51 @@ def emitted_total(analysis: ChannelAnalysis, live: Liveness, plan: CompactionPla
         for node, order in plan.order.items()
     }
     forms |= {node: layer.key for node, layer in plan.layers.items()}
-    return total(emitted_costs(analysis, live, plan), analysis, forms)
+    costs = emitted_costs(analysis, live, plan)
+    tied = {node for tie in analysis.fixed.ties for node in (tie.node, tie.owner)}
+    cut = {node for node in tied if not is_whole(analysis, plan, node)}
+    return summed(costs, analysis, live, forms, cut)
+
+
+def is_whole(analysis: ChannelAnalysis, plan: CompactionPlan, node: Node) -> bool:
+    """Whether the module that `node` calls is emitted with the parameters that it had."""
+    op = analysis.ops.get(node)
+    if isinstance(op, Mix):
+        layer = plan.layers.get(node)
+        if layer is None or layer.norm is not None or len(layer.lowering) != 1:
+            return False
+        (part,), count = layer.lowering, op.structural_groups
+        as_it_was = len(part.filters) == count and part.weights * count == op.filters * op.channels
+        orders = (layer.filters, part.filters, layer.inputs, part.inputs)
+        return as_it_was and all(_in_order(order.reshape(-1)) for order in orders)
+    if isinstance(op, Channelwise) and node in plan.order:
+        order = plan.order[node]
+        every = analysis.values[node].channels
+        return node not in plan.folded and (
+            order is None or (len(order) == every and _in_order(order))
+        )
+    return True
+
+
+def kept_ties(analysis: ChannelAnalysis, plan: CompactionPlan) -> list[Tie]:
+    """The parameters that are emitted once and shared, as they were."""
+    return [
+        tie
+        for tie in analysis.fixed.ties
+        if all(is_whole(analysis, plan, node) for node in (tie.node, tie.owner))
+    ]
+
+
+def broken_ties(analysis: ChannelAnalysis, plan: CompactionPlan) -> tuple[str, ...]:
+    """Of parameters that were shared, and of which two emitted modules have each their own."""
+    kept = kept_ties(analysis, plan)
+    return tuple(
+        f"{tie.name} and {tie.owner_name} share a parameter, of which not the same is left: in the "
+        "compact model each has its own; PrepareConfig(ignore=...) keeps both layers as they are"
+        for tie in analysis.fixed.ties
+        if tie not in kept and {tie.node, tie.owner} <= plan.order.keys()
+    )
+
+
+def _in_order(numbers: IntArray) -> bool:
+    return np.array_equal(numbers, np.arange(len(numbers)))

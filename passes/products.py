@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 
-class Products(TorchDispatchMode):
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered.
 
     Attributes:
@@ -23,7 +23,7 @@ class Products(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.macs = 0
 
     def __torch_dispatch__(
@@ -67,8 +67,8 @@ def _self_attention(
 ) -> int:
     """`aten::_native_multi_head_attention`: projections of `[N, T, E]`, attention, projection."""
     into, _, out = weights[:3]
-    sequences, length = query.shape[:2]
-    return sequences * length * (into.numel() + out.numel() + 2 * key.shape[1] * width)
+    own: int = into.numel() + out.numel() + 2 * key.shape[1] * width
+    return query.shape[:2].numel() * own
 
 
 def _encoder_layer(x: Tensor, width: int, heads: int, *rest: Any) -> int:
@@ -79,7 +79,7 @@ def _encoder_layer(x: Tensor, width: int, heads: int, *rest: Any) -> int:
         positions, scores = x.numel() // width, sum(len(own) ** 2 for own in x.unbind())
     else:
         positions, scores = x.shape[:2].numel(), len(x) * x.shape[1] ** 2
-    own = into.numel() + out.numel() + first.numel() + second.numel()
+    own: int = into.numel() + out.numel() + first.numel() + second.numel()
     return positions * own + 2 * scores * width
 
 

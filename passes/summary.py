@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import Node
 
 from dspfx.branches import Branches
 from dspfx.passes.cost import Cost, layer_costs, total
@@ -14,15 +15,17 @@ from dspfx.passes.emitted import emitted_costs, emitted_total
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.pins import pinned_classes, with_lines
 from dspfx.passes.plan import CompactionPlan
-from dspfx.passes.values import ChannelAnalysis, Channelwise, Declined, Mix
+from dspfx.passes.values import ChannelAnalysis, Channelwise, Constant, Declined, Mix
+
+NOT_PRUNABLE = "not prunable: "
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One convolution or linear layer.
+    """One convolution or linear layer, or anything else that does multiply-accumulates.
 
     Attributes:
-        name: of the module.
+        name: of the module; of what is no such layer with `NOT_PRUNABLE` before it.
         gated: whether its inputs can be pruned by groups.
         filters: before and after.
         inputs: its input channels before, and those of each group after.
@@ -73,7 +76,7 @@ def summarise(
     before, after = layer_costs(analysis), layer_costs(analysis, live)
     emitted = emitted_costs(analysis, live, plan)
     pinned, writers = pinned_classes(analysis, lines), _writers(analysis)
-    layers = []
+    layers = {node: _fixed_row(node, analysis, live) for node in analysis.fixed.macs}
     for node, op in analysis.ops.items():
         if not isinstance(op, Mix | Channelwise) or op.layer is None:
             continue
@@ -86,27 +89,50 @@ def summarise(
         else:
             inputs, why_not = (len(classes), (kept,)), "its filters read one channel each"
         others = {name: None for c in dict.fromkeys(classes) for name in writers[c]}
-        layers.append(
-            LayerSummary(
-                op.layer,
-                isinstance(op, Mix) and op.gated,
-                (len(classes), kept),
-                inputs,
-                before[node],
-                after[node],
-                emitted[node],
-                free=sum(c not in pinned for c in classes),
-                coupled=tuple(name for name in others if name != op.layer),
-                why_not=why_not,
-                pin=next((pinned[c] for c in classes if c in pinned), None),
-            )
+        layers[node] = LayerSummary(
+            op.layer,
+            isinstance(op, Mix) and op.gated,
+            (len(classes), kept),
+            inputs,
+            before[node],
+            after[node],
+            emitted[node],
+            free=sum(c not in pinned for c in classes),
+            coupled=tuple(name for name in others if name != op.layer),
+            why_not=why_not,
+            pin=next((pinned[c] for c in classes if c in pinned), None),
         )
+    graph = next(iter(analysis.ops)).graph
     return Summary(
-        tuple(layers),
-        total(before, analysis),
-        total(after, analysis),
+        tuple(layers[node] for node in graph.nodes if node in layers),
+        total(analysis),
+        total(analysis, live),
         emitted_total(analysis, live, plan),
         with_lines(analysis.declined, lines),
+    )
+
+
+def _fixed_row(node: Node, analysis: ChannelAnalysis, live: Liveness) -> LayerSummary:
+    """Of what does multiply-accumulates and is no layer with channels to prune."""
+    name = str(node.target) if node.op == "call_module" else node.name
+    fixed = analysis.fixed
+    before = Cost(fixed.macs[node], max(0, fixed.parameters.get(node, 0)))
+    op = analysis.ops.get(node)
+    left = before if op is None or node in live.kept else Cost(0, 0)
+    if isinstance(op, Constant):
+        left = Cost(0, before.parameters)
+    return LayerSummary(
+        name=f"{NOT_PRUNABLE}{name}",
+        gated=False,
+        filters=(0, 0),
+        inputs=(0, ()),
+        before=before,
+        after=left,
+        emitted=left,
+        free=0,
+        coupled=(),
+        why_not="it is no layer whose channels can be told apart",
+        pin=None,
     )
 
 

@@ -4,6 +4,7 @@ A traced graph has hundreds of operators. For channels they do one of ten things
 below; liveness, cost and compaction know these ten and nothing else.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -206,6 +207,41 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """A parameter that two modules share.
+
+    Attributes:
+        node, name: the call of the one that has it again, and the parameter's full name there.
+        owner, owner_name: the same of the first one, which it is counted for.
+        count: of its elements.
+    """
+
+    node: Node
+    name: str
+    owner: Node
+    owner_name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What a graph costs beside the layers and norms whose channels are counted.
+
+    Attributes:
+        macs: multiply-accumulates for one sample, of other nodes.
+        parameters: what nodes have beyond what is counted of them; less than nothing where
+            they share some with nodes before.
+        unused: parameters of modules that nobody calls; no compact model has them.
+        ties: the parameters that are shared.
+    """
+
+    macs: Mapping[Node, int] = field(default_factory=dict)
+    parameters: Mapping[Node, int] = field(default_factory=dict)
+    unused: int = 0
+    ties: tuple[Tie, ...] = ()
+
+
+@dataclass(frozen=True)
 class ChannelAnalysis:
     """What `analyse` finds out about a graph.
 
@@ -214,12 +250,14 @@ class ChannelAnalysis:
         values: the channels of every node that has a tensor.
         classes: int `[atoms]`, the coupling class of every atom.
         declined: the nodes that need their operands whole.
+        fixed: what is spent on anything but the channels of layers and norms.
     """
 
     ops: dict[Node, Op]
     values: dict[Node, Value]
     classes: IntArray
     declined: tuple[Declined, ...] = field(default=())
+    fixed: Fixed = field(default=Fixed())
 
     def class_of(self, node: Node) -> IntArray:
         """The coupling class of every channel of `node`."""

@@ -244,10 +244,10 @@ def test_no_more_goes_than_must(fraction: float) -> None:
 
     def macs(threshold: float) -> int:
         live = part.liveness(threshold)
-        return total(layer_costs(part.analysis, live), part.analysis).macs
+        return total(part.analysis, live).macs
 
     left = [macs((number + 0.5) * share) for number in range(round(1 / share) + 1)]
-    limit = fraction * total(layer_costs(part.analysis), part.analysis).macs
+    limit = fraction * total(part.analysis).macs
     found = prune_to(prepared, [part], budget, "")
     assert found.after.macs == max(count for count in left if count <= limit)
 
