@@ -22,8 +22,9 @@ class Budget:
             (0, 1]. Layers are measured, which takes a while.
         count: what MACs and parameters are of. `"emitted"`: of the model that `dspfx.convert`
             makes of it, where groups of different sizes are filled up with zeros, or become one
-            dense layer if that is likely to be faster. `"masks"`: of what the masks leave, which
-            is what `convert(..., cost_model=dspfx.FEWEST_WEIGHTS)` emits, and what papers count.
+            dense layer if that is likely to be faster; what is emitted anyway is not masked then.
+            `"masks"`: of what the masks leave, which is what
+            `convert(..., cost_model=dspfx.FEWEST_WEIGHTS)` emits, and what papers count.
     """
 
     macs: float | None = None
@@ -115,7 +116,7 @@ class PruneReport:
             f"MACs {self.before.macs:,} -> {self.emitted.macs:,}, "
             f"parameters {self.before.parameters:,} -> {self.emitted.parameters:,}",
         ]
-        if self.after != self.emitted:
+        if self.after.macs != self.emitted.macs:
             lines.append(
                 f"of which the masks need {self.after.macs:,} MACs, "
                 f"{self.after.parameters:,} parameters"

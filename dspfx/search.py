@@ -4,6 +4,7 @@ The cost of a candidate follows from its masks: by liveness what they leave, and
 `convert` would make of it what is emitted. A search takes no forward pass.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,17 +18,19 @@ from dspfx.errors import BudgetError
 from dspfx.latency import LatencyTable, measured_fraction
 from dspfx.masks import apply_reads
 from dspfx.module import PreparedModule
-from dspfx.parts import Part
-from dspfx.passes.cost import Cost, together, total
+from dspfx.parts import Part, full_name
+from dspfx.passes.cost import Cost, layer_costs, together, total
 from dspfx.passes.cost_model import CPU
 from dspfx.passes.emitted import broken_ties, emitted_total
 from dspfx.passes.liveness import Liveness
-from dspfx.passes.plan import plan
-from dspfx.passes.values import ChannelAnalysis
+from dspfx.passes.plan import CompactionPlan, plan
+from dspfx.passes.values import ChannelAnalysis, Mix
 from dspfx.processes import Processes
+from dspfx.reopen import reopened
 
 FINEST = 2.0**-40  # thresholds are not told apart any further
 CLOSE_ENOUGH = 0.005
+MOST_HOLDERS, LEAST_HELD = 4, 0.001  # that an error names, and what share they hold at least
 
 
 class PrunablePart(Protocol):
@@ -125,6 +128,7 @@ def prune_by(
         views = [stack.enter_context(part.module.evaluation_view()) for part in parts]
         search = _Search(parts, views, tables, budget, dense)
         threshold, found = search.smallest(hint)
+        found = search.reopened(found) if threshold > 0 else found
     for part, live in zip(parts, found.lives, strict=True):
         apply_reads(part.module, part.analysis, live)
     achieved, note = found.budgeted / dense, ""
@@ -139,6 +143,31 @@ def prune_by(
         *(budget.fraction, achieved, threshold, before, found.cost, found.emitted, note),
         warnings=(*in_words(weak), *found.broken),
     )
+
+
+def held_by_others(
+    parts: Sequence[PrunablePart], found: Candidate, budget: Budget, dense: float
+) -> str:
+    """Which layers without a gate hold most of what `found` leaves, as the end of a message."""
+    if budget.latency is not None:
+        return ""
+    held: dict[str, float] = defaultdict(float)
+    for part, live in zip(parts, found.lives, strict=True):
+        analysis = part.analysis
+        for node, cost in layer_costs(analysis, live).items():
+            op = analysis.ops[node]
+            if not (isinstance(op, Mix) and op.gated):
+                name = full_name(part.name, str(node.target))
+                held[name] += cost.macs if budget.macs is not None else cost.parameters
+        fixed = analysis.fixed.macs if budget.macs is not None else analysis.fixed.parameters
+        for node in fixed.keys() & live.kept.keys():
+            name = str(node.target) if node.op == "call_module" else node.name
+            held[full_name(part.name, name)] += fixed[node]
+    largest = sorted(held.items(), key=lambda item: -item[1])[:MOST_HOLDERS]
+    named = [f"{name} ({n / dense:.2%})" for name, n in largest if n >= LEAST_HELD * dense]
+    if not named:
+        return ""
+    return f". Layers that are not gated hold {sum(held.values()) / dense:.2%}: " + ", ".join(named)
 
 
 class _Search:
@@ -172,6 +201,7 @@ class _Search:
             raise BudgetError(
                 f"the budget of {self.budget.fraction:.2%} cannot be reached: "
                 + hint.format(least=least)
+                + held_by_others(self.parts, best, self.budget, self.dense)
             )
         resolution = max(min(part.resolution for part in self.parts), FINEST)
         while high - low > resolution:
@@ -185,9 +215,24 @@ class _Search:
                 break
         return high, best
 
+    def reopened(self, found: Candidate) -> Candidate:
+        """`found` with masks that leave out nothing that is emitted anyway, if that is counted."""
+        rounded = any(part.module.config.round_to > 1 for part in self.parts)
+        if rounded or self.budget.count == "masks" or self.budget.latency is not None:
+            return found
+        more = self._candidate(
+            tuple(
+                reopened(part.module, part.analysis, live, self._plan(number, live))
+                for number, (part, live) in enumerate(zip(self.parts, found.lives, strict=True))
+            )
+        )
+        return more if more.budgeted <= self.budget.fraction * self.dense else found
+
     def candidate(self, threshold: float) -> Candidate:
         """What `threshold` leaves of all parts."""
-        lives = tuple(part.liveness(threshold) for part in self.parts)
+        return self._candidate(tuple(part.liveness(threshold) for part in self.parts))
+
+    def _candidate(self, lives: tuple[Liveness, ...]) -> Candidate:
         costs = (total(p.analysis, live) for p, live in zip(self.parts, lives, strict=True))
         planned = [self._emitted(number, live) for number, live in enumerate(lives)]
         cost, emitted = together(costs), together(each.cost for each in planned)
@@ -198,8 +243,10 @@ class _Search:
     def _emitted(self, number: int, live: Liveness) -> Emitted:
         key = number, live.digest()
         if key not in self.plans:
-            analysis = self.parts[number].analysis
-            planned = plan(self.views[number], analysis, live, CPU)
+            analysis, planned = self.parts[number].analysis, self._plan(number, live)
             cost = emitted_total(analysis, live, planned)
             self.plans[key] = Emitted(cost, broken_ties(analysis, planned))
         return self.plans[key]
+
+    def _plan(self, number: int, live: Liveness) -> CompactionPlan:
+        return plan(self.views[number], self.parts[number].analysis, live, CPU)

@@ -154,7 +154,7 @@ def test_the_whole_way_without_training() -> None:
     dspfx.recalibrate(model.eval(), [x])
     prepared = dspfx.prepare(model, x[:2])
     dspfx.cluster_groups(prepared)
-    dspfx.prune(prepared, dspfx.Budget(macs=0.3))
+    dspfx.prune(prepared, dspfx.Budget(macs=0.3, count="masks"))
     expected = model(x)
     before = float((prepared(x) - expected).square().mean())
     dspfx.recalibrate(prepared, [x])

@@ -1,5 +1,6 @@
 """What is counted is what is there: costs as reported, as budgeted and as torch counts them."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -105,3 +106,32 @@ def test_budgets_hold_for_what_is_emitted(
     of = "macs" if kind == "macs" else "parameters"
     assert getattr(left.emitted, of) <= fraction * getattr(left.before, of)
     assert found.achieved == getattr(left.emitted, of) / getattr(left.before, of)
+
+
+def test_what_is_emitted_anyway_is_not_masked() -> None:
+    """Layers this small are emitted dense: their groups read all that any of them reads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU()),
+        *(nn.Conv2d(24, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)),
+    )
+    prepared = dspfx.prepare(model, torch.randn(2, 3, 12, 12))
+    dspfx.cluster_groups(prepared)
+    papers = copy.deepcopy(prepared)
+    found = dspfx.prune(prepared, Budget(macs=0.5))
+    assert found.after.macs == found.emitted.macs
+    assert 0.45 < found.achieved <= 0.5
+    by_masks = dspfx.prune(papers, Budget(macs=0.5, count="masks"))
+    assert by_masks.after.macs <= 0.5 * by_masks.before.macs < by_masks.emitted.macs
+    first = dspfx.get_masks(prepared)
+    dspfx.prune(prepared, Budget(macs=0.3))
+    assert not any((m & ~first[name]).any() for name, m in dspfx.get_masks(prepared).items())
+
+
+def test_errors_of_budgets_name_the_layers_that_hold_the_rest() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
+    config = dspfx.PrepareConfig(ignore=("1",))
+    for kind in ("macs", "params"):
+        prepared = dspfx.prepare(model, torch.randn(2, 3, 8, 8), config=config)
+        with pytest.raises(BudgetError, match=r"not gated hold \d+\.\d+%: 1 \(\d+"):
+            dspfx.prune(prepared, Budget(**{kind: 0.1}))
