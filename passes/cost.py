@@ -101,7 +101,10 @@ def summed(
         (getattr(ops[node], "layer", None) or node.target, forms.get(node)): node for node in costs
     }
     parameters = sum(costs[node].parameters for node in owners.values())
-    parameters += sum(count for node, count in fixed.parameters.items() if there(node))
+    for node, count in fixed.parameters.items():
+        # what the weight of a layer was computed from is gone where the layer is a plain one
+        computed_once = live is not None and isinstance(ops.get(node), Mix)
+        parameters += (min(0, count) if computed_once else count) if there(node) else 0
     parameters += fixed.unused if live is None else 0
     for tie in fixed.ties:
         broken = not there(tie.owner) or not cut.isdisjoint((tie.node, tie.owner))
