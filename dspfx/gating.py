@@ -82,7 +82,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
     prepared.example_inputs = _positional(prepared.graph, call.by_name(root))
     prepared.frozen, prepared.config = task.frozen, config
     prepared.lines, prepared.frozen_modes = traced.lines, frozen_modes
-    prepared.samples = task.samples or samples_of(call)
+    prepared.samples = float(task.samples or samples_of(call))
     prepared.left_alone, prepared.notes = {}, task.notes
     prepared.origin = Origin(call.map(fresh), task.opaque, task.gate_first, dtype)
     _check_trace(prepared, name, expected)
