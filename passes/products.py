@@ -6,13 +6,12 @@
 3. What else is composed of such is taken apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -24,6 +23,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry  # noqa: PLC0415 (it takes long)
+
+        self.known: Mapping[Any, Callable[..., int]] = flop_registry
         self.macs = 0
 
     def __torch_dispatch__(
@@ -31,7 +33,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", None)
-        known = packet in _FUSED or packet in flop_registry
+        known = packet in _FUSED or packet in self.known
         if not known and hasattr(func, "decompose"):
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -40,8 +42,8 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if packet in _FUSED:
             self.macs += _FUSED[packet](*args)
-        elif packet in flop_registry:
-            self.macs += int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
+        elif packet in self.known:
+            self.macs += int(self.known[packet](*args, **kwargs, out_val=result)) // 2
         return result
 
 
