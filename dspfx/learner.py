@@ -10,9 +10,7 @@ task reaches the grouping through the second-order term of the look-ahead alone.
 3. Adam moves the logits; the weights are shrunk by the hard assignment.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -21,14 +19,19 @@ from torch import Tensor, nn
 from dspfx.errors import LearnError
 from dspfx.filters import filters_first, spread
 from dspfx.gates import GatedLayer, gated_layers
+from dspfx.learner_checks import (
+    check_generator,
+    check_layers,
+    check_learner_settings,
+    check_optimizer,
+)
 from dspfx.lookahead import Buffers, looking_ahead, trained_parameters, trial_steps
 from dspfx.losses import BatchTask, Losses
-from dspfx.parametrised import REMOVE, is_computed
-from dspfx.parts import narrow_parts_of
+from dspfx.parametrised import is_computed
 from dspfx.penalty import LayerPenalty, energy
 from dspfx.processes import Processes
 from dspfx.resumed import check_kind, check_settings
-from dspfx.wrappers import check_whole, plain_optimizer, unwrapped
+from dspfx.wrappers import plain_optimizer, unwrapped
 
 BLOCK = 2**18  # elements of the matrices [O, C] that are worked on at a time
 SETTINGS = ("strength", "total_steps", "temperature", "logits_lr", "logits_every")
@@ -82,7 +85,7 @@ class GroupLearner:
         generator: torch.Generator | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        _check_settings(strength, total_steps, temperature, logits_lr, logits_every)
+        check_learner_settings(strength, total_steps, temperature, logits_lr, logits_every)
         self.prepared = prepared
         self.optimizer = plain_optimizer(optimizer)
         self.strength = strength
@@ -95,9 +98,10 @@ class GroupLearner:
         gated = gated_layers(unwrapped(prepared)).items()
         self.layers = {name: layer for name, layer in gated if not is_computed(layer)}
         self.processes = Processes.of(prepared, process_group)
-        self._check_layers()
-        _check_optimizer(self.optimizer)
-        self._check_generator()
+        own = prepared, self.optimizer, self.layers, self._trained_layers(), self.processes
+        check_layers(*own)
+        check_optimizer(self.optimizer)
+        check_generator(self.layers, generator)
         self.penalties = {name: LayerPenalty.of(layer) for name, layer in self.layers.items()}
         logits = [layer.gate.logits for layer in self.layers.values()]
         self.logits_optimizer = torch.optim.Adam(logits, lr=logits_lr * logits_every, eps=1e-12)
@@ -316,45 +320,6 @@ class GroupLearner:
             if layer.weight in trained and layer.weight.requires_grad
         }
 
-    def _check_layers(self) -> None:
-        if narrow_parts_of(self.prepared):
-            raise LearnError(
-                "groups are learned in the prepared model, not in a narrow one; "
-                "dspfx.widen(narrow, prepared) puts what it has learned there"
-            )
-        if not self.layers and gated_layers(unwrapped(self.prepared)):
-            raise LearnError(
-                "the weights of all gated layers are computed by parametrisations, and groups are "
-                f"learned in weights that are parameters; call {REMOVE} before dspfx.prepare"
-            )
-        if not self.layers:
-            raise LearnError("the model has no gated layer; call dspfx.prepare(model) first")
-        check_whole(self.prepared, self.optimizer)
-        if not self._trained_layers():
-            raise LearnError(
-                "the optimizer trains no gated layer of this model; construct it from "
-                "prepared.parameters(), not from the original model's"
-            )
-        for name, layer in self.layers.items():
-            if torch.finfo(layer.weight.dtype).bits < 32:
-                raise LearnError(
-                    f"{name}.weight is in {layer.weight.dtype}, too coarse to learn groups in; "
-                    "keep the weights in float32 and let the closure compute under torch.autocast"
-                )
-        self.processes.check_weights([layer.weight for layer in self.layers.values()])
-        for name, layer in self.layers.items():
-            if not torch.isfinite(layer.weight).all():
-                raise LearnError(f"{name}.weight holds NaN or infinite values; repair it first")
-
-    def _check_generator(self) -> None:
-        for name, layer in self.layers.items():
-            device = layer.gate.logits.device
-            if self.generator is not None and self.generator.device.type != device.type:
-                raise LearnError(
-                    f"the generator is on {self.generator.device}, but the layer {name} on "
-                    f"{device}; use torch.Generator({device.type!r})"
-                )
-
     def _check_logits(self) -> None:
         known = self.logits_optimizer.param_groups[0]["params"]
         for (name, layer), logits in zip(self.layers.items(), known, strict=True):
@@ -383,37 +348,3 @@ def _blocks(layer: GatedLayer, weight: Tensor) -> tuple[Tensor, ...]:
 def _hard_assignment(layer: GatedLayer) -> Tensor:
     logits = layer.gate.logits
     return nn.functional.one_hot(layer.gate.assignment, len(logits)).T.to(logits.dtype)
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    inner = [name for name, x in vars(optimizer).items() if isinstance(x, torch.optim.Optimizer)]
-    if inner:
-        raise LearnError(
-            f"{type(optimizer).__name__} steps another optimizer, its '{inner[0]}', which would "
-            "remember the look-ahead; learn groups with that one, and fine-tune with both"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise LearnError(
-            "LBFGS computes the loss by itself, as often as it likes; use an optimizer that steps "
-            "by the gradients that are there, such as SGD or AdamW"
-        )
-    for number, group in enumerate(optimizer.param_groups):
-        rate = group.get("lr")
-        if not isinstance(rate, Real) and not (isinstance(rate, Tensor) and rate.numel() == 1):
-            raise LearnError(
-                f"the learning rate of the optimizer's parameter group {number} is {rate!r}; give "
-                "it a number, for the weights are shrunk in proportion"
-            )
-
-
-def _check_settings(
-    strength: float, total_steps: int, temperature: float, logits_lr: float, logits_every: int
-) -> None:
-    if not (math.isfinite(strength) and strength >= 0):
-        raise LearnError(f"strength must be finite and not negative, got {strength}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise LearnError(f"temperature must be positive, got {temperature}")
-    if not (math.isfinite(logits_lr) and logits_lr >= 0):
-        raise LearnError(f"logits_lr must be finite and not negative, got {logits_lr}")
-    if total_steps < 1 or logits_every < 1:
-        raise LearnError("total_steps and logits_every must be at least 1")
