@@ -2,6 +2,8 @@
 
 1. In-place calls are nodes like others. An assignment, `self.average = ...`, becomes a copy into
    the buffer at the end of the graph, and whatever reads the buffer before has a copy of its own.
+   That of a tensor to itself, in another type or on another device, is none: `self.mean =
+   self.mean.to(x)` is computed in every call.
 2. A buffer that is written in evaluation, and decides what comes out, makes the output depend on
    earlier calls, and so may one that takes another shape. Channels can be followed through one call
    only.
@@ -10,11 +12,18 @@
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import Proxy
 from torch.fx.node import Node
 
 from dspfx.kept import of_python
+
+# methods whose result is the same tensor, of another type or elsewhere
+_CONVERSIONS = frozenset([
+    "to", "type_as", "type", "float", "double", "half", "bfloat16", "cuda", "cpu", "contiguous",
+    "clone", "detach",
+])  # fmt: skip
 
 
 class Buffers:
@@ -31,6 +40,12 @@ class Buffers:
         self.paths = {module: path for path, module in root.named_modules()}
         self.versions = {name: buffer._version for name, buffer in root.named_buffers()}
         self.known = {id(buffer) for buffer in root.buffers()}
+        self.plain = {
+            (module, name): value
+            for module in self.own
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
         self.root = root
         self.strange: list[str] = []  # buffers that have become what a graph cannot make them
 
@@ -40,12 +55,18 @@ class Buffers:
         for module, before in self.own.items():
             for name, now in module._buffers.items():
                 was, path = before.get(name), f"{self.paths[module]}.{name}".lstrip(".")
+                if _is_converted(was, now, path):
+                    continue
                 if isinstance(now, Proxy):
                     assigned[path] = now.node
                 fitting = now is was or _is_alike(was, now) or _is_constant_cache(was, now)
                 if not fitting and not path.startswith(self.leaves):
                     self.strange.append(path)
             module._buffers.update(before)
+        for (module, name), was in self.plain.items():
+            path = f"{self.paths[module]}.{name}".lstrip(".")
+            if _is_converted(was, vars(module).get(name), path):
+                vars(module)[name] = was
         return assigned
 
     def is_new(self, buffer: Tensor) -> bool:
@@ -86,6 +107,16 @@ def _is_alike(was: Tensor | None, now: Any) -> bool:
         return False
     value = now.concrete
     return isinstance(value, Tensor) and (value.shape, value.dtype) == (was.shape, was.dtype)
+
+
+def _is_converted(was: Tensor | None, now: Any, path: str) -> bool:
+    """Whether `now` is the tensor at `path`, which it was, in another type or elsewhere."""
+    if was is None or not isinstance(now, Proxy) or not torch.equal(now.concrete.to(was), was):
+        return False
+    node: Node | None = now.node
+    while node is not None and node.op == "call_method" and node.target in _CONVERSIONS:
+        node = node.args[0] if isinstance(node.args[0], Node) else None
+    return node is not None and node.op == "get_attr" and node.target == path
 
 
 def _is_constant_cache(was: Tensor | None, now: Any) -> bool:

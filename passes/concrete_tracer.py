@@ -270,8 +270,12 @@ class ConcreteTracer(fx.Tracer):
             self.answers.insist_on_ranks()
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Trace a call of `m`, or just make it where a leaf is being run."""
-        if self.executing:
+        """Trace a call of `m`, or just make it where a leaf is being run.
+
+        A module that code has only just made, as `nn.ReLU()` or a slice of an `nn.Sequential`, has
+        no name; what it computes is traced, down to functions and its children.
+        """
+        if self.executing or m not in (self.submodule_paths or ()):
             return forward(*args, **kwargs)
         try:
             with self._nothing_drawn(), self._inside(m):

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.autograd.variable import VariableMeta
 from torch.fx import Proxy
 from torch.fx.node import map_aggregate
 from torch.utils import checkpoint
@@ -30,6 +31,7 @@ _CHECKPOINTING = (
     "_checkpoint_without_reentrant_generator",
 )
 _isinstance, _records = isinstance, torch.is_grad_enabled
+_call_script: Any = torch.jit.ScriptFunction.__call__
 _IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
 
 
@@ -45,6 +47,8 @@ def patched(call: Callable[..., Any], training: bool, recording: Callable[[], bo
     stack = ExitStack()
     stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
     stack.enter_context(checkpoints_run_once())
+    stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inlined))
+    stack.enter_context(mock.patch.object(VariableMeta, "__call__", _variable))
     if not training:
         stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
     for name in FACTORIES + RANDOM:
@@ -73,20 +77,45 @@ def _call_checkpointed(function: Callable[..., Any], _: bool, *args: Any) -> Any
     return function(*args)
 
 
+def _inlined(script: Any, *args: Any, **kwargs: Any) -> Any:
+    """A scripted function of proxies is the function that was scripted.
+
+    Not so one that was traced, which does whatever that one did for its example.
+    """
+    traced = any(given.isCompleteTensor() for given in script.graph.inputs())
+    if traced or not _holds_a_proxy((args, kwargs)):
+        return _call_script(script, *args, **kwargs)
+    return script._torchdynamo_inline(*args, **kwargs)
+
+
+def _variable(kind: Any, data: Any = None, requires_grad: bool = False, **rest: Any) -> Any:
+    """`Variable(proxy)`: as of old, a tensor that no gradient goes back from."""
+    if not _holds_a_proxy(data):
+        return type.__call__(kind, data, requires_grad, **rest)
+    if requires_grad or rest:
+        raise TypeError("a Variable that requires gradients is made")
+    return data.detach()
+
+
+def _holds_a_proxy(given: Any) -> bool:
+    found = False
+
+    def look(value: Any) -> Any:
+        nonlocal found
+        found = found or _isinstance(value, Proxy)
+        return value
+
+    map_aggregate(given, look)
+    return found
+
+
 def _noticing(
     factory: Callable[..., Any], call: Callable[..., Any], record: Callable[[], bool]
 ) -> Callable[..., Any]:
     """`factory`, a traced call if `record` says so or there is a proxy among its arguments."""
 
     def create(*args: Any, **kwargs: Any) -> Any:
-        found = record()
-
-        def look(value: Any) -> Any:
-            nonlocal found
-            found = found or isinstance(value, Proxy)
-            return value
-
-        map_aggregate((args, kwargs), look)
+        found = record() or _holds_a_proxy((args, kwargs))
         return call(factory, *args, **kwargs) if found else factory(*args, **kwargs)
 
     return create
