@@ -111,7 +111,8 @@ def _is_alike(was: Tensor | None, now: Any) -> bool:
 
 def _is_converted(was: Tensor | None, now: Any, path: str) -> bool:
     """Whether `now` is the tensor at `path`, which it was, in another type or elsewhere."""
-    if was is None or not isinstance(now, Proxy) or not torch.equal(now.concrete.to(was), was):
+    value = now.concrete if isinstance(now, Proxy) else None
+    if was is None or not isinstance(value, Tensor) or not torch.equal(value.to(was), was):
         return False
     node: Node | None = now.node
     while node is not None and node.op == "call_method" and node.target in _CONVERSIONS:
