@@ -91,7 +91,19 @@ class Aliases:
             for _, tensor in _tensors(proxy.concrete):
                 for other, item in self._sharing(tensor):
                     if other.node not in own or item is not None:
-                        self._stale[other.node][item] = _Write(proxy.node.name, module)
+                        write = _Write(proxy.node.name, module)
+                        self._stale[other.node].setdefault(item, write)
+
+    def put_back(self, whole: Any, key: Any, part: Any) -> None:
+        """Code is to do `whole[key] = part`. After `part = whole[key]; part += 1`, all is well."""
+        before = self._version_of.get(part.node) if hasattr(part, "node") else None
+        write = self._stale.get(whole.node, {}).get(None)
+        if before is None or write is None or write.value != before.name:
+            return
+        there, tensor = whole.concrete[key], part.concrete
+        same = there.data_ptr() == tensor.data_ptr() and there.shape == tensor.shape
+        if same and there.stride() == tensor.stride():
+            del self._stale[whole.node][None]
 
     def check(self, node: Node) -> None:
         """Look at the values that a new node reads.

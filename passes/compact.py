@@ -147,14 +147,14 @@ class _Emitter:
     def _own_copies(self, node: Node, operands: dict[Node, Node]) -> dict[Node, Node]:
         """Copies of what `node` overwrites unseen: the operand may be another value's memory here.
 
-        Also for `(x, call)[0]`, which is `x` as that call has left it.
+        Also for `as_left_by(x, call)`, which is `x` as that call has left it.
         """
         read = operators.left_by(node)
         if read in self.copies:
             return {read[0]: self.copies[read]}
         own = {found for user in node.users if (found := operators.left_by(user))}
         for value, call in own:
-            if call is node:
+            if call is node and value in self.analysis.values:  # a tensor
                 copied = self.graph.call_method("clone", (operands[value],))
                 self.copies[value, call] = copied
         return {value: new for (value, call), new in self.copies.items() if call is node}

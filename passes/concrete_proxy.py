@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from dspfx.passes.frames import unpacks
+from dspfx.statements import set_item
+from dspfx.trees import map_leaves
 
 if TYPE_CHECKING:
     from dspfx.passes.concrete_tracer import ConcreteTracer
@@ -86,6 +88,13 @@ class ConcreteProxy(Proxy):
     def __radd__(self, other: Any) -> Any:
         return self._sum(other, self)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(self.concrete, Tensor):
+            raise TypeError(f"an item of '{self.node.name}' is assigned")
+        self.tracer.aliases.put_back(self, map_leaves(value_of, key), value)
+        written = self.tracer.create_proxy("call_function", set_item, (self, key, value), {})
+        written.node.meta["is_wrapped"] = True  # fx's own proxies have no items to assign
+
     def _sum(self, left: Any, right: Any) -> Any:
         """Of two lists of values, if this one is known item by item, all of them."""
         if self.node not in self.tracer.answers.cut:
@@ -129,16 +138,38 @@ class ConcreteProxy(Proxy):
         return float(self._number())
 
     def __round__(self, *digits: int) -> Any:
-        return round(self._number(), *digits)
+        return self._rounded(round, *digits)
 
-    def __ceil__(self) -> int:
-        return math.ceil(float(self))
+    def __ceil__(self) -> Any:
+        return self._rounded(math.ceil)
 
-    def __floor__(self) -> int:
-        return math.floor(float(self))
+    def __floor__(self) -> Any:
+        return self._rounded(math.floor)
 
-    def __trunc__(self) -> int:
-        return math.trunc(float(self))
+    def __trunc__(self) -> Any:
+        return self._rounded(math.trunc)
+
+    def _rounded(self, how: Callable[..., Any], *digits: int) -> Any:
+        """Of a number, a value of the graph, as its sums and quotients are."""
+        if isinstance(self.concrete, Tensor):
+            return how(self._number(), *digits)
+        rounded = self.tracer.create_proxy("call_function", how, (self, *digits), {})
+        rounded.node.meta["is_wrapped"] = True  # fx's own proxies cannot be rounded
+        return rounded
+
+    def __mul__(self, other: Any) -> Any:
+        return self._product(self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._product(other, self)
+
+    def _product(self, left: Any, right: Any) -> Any:
+        """Code that makes a list of as many items is told how many."""
+        if type(left) in (list, tuple) and isinstance(right.concrete, int):
+            return left * int(right)
+        if type(right) in (list, tuple) and isinstance(left.concrete, int):
+            return int(left) * right
+        return self.tracer.create_proxy("call_function", operator.mul, (left, right), {})
 
     def __format__(self, how: str) -> str:
         return format(self._number(), how) if how else str(self)

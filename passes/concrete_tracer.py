@@ -25,6 +25,7 @@ from dspfx.passes.answers import Answers, is_given, is_item, takes_out
 from dspfx.passes.buffers import Buffers, write_back
 from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
 from dspfx.passes.frames import line_under_way
+from dspfx.passes.handed import Handed
 from dspfx.passes.own_gradients import OwnGradients
 from dspfx.passes.patched import patched
 from dspfx.passes.randomness import drawn_so_far, generators_kept, generators_of
@@ -66,6 +67,7 @@ class ConcreteTracer(fx.Tracer):
         self.own_gradients = OwnGradients(self._as_leaf)
         self.aliases = Aliases()
         self.constants: dict[int, Tensor] = {}  # of buffers that code has made, by their `id`
+        self.handed: Handed | None = None  # what the last leaf was given
         self.failed_in: str | None = None
         self.modules = [""]  # the paths of those whose code is under way, the innermost last
 
@@ -215,7 +217,9 @@ class ConcreteTracer(fx.Tracer):
         called = self.root.get_submodule(target) if kind == "call_module" else None
         own_code = called is not None and not operators.is_torchs(called)
         arguments = Arguments((args, kwargs), copied=own_code)
+        self.handed = None
         proxy.concrete = self._execute(kind, target, args, kwargs)
+        handed = self.handed
         if written := arguments.overwritten():
             self._note_writes(proxy.node, written)
         self.aliases.note(proxy)
@@ -224,6 +228,8 @@ class ConcreteTracer(fx.Tracer):
             self.aliases.note_input(proxy)
         self.unrecorded.note(proxy.node)
         self.answers.passed_on(proxy.node)
+        if handed is not None:
+            handed.hand_back(proxy, args)
         if proxy.concrete is None and takes_out(proxy.node):
             self.answers.insist_on_none(proxy)
             return None
@@ -323,7 +329,10 @@ class ConcreteTracer(fx.Tracer):
                 return operator.attrgetter(target)(self.root)
             with torch.inference_mode(mode=False), torch.no_grad():
                 if kind == "call_module":
-                    return self.root.get_submodule(target)(*args, **kwargs)
+                    self.handed = Handed(args, kwargs)
+                    result = self.root.get_submodule(target)(*args, **kwargs)
+                    self.handed.returned()
+                    return result
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)

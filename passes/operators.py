@@ -9,7 +9,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.fx.node import Node
 
 from dspfx.filters import TRANSPOSED
 from dspfx.parametrised import kind_of
+from dspfx.statements import as_left_by, set_item, with_item
 
 Key = Callable[..., Any] | str | type[nn.Module]
 Rule = Literal["elementwise", "channelwise", "movement", "opaque"]
@@ -187,7 +188,8 @@ OF_CONSTANTS: frozenset[Key] = frozenset(
 
 SIZES: frozenset[Key] = frozenset({"size", "dim", "numel"})
 
-_FUNCTIONAL = {
+_FUNCTIONAL: dict[Any, Callable[..., Any]] = {
+    set_item: with_item,
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
@@ -208,11 +210,11 @@ def overwritten(node: Node, root: nn.Module) -> Node | None:
 
 
 def left_by(node: Node) -> tuple[Node, Node] | None:
-    """Of `(x, call)[0]`, the value `x` as the call has left it: both."""
-    match node.target, node.args:
-        case operator.getitem, ((Node() as value, Node() as call), 0):
-            return value, call
-    return None
+    """Of `as_left_by(x, call)`, both."""
+    if node.target is not as_left_by:
+        return None
+    value, call = node.args
+    return cast(Node, value), cast(Node, call)
 
 
 def writes_input(node: Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.variable import VariableMeta
 from torch.fx import Proxy
 from torch.fx.node import map_aggregate
@@ -30,7 +30,7 @@ _CHECKPOINTING = (
     "_checkpoint_without_reentrant_generator_impl",
     "_checkpoint_without_reentrant_generator",
 )
-_isinstance, _records = isinstance, torch.is_grad_enabled
+_isinstance, _len, _records = isinstance, len, torch.is_grad_enabled
 _call_script: Any = torch.jit.ScriptFunction.__call__
 _IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
 
@@ -46,6 +46,7 @@ def patched(call: Callable[..., Any], training: bool, recording: Callable[[], bo
     """
     stack = ExitStack()
     stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
+    stack.enter_context(mock.patch.object(builtins, "len", _length))
     stack.enter_context(checkpoints_run_once())
     stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inlined))
     stack.enter_context(mock.patch.object(VariableMeta, "__call__", _variable))
@@ -131,6 +132,13 @@ def _is_instance(item: Any, kinds: Any) -> bool:
             return _isinstance(item, kinds)
         item.tracer.answers.insist_on_kind(item)
     return _isinstance(item.concrete, kinds)
+
+
+def _length(item: Any) -> Any:
+    """`len`, which of a tensor is a size of it."""
+    if type(item) is not ConcreteProxy or not _isinstance(item.concrete, Tensor):
+        return _len(item)
+    return _len(item) if is_machinery(sys._getframe(1)) else item.size(0)
 
 
 def _is_grad_enabled() -> bool:

@@ -8,14 +8,13 @@
    two graphs agree there is one graph.
 4. In-place operations are followed by their readers: whoever reads a value after it was
    overwritten reads the node that wrote it, so that values and nodes are the same thing. Where an
-   unknown function overwrote an argument, they read that argument and the call: `(x, call)[0]`.
+   unknown function overwrote an argument, they read `as_left_by(x, call)`.
    An input that is overwritten is a copy of it, until the graph ends with `x.copy_(...)`.
 5. Functional calls on a module's own parameters become calls of the module (`lift`).
 6. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
 """
 
 import copy
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ from dspfx.passes.aliases import WRITTEN, WRITTEN_INPUT
 from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
 from dspfx.passes.lift import lift
 from dspfx.passes.operators import overwritten
+from dspfx.statements import as_left_by
 
 _CONSTANT = "_tensor_constant"  # how fx names the tensors that it makes attributes of
 
@@ -180,7 +180,8 @@ def _follow_writes(graph: fx.Graph, root: nn.Module) -> dict[Node, Node]:
             now = _last(value, became)
             if now is not node and now in node.all_input_nodes:
                 with graph.inserting_after(node):
-                    became[now] = graph.call_function(operator.getitem, ((now, node), 0))
+                    became[now] = graph.call_function(as_left_by, (now, node))
+                became[now].meta["is_wrapped"] = True  # or pickle would leave the call out
     return {value: _last(value, became) for value in became}
 
 

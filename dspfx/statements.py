@@ -1,0 +1,21 @@
+"""Functions that graphs call where code has a statement, which no graph has."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def set_item(x: Tensor, key: Any, value: Any) -> Tensor:
+    """`x[key] = value`; the tensor that is overwritten."""
+    x[key] = value
+    return x
+
+
+def as_left_by(value: Any, call: Any) -> Any:
+    """`value`, which `call` may have overwritten; a graph reads both."""
+    return value
+
+
+def with_item(x: Tensor, key: Any, value: Any) -> Tensor:
+    """What `x[key] = value` makes of `x`, which stays as it is."""
+    return set_item(x.clone(), key, value)
