@@ -1,13 +1,14 @@
 """`prune`: one threshold for the whole network, found by bisection on costs alone."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
 
 from dspfx.budget import Budget, PruneReport
-from dspfx.energies import check_moments, energies_of
+from dspfx.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
 from dspfx.gates import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
@@ -29,6 +30,8 @@ def prune(
     *,
     moments: Mapping[str, Tensor] | None = None,
     drop_filters: bool = True,
+    scores: Mapping[str, Tensor] | None = None,
+    keep_at_least: LeastKept = 0.0,
 ) -> PruneReport:
     """Mask `prepared` down to `budget`, by the energy of its weights and its groups.
 
@@ -49,16 +52,22 @@ def prune(
         moments: from `input_moments`: energy counts by how strong its channel is.
         drop_filters: whether whole filters are dropped, too, as in the paper. Without, the
             channels of a residual stream are left to `prune_channels`.
+        scores: how important channels are, for layers that you know better: name of a gated layer
+            -> `[O, C/groups]`, or `[O]` for its filters. It stands for the energy of the weights.
+        keep_at_least: the share of its filters, and of the inputs of each group, that every gated
+            layer keeps, or a dict of shares by names or patterns of layers. Filters that nobody
+            reads any more leave all the same: let those that read them keep more.
 
     Raises:
         BudgetError: the budget cannot be reached; the message says what can. Nothing is changed.
+            Or `keep_at_least` is no fraction, or names no layer.
         PrepareError: a gated weight is not finite.
-        DataError: `moments` are of another model.
+        DataError: `moments` or `scores` are of another model, negative or not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    check_moments(moments, prepared)
-    parts = [_PrunablePart.of(part, moments, drop_filters) for part in parts_of(prepared)]
-    return prune_to(prepared, parts, budget, LEAST)
+    criteria = Criteria.of(prepared, moments, scores, keep_at_least)
+    parts = [_PrunablePart.of(part, criteria, drop_filters) for part in parts_of(prepared)]
+    return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
 
 
 @dataclass(frozen=True)
@@ -113,16 +122,17 @@ class _PrunablePart:
     resolution: float = 0.0
 
     @staticmethod
-    def of(part: Part, moments: Mapping[str, Tensor] | None, drop_filters: bool) -> "_PrunablePart":
+    def of(part: Part, criteria: Criteria, drop_filters: bool) -> "_PrunablePart":
         analysis = analyse_prepared(part.module)
         droppable = droppable_layers(analysis) if drop_filters else frozenset()
         gated = gated_layers(part.module)
         layers = {}
         for op in analysis.ops.values():
             if isinstance(op, Mix) and op.gated:
-                layer = gated[op.layer]
-                energy = energies_of(part.full_name(op.layer), layer, moments)
-                layers[op.layer] = _prunable_layer(layer, op, energy, op.layer in droppable)
+                layer, name = gated[op.layer], part.full_name(op.layer)
+                energy = criteria.energies(name, layer)
+                least = functools.partial(criteria.least_of, name)
+                layers[op.layer] = _prunable_layer(layer, op, energy, op.layer in droppable, least)
         return _PrunablePart(part.module, analysis, layers, part.name)
 
     def liveness(self, beta: float) -> Liveness:
@@ -142,17 +152,22 @@ class _PrunablePart:
 
 
 def _prunable_layer(
-    layer: GatedLayer, mix: Mix, energy: FloatArray, droppable: bool
+    layer: GatedLayer,
+    mix: Mix,
+    energy: FloatArray,
+    droppable: bool,
+    least: Callable[[int], int],
 ) -> PrunableLayer:
+    """Where `least` says how many, of a number, stay."""
     group = layer.gate.assignment.cpu().numpy()
     structural, groups = mix.structural_groups, len(layer.gate.logits)
     members = np.eye(groups)[group].reshape(structural, -1, groups)  # [S, O/S, G]
     by_structure = energy.reshape(structural, -1, energy.shape[1])  # [S, O/S, C/S]
     channels = np.einsum("sog,soc->sgc", members, by_structure)
-    filters = _lost(energy.sum(1)) if droppable else np.full(mix.filters, np.inf)
+    filters = _lost(energy.sum(1), least) if droppable else np.full(mix.filters, np.inf)
     alive = layer.gate.alive.cpu().numpy()
     mask = layer.gate.mask.cpu().numpy()
-    return PrunableLayer.of(mix, mask, group, _lost(channels), filters, alive)
+    return PrunableLayer.of(mix, mask, group, _lost(channels, least), filters, alive)
 
 
 def _above(lost: np.ndarray, beta: float, round_to: int) -> BoolArray:
@@ -170,9 +185,10 @@ def _above(lost: np.ndarray, beta: float, round_to: int) -> BoolArray:
     return above
 
 
-def _lost(energy: np.ndarray) -> np.ndarray:
+def _lost(energy: np.ndarray, least: Callable[[int], int] = lambda _: 0) -> np.ndarray:
     """The share of the energy along the last axis that goes when an entry and all weaker ones go.
 
+    The strongest, as many as `least` says of how many there are, go never: their share is 1.
     Exact zeros are always dropped: their share is given as -1.
     """
     order = np.argsort(energy, axis=-1, kind="stable")
@@ -182,4 +198,5 @@ def _lost(energy: np.ndarray) -> np.ndarray:
     share[..., -1] = 1.0  # the strongest entry is never dropped, whatever rounding says
     lost = np.empty_like(share)
     np.put_along_axis(lost, order, share, -1)
+    lost[strongest(energy, least(energy.shape[-1]))] = 1.0
     return np.where(energy > 0, lost, -1.0)

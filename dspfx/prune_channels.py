@@ -7,7 +7,7 @@ layers that write to it, and of all that read it. It counts for what it does in 
    all filters that read it.
 2. Each divided by its mean over the channels of its layer, so that layers compare; a channel's
    importance is the average over all that write or read it.
-3. Given the moments of inputs, `W[o,c,k]^2 E[x_c^2]` stands for `W[o,c,k]^2`.
+3. Given the moments of inputs, `W[o,c,k]^2 E[x_c^2]` stands for `W[o,c,k]^2`; given scores, these.
 
 This is the group magnitude of Fang, Ma, Song, Bi Mi, Wang, "DepGraph: Towards Any Structural
 Pruning", CVPR 2023, with layers made comparable one by one.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from dspfx.budget import Budget, PruneReport
-from dspfx.energies import check_moments, energies_of
+from dspfx.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
 from dspfx.gating import analyse_prepared
 from dspfx.masks import current_reads
 from dspfx.module import PreparedModule
@@ -29,7 +29,7 @@ from dspfx.parametrised import weight_of
 from dspfx.parts import Part, parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.pins import pinned_classes
-from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
+from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix, any_along
 from dspfx.search import prune_to
 
 LEAST = (
@@ -39,7 +39,12 @@ LEAST = (
 
 
 def prune_channels(
-    prepared: nn.Module, budget: Budget, *, moments: Mapping[str, Tensor] | None = None
+    prepared: nn.Module,
+    budget: Budget,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    keep_at_least: LeastKept = 0.0,
 ) -> PruneReport:
     """Mask whole channels of `prepared`, the least important first, until `budget` is met.
 
@@ -55,16 +60,21 @@ def prune_channels(
         prepared: from `dspfx.prepare`; its masks are changed in place.
         budget: what may remain.
         moments: from `input_moments`: what a layer reads counts by how strong it is.
+        scores: how important channels are, for layers that you know better: name of a gated layer
+            -> `[O, C/groups]`, or `[O]` for its filters. It stands for the energy of the weights.
+        keep_at_least: the share of its filters, and of its inputs, that every gated layer keeps,
+            or a dict of shares by names or patterns of layers.
 
     Raises:
         BudgetError: the budget cannot be reached; the message says what can. Nothing is changed.
+            Or `keep_at_least` is no fraction, or names no layer.
         PrepareError: a weight is not finite.
-        DataError: `moments` are of another model.
+        DataError: `moments` or `scores` are of another model, negative or not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
-    check_moments(moments, prepared)
-    parts = [_ChannelPart.of(part, moments) for part in parts_of(prepared)]
-    return prune_to(prepared, parts, budget, LEAST)
+    criteria = Criteria.of(prepared, moments, scores, keep_at_least)
+    parts = [_ChannelPart.of(part, criteria) for part in parts_of(prepared)]
+    return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class _ChannelPart:
         reads: what the gated layers read at present.
         lost: `[classes]`, the share of all channels that go when one goes and all that are less
             important; infinite for those that stay.
-        widths: the classes of the channels that each layer writes or reads.
+        widths: see `width_of`, of what each layer writes and reads.
         resolution: see `PrunablePart`.
     """
 
@@ -89,16 +99,17 @@ class _ChannelPart:
     resolution: float = 0.0
 
     @staticmethod
-    def of(part: Part, moments: Mapping[str, Tensor] | None) -> "_ChannelPart":
+    def of(part: Part, criteria: Criteria) -> "_ChannelPart":
         module, analysis = part.module, analyse_prepared(part.module)
         both = list(sides(part, analysis))
-        importance = _importance(part, analysis, both, moments)
-        going = np.flatnonzero(removable(analysis, both, importance))
+        importance = _importance(part, analysis, both, criteria)
+        capped = _capped(part, both, importance, criteria)
+        going = np.flatnonzero(removable(analysis, both, importance) & ~capped)
         lost = np.full(len(importance), np.inf)
         order = going[np.argsort(importance[going], kind="stable")]
         lost[order] = np.arange(1, len(order) + 1) / len(order)
         reads = current_reads(module, analysis)
-        widths = tuple(np.unique(side.classes) for side in both)
+        widths = tuple(map(width_of, both))
         return _ChannelPart(module, analysis, part.name, reads, lost, widths)
 
     def liveness(self, threshold: float) -> Liveness:
@@ -115,13 +126,18 @@ class _ChannelPart:
 def classes_gone(
     lost: FloatArray, threshold: float, widths: tuple[IntArray, ...], round_to: int
 ) -> BoolArray:
-    """`[classes]`: those with `lost` up to `threshold`, fewer where widths shall be multiples."""
+    """`[classes]`: those with `lost` up to `threshold`, fewer where widths shall be multiples.
+
+    A layer's own groups are emitted as wide as the widest, and shall all be so.
+    """
     gone: BoolArray = lost <= threshold
     for width in widths if round_to > 1 else ():
-        # the most important of those that go come back
-        back = width[gone[width]]
-        missing = -int((~gone[width]).sum()) % round_to
-        gone[back[np.argsort(-lost[back], kind="stable")][:missing]] = False
+        wanted = -(-int((~gone[width]).sum(1).max()) // round_to) * round_to
+        for own in width[any_along(~gone[width], 1)]:
+            # the most important of those that go come back
+            back = own[gone[own]]
+            missing = wanted - (len(own) - len(back))
+            gone[back[np.argsort(-lost[back], kind="stable")][:missing]] = False
     return gone
 
 
@@ -132,6 +148,14 @@ class Side:
     mix: Mix
     classes: IntArray
     writes: bool
+
+
+def width_of(side: Side) -> IntArray:
+    """Int `[S, n]`: the classes of a side, of each group that the layer has of its own."""
+    classes = np.unique(side.classes)
+    if len(classes) < len(side.classes):
+        return classes[None]
+    return side.classes.reshape(side.mix.structural_groups, -1)
 
 
 def sides(part: Part, analysis: ChannelAnalysis) -> Iterator[Side]:
@@ -146,12 +170,21 @@ def sides(part: Part, analysis: ChannelAnalysis) -> Iterator[Side]:
             yield Side(op, analysis.class_of(op.operands[0]), writes=False)
 
 
+def _capped(part: Part, sides: list[Side], importance: FloatArray, criteria: Criteria) -> BoolArray:
+    """`[classes]`: the most important ones of every side, as many as its layer keeps at least."""
+    found = np.zeros(len(importance), bool)
+    for side in sides:
+        least = criteria.least_of(part.full_name(side.mix.layer), len(side.classes))
+        found[side.classes[strongest(importance[side.classes], least)]] = True
+    return found
+
+
 def _importance(
-    part: Part, analysis: ChannelAnalysis, sides: list[Side], moments: Mapping[str, Tensor] | None
+    part: Part, analysis: ChannelAnalysis, sides: list[Side], criteria: Criteria
 ) -> FloatArray:
     """`[classes]`, the average over all layers that write or read a class."""
     mixes = {side.mix.layer: side.mix for side in sides}
-    energies = {name: _energies(part, mix, moments) for name, mix in mixes.items()}
+    energies = {name: _energies(part, mix, criteria) for name, mix in mixes.items()}
     count = int(analysis.classes.max(initial=-1)) + 1
     importance, layers = np.zeros(count), np.zeros(count)
     for side in sides:
@@ -164,12 +197,10 @@ def _importance(
     return importance / np.maximum(layers, 1)
 
 
-def _energies(
-    part: Part, mix: Mix, moments: Mapping[str, Tensor] | None
-) -> tuple[FloatArray, FloatArray]:
+def _energies(part: Part, mix: Mix, criteria: Criteria) -> tuple[FloatArray, FloatArray]:
     """Of what a layer writes, `[O]`, and of what it reads, `[C]`."""
     layer = part.module.get_submodule(mix.layer)
-    energies = energies_of(part.full_name(mix.layer), layer, moments)
+    energies = criteria.energies(part.full_name(mix.layer), layer)
     by_structure = energies.reshape(mix.structural_groups, -1, energies.shape[1])
     return energies.sum(1), by_structure.sum(1).reshape(-1)
 

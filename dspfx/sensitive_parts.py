@@ -19,7 +19,7 @@ from dspfx.parts import Part
 from dspfx.passes.liveness import Liveness, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
 from dspfx.prune import PrunableLayer
-from dspfx.prune_channels import classes_gone, removable, sides, without
+from dspfx.prune_channels import classes_gone, removable, sides, width_of, without
 from dspfx.sensitivity import Sensitivity
 
 Prices = Mapping[Node, float]  # of one filter that reads one channel
@@ -33,7 +33,7 @@ class SensitivePart:
         module, analysis, name: see `PrunablePart`.
         layers: the order of the inputs of groups.
         lost: `[classes]`, the order of whole channels; infinite for those that stay.
-        widths: the classes of the channels that each layer writes or reads.
+        widths: see `width_of`, of what each layer writes and reads.
         resolution: half the share of one.
     """
 
@@ -120,7 +120,7 @@ def _unordered(
         filters = np.full(op.filters, np.inf)
         alive = gate.alive.cpu().numpy()
         layers[name] = PrunableLayer.of(op, mask, group, scores, filters, alive)
-    widths = tuple(np.unique(side.classes) for side in both)
+    widths = tuple(map(width_of, both))
     return SensitivePart(part.module, analysis, part.name, layers, lost, widths)
 
 

@@ -14,7 +14,8 @@ Backward, `kept[v][c] = needed and not zero`:
 6. A kept filter needs the live channels that it reads; other operators need the channels their
    kept channels are made of; an opaque operator and the outputs of the model need every channel.
 7. A value that somebody needs the shape of, but all of whose channels are zero, keeps one.
-8. Widths that shall be multiples of n are rounded up with channels that are not zero.
+8. Widths that shall be multiples of n are rounded up with channels that are not zero; of a layer
+   with groups of its own, those of the groups, to the widest.
 """
 
 import hashlib
@@ -243,10 +244,22 @@ class _Backward:
             kept = np.ones(len(zero), bool)
         elif len(kept) and not kept.any():
             kept[0] = True
-        missing = -int(kept.sum()) % self.round_to
-        kept[np.flatnonzero(~kept & ~zero)[:missing]] = True
+        if self.round_to > 1 and len(kept):
+            self._round_up(kept, zero, op.structural_groups if isinstance(op, Mix) else 1)
         self.result.kept[node] = kept
         return kept
+
+    def _round_up(self, kept: BoolArray, zero: BoolArray, families: int) -> None:
+        """Keep more, until each of the `families` that any is kept of has as many as the widest.
+
+        They are emitted as one convolution, whose groups are of one size.
+        """
+        numbers = np.arange(len(kept)).reshape(families, -1)
+        widest = int(kept[numbers].sum(1).max())
+        wanted = -(-widest // self.round_to) * self.round_to
+        for own in numbers[any_along(kept[numbers], 1)]:
+            more = own[~kept[own] & ~zero[own]]
+            kept[more[: wanted - int(kept[own].sum())]] = True
 
     def _demand(self, operand: Node, channels: IntArray | BoolArray | slice | None) -> None:
         """Somebody reads `operand`, and needs these of its channels."""
