@@ -404,6 +404,16 @@ def _grouped(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return nn.Sequential(first, last), o, size
 
 
+def _grouped_chain(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    """Layers with groups of their own that read each other, whose channels may go unevenly."""
+    groups = draw(st.integers(2, 4))
+    width = 3 * groups
+    steps = [ConvNorm(c, width, 1, act=draw(act))]
+    kernels = draw(st.lists(st.sampled_from([1, 3]), min_size=1, max_size=3))
+    steps += [ConvNorm(width, width, kernel, g=groups, act=draw(act)) for kernel in kernels]
+    return nn.Sequential(*steps), width, size
+
+
 def _squeeze(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return SqueezeExcite(c, draw(WIDTH), draw(FLAG), draw(act)), c, size
 
@@ -493,6 +503,7 @@ STEPS = {
     "slice": _slice,
     "depthwise": _depthwise,
     "grouped": _grouped,
+    "grouped chain": _grouped_chain,
     "se": _squeeze,
     "shuffle": _shuffle,
     "pool": _pool,

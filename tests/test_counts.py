@@ -78,6 +78,7 @@ def test_what_is_reported_is_emitted(model: Any, recipe: MaskRecipe, groups: int
     assert dspfx.report(prepared).emitted == found.emitted
     assert macs(compact, inputs(model)) == found.emitted.macs
     assert found.emitted.macs <= found.before.macs
+    assert found.emitted.parameters <= found.before.parameters
 
 
 @EXAMPLES

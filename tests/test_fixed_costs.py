@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +215,62 @@ def test_ties_that_pruning_breaks_are_told(embedding: bool) -> None:
     compact = dspfx.convert(prepared)
     assert dspfx.report(compact).emitted.parameters == parameters_of(compact)
     assert any("share" in note for note in dspfx.report(prepared).notes)
+
+
+class Frames(nn.Module):
+    """Reads `[T, B, 16]`: what looks like the batch is time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(32, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+class Proposals(nn.Module):
+    """Reads `[N * R, 16]`, some proposals of each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(32, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+class InParts(nn.Module):
+    """What it does depends on values; its part is given `arranged` inputs."""
+
+    def __init__(self, part: nn.Module, arranged: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part, self.arranged = part, arranged
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.abs().max()) > 1e9:
+            x = x / x.abs().max()
+        return self.part(self.arranged(x))
+
+
+@pytest.mark.parametrize(
+    ("part", "arranged"),
+    [
+        (Frames, lambda x: x.transpose(0, 1)),
+        (Proposals, lambda x: x.flatten(0, 1)),
+    ],
+)
+def test_parts_count_for_whole_samples(
+    part: type[nn.Module], arranged: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    """A part is prepared for two frames, or two proposals; a sample has more of them."""
+    torch.manual_seed(0)
+    model, x = InParts(part(), arranged).eval(), torch.randn(2, 30, 16)
+    prepared = dspfx.prepare(model, x)
+    assert not isinstance(prepared, dspfx.PreparedModule)
+    assert dspfx.report(prepared).before.macs == macs_of(model, x)
+    dspfx.prune(prepared, dspfx.Budget(macs=0.6))
+    compact = dspfx.convert(prepared)
+    assert dspfx.report(compact).emitted.macs == macs_of(compact, x)
+    dspfx.save(prepared, tmp_path / "model.safetensors")
+    again = dspfx.load(tmp_path / "model.safetensors", InParts(part(), arranged).eval())
+    assert dspfx.report(again).before == dspfx.report(prepared).before
