@@ -78,7 +78,7 @@ class Blueprint:
 
 def blueprint(prepared: PreparedModule) -> Blueprint:
     """What is saved of `prepared`, without its arguments."""
-    config, origin = prepared.config, prepared.origin
+    config, origin = prepared.asked, prepared.origin
     gates = channel_gates(prepared)
     return Blueprint(
         name="",

@@ -24,6 +24,7 @@ from dspfx.passes.plan import CompactionPlan, plan
 from dspfx.passes.summary import count_gathers, summarise
 from dspfx.passes.values import ChannelAnalysis
 from dspfx.passes.verify import verify as verify_equal
+from dspfx.whole import check_whole
 from dspfx.wrappers import unwrapped
 
 
@@ -55,11 +56,12 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
     if compact_parts_of(prepared):
         return copy.deepcopy(prepared)
     with torch.inference_mode(mode=False):  # or nothing could be changed of it apart from it
-        compact = {
-            part.module: _convert(part.module, verify, cost_model) for part in parts_of(prepared)
-        }
+        parts = parts_of(prepared)
+        compact = {part.module: _convert(part.module, verify, cost_model) for part in parts}
         whole = exchanged(prepared, compact)
         put_all(whole, mode=False)
+        if verify:
+            check_whole(prepared, whole, parts)
     return whole
 
 

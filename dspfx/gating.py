@@ -24,6 +24,7 @@ from dspfx.passes.randomness import generators_kept
 from dspfx.passes.sizes import Shapes, fix_sizes, other_sizes, resized, shapes_of
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
+from dspfx.single import names_inside
 from dspfx.training_pass import Results, difference, rounding_errors, training_pass
 from dspfx.trees import leaves, map_leaves, structure
 
@@ -37,6 +38,8 @@ class Task:
         frozen: names of the layers that keep all their filters and inputs.
         opaque: names of the modules that are not traced into.
         gate_first: whether layers that read the inputs directly are gated too.
+        followed: linear layers whose outputs other layers read, beyond what is traced: they are
+            not the last ones, though they may come last in it.
         notes: what was decided without the user, for the report.
         samples: how many the call is of, if that is not the length of its first tensor.
     """
@@ -45,17 +48,18 @@ class Task:
     frozen: frozenset[str] = frozenset()
     opaque: frozenset[str] = frozenset()
     gate_first: bool = False
+    followed: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     samples: float | None = None
 
-    def within(self, prefix: str, gate_first: bool) -> "Task":
-        """The same for the child at the path `prefix`."""
-
-        def inside(names: frozenset[str]) -> frozenset[str]:
-            return frozenset(n[len(prefix) + 1 :] for n in names if n.startswith(f"{prefix}."))
-
+    def within(self, prefix: str, gate_first: bool, followed: frozenset[str]) -> "Task":
+        """The same for the child at the path `prefix`; `followed` are names in the model."""
         return replace(
-            self, frozen=inside(self.frozen), opaque=inside(self.opaque), gate_first=gate_first
+            self,
+            frozen=names_inside(self.frozen, prefix),
+            opaque=names_inside(self.opaque, prefix),
+            gate_first=gate_first,
+            followed=names_inside(followed, prefix),
         )
 
 
@@ -80,7 +84,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
     traced = trace(root, arguments, task.opaque, leaves)
     prepared = PreparedModule(root, {False: traced.eval, True: traced.train}, name)
     prepared.example_inputs = _positional(prepared.graph, call.by_name(root))
-    prepared.frozen, prepared.config = task.frozen, config
+    prepared.frozen, prepared.asked = task.frozen, config
     prepared.lines, prepared.frozen_modes = traced.lines, frozen_modes
     prepared.samples = float(task.samples or samples_of(call))
     prepared.left_alone, prepared.notes = {}, task.notes
@@ -93,7 +97,9 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
     )
     analysis = _analyse_all_sizes(prepared)
     with prepared.evaluation_view() as view:  # whatever mode the model is in
-        plan = plan_gates(view, analysis, config.layers, task.frozen, task.gate_first)
+        plan = plan_gates(
+            view, analysis, config.layers, task.frozen, task.gate_first, task.followed
+        )
     if not plan.layers:
         raise PrepareError(
             f"{name} has no layer to prune: dspfx gates convolutions and linear layers, apart from "
@@ -127,7 +133,7 @@ def _analyser_of(
 ) -> Iterator[Callable[[Any, SizeFacts], ChannelAnalysis]]:
     """What analyses the evaluation graph on an example, whose nodes are the same in all results."""
     with prepared.evaluation_view() as view, state_kept(prepared, written=written_by(view)):
-        frozen, rules = prepared.frozen, prepared.config.rules
+        frozen, rules = prepared.frozen, prepared.asked.rules
         whole, samples = prepared, prepared.samples
         yield lambda inputs, facts: analyse(view, inputs, frozen, rules, facts, whole, samples)
 

@@ -148,10 +148,15 @@ def _inferred(root: nn.Module) -> tuple[Call, tuple[str, ...]]:
 
 def evaluate(root: nn.Module, call: Call) -> Any:
     """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments."""
+    return run(root, call)
+
+
+def run(root: nn.Module, call: Call, *, training: bool = False, gradients: bool = False) -> Any:
+    """What `root` computes, as `evaluate`, in either mode and with or without gradients."""
     call = call.map(fresh)
     _, device = parameter_dtype_and_device(root)
-    with torch.no_grad(), state_kept(root), drawing_anew(device):
-        root.train(False)  # anybody's; it may return nothing
+    with torch.set_grad_enabled(gradients), state_kept(root), drawing_anew(device):
+        root.train(training)  # anybody's; it may return nothing
         return root(*call.args, **call.kwargs)
 
 

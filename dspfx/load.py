@@ -33,6 +33,7 @@ from dspfx.blueprint import (
 from dspfx.compaction import checked, plan_of
 from dspfx.config import PrepareConfig
 from dspfx.convert import emit_compact, exchanged, indices
+from dspfx.division import copied, exchange
 from dspfx.errors import DspfxError, LoadError, PrepareError, TraceError
 from dspfx.fill import fill, matching
 from dspfx.gates import GATED, gated_layers
@@ -42,7 +43,7 @@ from dspfx.kept import buffers_kept
 from dspfx.listing import structure
 from dspfx.modes import put_all
 from dspfx.module import CompactModule, PreparedModule
-from dspfx.parts import compact_parts_of, parts_of, prepare_in_parts
+from dspfx.parts import compact_parts_of, parts_of
 from dspfx.passes.operators import Key, Rule
 from dspfx.passes.trace import copy_model
 from dspfx.records import from_json
@@ -125,19 +126,14 @@ def _prepared(
     """`root`, a private copy, prepared as `parts` say."""
     if [part.name for part in parts] == [""]:
         return _gated(root, parts[0], rules)
-    named = {part.name: part for part in parts}
-    calls = {id(root.get_submodule(name)): _call(root, part) for name, part in named.items()}
-    done: list[str] = []
-
-    def prepare_one(child: nn.Module, name: str, _: Call) -> PreparedModule:
-        done.append(name)
-        gated = _gated(child, named[name], rules)
+    for part in parts:
+        try:
+            child = root.get_submodule(part.name)
+        except AttributeError as error:
+            raise LoadError(f"it has a part '{part.name}', the model has none") from error
+        gated = _gated(copied(child, root), part, rules)
         gated.answer_for(child)
-        return gated
-
-    prepare_in_parts(root, calls, prepare_one)
-    if done != [part.name for part in parts]:
-        raise LoadError(f"it has the parts {', '.join(named)}, the model {', '.join(done)}")
+        exchange(root, child, gated)
     return root
 
 
@@ -158,7 +154,8 @@ def _gated(child: nn.Module, part: Blueprint, rules: Mapping[Key, Rule]) -> Prep
     if part.samples is not None and not part.samples > 0:
         raise LoadError(f"it was prepared for {part.samples} samples")
     names = frozenset(part.frozen), frozenset(part.opaque)
-    task = Task(config, *names, part.gate_first, samples=part.samples)
+    followed = frozenset(part.masks)
+    task = Task(config, *names, part.gate_first, followed, samples=part.samples)
     try:
         gated = gate(child, _call(child, part), task, prove=False)
     except (TraceError, PrepareError) as error:

@@ -85,7 +85,7 @@ def present_liveness(prepared: PreparedModule) -> tuple[ChannelAnalysis, Livenes
         if isinstance(module, ChannelGate)
     }
     reads = current_reads(prepared, analysis)
-    return analysis, liveness(analysis, reads, alive, prepared.config.round_to)
+    return analysis, liveness(analysis, reads, alive, prepared.asked.round_to)
 
 
 def arranged_masks(

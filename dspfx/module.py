@@ -7,7 +7,6 @@ attributes that the next verb needs. All of it survives `deepcopy` and `pickle`.
 
 import copy
 import functools
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -16,13 +15,31 @@ import torch
 from torch import fx, nn
 
 from dspfx.config import PrepareConfig
+from dspfx.errors import PrepareError
+from dspfx.inputs import Call
 from dspfx.origin import Origin
 from dspfx.passes.agreement import SizeFacts
 from dspfx.passes.sizes import Shapes
 
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-_CARRIED = ("frozen_modes", "stands_for")
+# what others have registered to be called
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+# what is called instead of the `forward` of the class: no part of a graph
+_FORWARD = frozenset(("forward", "_compiled_call_impl"))
+_STANDS_FOR = "stands_for"
+_ITEMS = ("__len__", "__iter__", "__getitem__", "__contains__", "__reversed__")
+
+
+def _refuse_items(module: nn.Module, *_: Any) -> Any:
+    raise TypeError(
+        f"the items of {type(module).__name__} are not at hand: it has a graph, as a prepared, "
+        "compact or narrow module does, which may call others"
+    )
 
 
 class _Retracer(fx.Tracer):
@@ -41,39 +58,72 @@ class TwoModeModule(fx.GraphModule):
 
     carried: ClassVar[tuple[str, ...]] = ()
     graphs: dict[bool, fx.Graph]
-    stands_for: tuple[type[nn.Module], dict[str, Any]] | None = None
+    replaced: tuple[type[nn.Module], tuple[str, ...]] | None = None
     frozen_modes: frozenset[str] = frozenset()
 
     def __init__(self, root: nn.Module, graphs: dict[bool, fx.Graph], name: str) -> None:
         vars(self)["graphs"] = graphs  # `recompile` asks for them
         super().__init__(root, graphs[root.training], name)
         # adopt the whole root: modules no graph names, aliases, and the original order of keys
-        vars(self).update({kind: copy.copy(vars(root)[kind]) for kind in _STATE})
+        vars(self).update({kind: copy.copy(vars(root)[kind]) for kind in (*_STATE, *_HOOKS)})
 
     def answer_for(self, module: nn.Module) -> None:
-        """Let the methods and plain attributes of `module`, which this stands for, be found here.
+        """Be an instance of the class of `module`, for which this stands, with its attributes.
 
-        The code around a child may use more of it than its `forward`.
+        The code around a child may use more of it than its `forward`, and ask for its class. Its
+        parameters have their names, too, if it is a layer that has another name here.
+
+        Raises:
+            PrepareError: an attribute or method of `module` is called as one of this.
         """
         own = vars(nn.Module())
         plain = {name: value for name, value in vars(module).items() if name not in own}
-        self.stands_for = type(module), plain
+        kinds = [c for c in type(module).__mro__ if issubclass(c, nn.Module)]
+        defined = {name for c in kinds if c not in type(self).__mro__ for name in vars(c)}
+        taken = defined.union(plain).intersection(_TAKEN)
+        if taken:
+            raise PrepareError(
+                f"{type(module).__name__} has an attribute '{min(taken)}', and so does every "
+                "prepared module; give it another name"
+            )
+        for name, parameter in module.named_parameters(recurse=False):
+            self._parameters.setdefault(name, parameter)
+        self._stand_for(type(module), plain)
 
     def answer_like(self, other: "TwoModeModule") -> None:
         """Be found to have what `other` has beyond its graphs."""
-        self.stands_for = copy.deepcopy(other.stands_for)
         self.frozen_modes = other.frozen_modes
-
-    def __getattr__(self, name: str) -> Any:
-        stands_for = vars(self).get("stands_for")
+        vars(self).update({kind: copy.deepcopy(vars(other)[kind]) for kind in _HOOKS})
+        stands_for = other.stands_for()
         if stands_for is not None:
-            kind, plain = stands_for
-            if name in plain:
-                return plain[name]
-            found = inspect.getattr_static(kind, name, None)
-            if hasattr(found, "__get__") and not hasattr(nn.Module, name):
-                return found.__get__(self, kind)
-        return super().__getattr__(name)
+            self._stand_for(*copy.deepcopy(stands_for))
+
+    def stands_for(self) -> tuple[type[nn.Module], dict[str, Any]] | None:
+        """The class of the module that this replaces, and its plain attributes as they are."""
+        if self.replaced is None:
+            return None
+        kind, names = self.replaced
+        return kind, {name: vars(self)[name] for name in names if name in vars(self)}
+
+    def _stand_for(self, kind: type[nn.Module], plain: dict[str, Any]) -> None:
+        names = [name for name in plain if name not in _FORWARD]
+        self.replaced = kind, tuple(names)
+        vars(self).update({name: plain[name] for name in names})
+        own: Any = type(self)  # of this instance alone
+        if issubclass(own, kind) or issubclass(kind, fx.GraphModule):
+            return
+        own.__bases__ = (*own.__bases__, kind)
+        for name in _ITEMS:
+            if hasattr(kind, name):
+                setattr(own, name, _refuse_items)
+
+    def __bool__(self) -> bool:
+        """Always true, as of a module that has no length."""
+        return True
+
+    def extra_repr(self) -> str:
+        """Nothing: the layers that the user's class would describe may be gone."""
+        return ""
 
     def train(self, mode: bool = True) -> Self:
         """Switch every submodule to `mode`, and to the graph of that mode."""
@@ -118,7 +168,7 @@ class TwoModeModule(fx.GraphModule):
             self.graphs[False].owning_module = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        state = {kind: copy.deepcopy(vars(self)[kind], memo) for kind in _STATE}
+        state = {kind: copy.deepcopy(vars(self)[kind], memo) for kind in (*_STATE, *_HOOKS)}
         evaluation = copy.deepcopy(self.graphs[False])
         same = self.graphs[True] is self.graphs[False]
         training = evaluation if same else copy.deepcopy(self.graphs[True])
@@ -136,12 +186,13 @@ class TwoModeModule(fx.GraphModule):
         plain = [fx.GraphModule(self, graph, type(self).__name__) for graph in distinct]
         for graph in distinct:
             graph.owning_module = self
-        state = {kind: vars(self)[kind] for kind in _STATE}
+        state = {kind: vars(self)[kind] for kind in (*_STATE, *_HOOKS)}
         name = type(self).__name__
         return _unpickle, (self._kind(), plain, state, self.training, self._carried(), name)
 
     def _carried(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*self.carried, *_CARRIED)}
+        own = {name: getattr(self, name) for name in (*self.carried, "frozen_modes")}
+        return own | {_STANDS_FOR: self.stands_for()}
 
     @classmethod
     def _kind(cls) -> "type[TwoModeModule]":
@@ -163,8 +214,11 @@ class TwoModeModule(fx.GraphModule):
         kind = cls._kind()
         module = kind.__new__(kind)
         TwoModeModule.__init__(module, root, graphs, name)
+        stands_for = carried.pop(_STANDS_FOR)
         for attribute, value in carried.items():
             setattr(module, attribute, value)
+        if stands_for is not None:
+            module._stand_for(*stands_for)
         return module
 
 
@@ -185,7 +239,7 @@ class PreparedModule(TwoModeModule):
 
     Attributes:
         example_inputs: positional inputs of the shapes the model was prepared for.
-        config: how it was prepared.
+        asked: how it was prepared.
         frozen: names of the layers that keep all their filters and inputs.
         left_alone: the layers that are not gated, and why.
         lines: the line of source that each node of the graphs comes from, where it is known.
@@ -195,14 +249,15 @@ class PreparedModule(TwoModeModule):
         size_facts: what is known of the graph from running it on these.
         samples: how many samples of the whole model the example inputs stand for. A part that
             reads frames, proposals or tokens as a batch may be prepared for a fraction of one.
+        whole: of the first part of a model in parts, the inputs of that model.
     """
 
     carried = (
-        *("example_inputs", "config", "frozen", "left_alone", "lines", "notes", "origin"),
-        *("other_sizes", "size_facts", "samples"),
+        *("asked", "example_inputs", "frozen", "left_alone", "lines", "notes", "origin"),
+        *("other_sizes", "size_facts", "samples", "whole"),
     )
     example_inputs: tuple[Any, ...]
-    config: PrepareConfig
+    asked: PrepareConfig
     frozen: frozenset[str]
     left_alone: dict[str, str]
     lines: dict[str, str]
@@ -211,6 +266,7 @@ class PreparedModule(TwoModeModule):
     samples: float
     other_sizes: tuple[Shapes, ...] = ()
     size_facts: SizeFacts = SizeFacts()
+    whole: Call | None = None
 
 
 class CompactModule(TwoModeModule):
@@ -250,3 +306,12 @@ class NarrowModule(TwoModeModule):
 
     carried = ("origins",)
     origins: dict[str, Any]
+
+
+# names of attributes that mean what they mean here, whatever module one of these replaces
+_TAKEN = frozenset(
+    name
+    for kind in (PreparedModule, CompactModule, NarrowModule)
+    for name in (*dir(kind), *kind.carried, "_graph", "_code", "meta")
+    if not name.startswith("__") and not hasattr(nn.Module, name)
+)

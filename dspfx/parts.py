@@ -6,20 +6,15 @@ children are `PreparedModule`s; every verb works on all of them together. A mode
 whole is its own only part, with an empty name.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dspfx.blueprint import named_tensors
-from dspfx.errors import ConvertError, PrepareError, TraceError
-from dspfx.gates import GATED
-from dspfx.inputs import Call, evaluate, fresh
+from dspfx.errors import ConvertError
 from dspfx.module import CompactModule, NarrowModule, PreparedModule
-from dspfx.parametrised import kind_of
 from dspfx.wrappers import unwrapped
 
 
@@ -93,64 +88,3 @@ def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, A
             yield name, module
             if not name:
                 return
-
-
-def prepare_in_parts(
-    root: nn.Module,
-    calls: Mapping[int, Call],
-    prepare_one: Callable[[nn.Module, str, Call], PreparedModule],
-) -> int:
-    """Replace the largest children of `root` that can be prepared; how many there were.
-
-    Args:
-        root: a private copy; changed in place.
-        calls: what the modules in it are called with, by their `id`. Others are left alone.
-        prepare_one: prepares the child of a name for its inputs.
-    """
-    done: dict[int, PreparedModule | None] = {}
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for name, child in list(module._modules.items()):
-            if child is None:
-                continue
-            path = f"{prefix}{name}"
-            if id(child) not in done:
-                done[id(child)] = _try(child, path, calls.get(id(child)), prepare_one)
-                if done[id(child)] is None:
-                    visit(child, f"{path}.")
-            if done[id(child)] is not None:
-                module._modules[name] = done[id(child)]
-
-    visit(root, "")
-    return sum(part is not None for part in done.values())
-
-
-def _try(
-    child: nn.Module,
-    name: str,
-    inputs: Call | None,
-    prepare_one: Callable[[nn.Module, str, Call], PreparedModule],
-) -> PreparedModule | None:
-    """The child, prepared; None if it was not called, has no layer, or cannot be."""
-    if inputs is None or not any(kind_of(m) in GATED for m in child.modules()):
-        return None
-    try:
-        return prepare_one(child, name, inputs)
-    except (TraceError, PrepareError):
-        return None
-
-
-def first_calls(root: nn.Module, inputs: Call) -> dict[int, Call]:
-    """The first call of every module when `root` is called with `inputs`, by its `id`."""
-    calls: dict[int, Call] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if id(module) not in calls:
-            calls[id(module)] = Call(args, kwargs).map(fresh)
-
-    with ExitStack() as hooks, torch.random.fork_rng(devices=[]):
-        for module in root.modules():
-            handle = module.register_forward_pre_hook(record, with_kwargs=True)
-            hooks.callback(handle.remove)
-        evaluate(root, inputs)
-    return calls

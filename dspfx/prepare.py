@@ -7,13 +7,17 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from dspfx.calls import calls_of
 from dspfx.config import PrepareConfig, matching
+from dspfx.division import Division, copied
 from dspfx.errors import PrepareError, TraceError
+from dspfx.gates import GATED
 from dspfx.gating import Task, gate
 from dspfx.inputs import Call, choose_inputs, samples_of
 from dspfx.module import PreparedModule
-from dspfx.parts import first_calls, prepare_in_parts
+from dspfx.parts import parts_of
 from dspfx.passes.trace import copy_model
+from dspfx.whole import Whole
 
 
 def prepare(
@@ -65,34 +69,40 @@ def _prepared(model: nn.Module, example_inputs: Any, config: PrepareConfig) -> n
     try:
         return gate(root, inputs, task)
     except TraceError as error:
-        in_parts = _in_parts(copy_model(model), inputs, task, error)
+        in_parts = _in_parts(copy_model(model), inputs, task, f"since {error}")
         if in_parts is None:
             raise
         return in_parts
 
 
-def _in_parts(root: nn.Module, inputs: Call, task: Task, error: TraceError) -> nn.Module | None:
-    """`root` with its children prepared; None if none of them can be."""
-    prepared: list[str] = []
+def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module | None:
+    """`root` with its children prepared; None if none of them can be, or only single layers.
 
-    def prepare_one(child: nn.Module, name: str, child_inputs: Call) -> PreparedModule:
+    No channel could leave such a model, and what has to be moved out of it would stay unsaid.
+    """
+    calls = calls_of(root, inputs)
+
+    def prepare_one(child: nn.Module, name: str, call: Call) -> PreparedModule:
         if name in task.opaque:
             raise PrepareError(f"{name} is not to be traced into")
-        own = _for_part(child, child_inputs)
-        # the first part stands for the model where it reads images; later ones read features
-        within = task.within(name, gate_first=bool(prepared))
+        twin = copied(child, root)
+        own = _for_part(twin, call)
+        within = task.within(name, id(child) not in calls.of_inputs, calls.followed)
         # of the batch that it reads, a few stand for all
-        samples = samples_of(inputs) * samples_of(own) / samples_of(child_inputs)
-        part = gate(child, own, replace(within, samples=samples))
+        samples = samples_of(inputs) * samples_of(own) / samples_of(call)
+        part = gate(twin, own, replace(within, samples=samples))
         part.answer_for(child)
-        prepared.append(name)
         return part
 
-    if not prepare_in_parts(root, first_calls(root, inputs), prepare_one):
+    found = Division(root, calls, prepare_one, Whole(root, inputs))
+    if all(isinstance(part, tuple(GATED)) for part in found.parts.values()):
         return None
-    first = root.get_submodule(prepared[0])
-    assert isinstance(first, PreparedModule)
-    first.notes = (*first.notes, f"prepared in parts, {', '.join(prepared)}, since {error}")
+    parts = parts_of(root)
+    first = parts[0].module
+    first.whole = inputs
+    left = (f"left as it is: {name}, since {reason}" for name, reason in found.refused.items())
+    names = ", ".join(part.name for part in parts)
+    first.notes = (*first.notes, f"prepared in parts, {names}, {why}", *left)
     return root
 
 

@@ -137,7 +137,7 @@ class _PrunablePart:
 
     def liveness(self, beta: float) -> Liveness:
         """The liveness at threshold `beta`."""
-        round_to = self.module.config.round_to
+        round_to = self.module.asked.round_to
         reads = {name: layer.reads(beta, round_to) for name, layer in self.layers.items()}
         live = liveness(self.analysis, reads, round_to=round_to)
         if round_to == 1:

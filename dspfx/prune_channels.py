@@ -114,7 +114,7 @@ class _ChannelPart:
 
     def liveness(self, threshold: float) -> Liveness:
         """The liveness where all channels up to `threshold` are gone."""
-        round_to = self.module.config.round_to
+        round_to = self.module.asked.round_to
         gone = classes_gone(self.lost, threshold, self.widths, round_to)
         reads = dict(self.reads)
         for node, op in self.analysis.ops.items():

@@ -47,7 +47,7 @@ class SensitivePart:
 
     def liveness(self, threshold: float) -> Liveness:
         """The liveness where all that comes before `threshold` in the order is gone."""
-        round_to = self.module.config.round_to
+        round_to = self.module.asked.round_to
         gone = classes_gone(self.lost, threshold, self.widths, round_to)
         reads = {name: layer.reads(threshold, round_to) for name, layer in self.layers.items()}
         for node, op in self.analysis.ops.items():

@@ -46,6 +46,7 @@ def plan_gates(
     kinds: tuple[type[nn.Module], ...],
     frozen: frozenset[str],
     gate_first: bool,
+    followed: frozenset[str] = frozenset(),
 ) -> GatePlan:
     """Choose the layers and norms of `root` to gate; changes nothing.
 
@@ -55,12 +56,13 @@ def plan_gates(
         kinds: the types of layers to gate, all of `GATED` or some.
         frozen: the layers that keep all their filters and inputs.
         gate_first: whether layers that read the inputs directly are gated too.
+        followed: linear layers that others follow outside of the graph.
     """
     left_alone: dict[str, str] = {}
     layers: dict[str, int] = {}
     norms: dict[tuple[str, int], tuple[int, int]] = {}
     calls: dict[str, list[str]] = defaultdict(list)
-    last = _last_linear_layers(root, analysis)
+    last = _last_linear_layers(root, analysis) - followed
     for node, op in analysis.ops.items():
         if node.op != "call_module":
             continue

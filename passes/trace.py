@@ -50,14 +50,14 @@ class Traced:
     lines: dict[str, str]
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A private copy of `model`.
+def copy_model(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
+    """A private copy of `model`, but for what is `shared` by its `id`.
 
     Raises:
         TraceError: it cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, shared)
     except Exception as error:
         computed = ((name, why_computed(module)) for name, module in model.named_modules())
         of_hook = next((f": of '{name}', {why}" for name, why in computed if why), "")

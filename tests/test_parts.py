@@ -79,11 +79,13 @@ def test_parts_are_prepared_in_place() -> None:
     assert type(prepared) is Detector
     assert isinstance(prepared.backbone, dspfx.PreparedModule)
     assert isinstance(prepared.head, dspfx.PreparedModule)
-    assert list(gated_layers(prepared)) == ["backbone.2", "head.conv", "head.out", "refine.0"][:3]
+    assert list(gated_layers(prepared)) == [
+        *("backbone.2", "head.conv", "head.out", "refine.0.gated")
+    ]
     assert [k for k in prepared.state_dict() if "gate" not in k] == list(model.state_dict())
     assert_equal(model(IMAGES), prepared(IMAGES), tolerance=0)
     report = " ".join(str(dspfx.report(prepared)).split())
-    assert "prepared in parts, backbone, head, since Detector cannot be traced" in report
+    assert "prepared in parts, backbone, head, refine.0, since Detector cannot be traced" in report
     assert "depends on the values" in report
 
 
@@ -93,10 +95,12 @@ def test_ignored_and_opaque_parts_are_left_alone() -> None:
     assert list(gated_layers(dspfx.prepare(model, (IMAGES,), config=ignoring))) == [
         "backbone.2",
         "head.out",
+        "refine.0.gated",
     ]
     opaque = dspfx.prepare(model, (IMAGES,), config=dspfx.PrepareConfig(opaque=("backbone",)))
     assert not isinstance(opaque.backbone, dspfx.PreparedModule)
-    assert list(gated_layers(opaque)) == ["head.out"]  # now the head comes first
+    # what the head reads is computed by the backbone, prepared or not
+    assert list(gated_layers(opaque)) == ["head.conv", "head.out", "refine.0.gated"]
 
 
 def test_every_verb_works_on_all_parts() -> None:
@@ -117,6 +121,7 @@ def test_every_verb_works_on_all_parts() -> None:
         "backbone.2",
         "head.conv",
         "head.out",
+        "refine.0.gated",
     }
     for twin in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
         assert_equal(prepared(IMAGES), twin(IMAGES), tolerance=0)
