@@ -1,18 +1,19 @@
 """Which children of a model become parts of it: the largest that can be, and that nobody misses.
 
-1. Of the children that are called, the largest that can be prepared are; inside of the others, the
-   largest of theirs.
+1. Of the children that are called, the largest that can be prepared are; inside of the others, and
+   of those that hide more of their layers than they show, the largest of theirs.
 2. All of them are exchanged, and the model is compared with what it was (`whole`). Where it
    differs, halves of them are tried, down to single ones: those that make a difference stay as they
    were, and parts are looked for inside them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from dspfx.calls import Calls
+from dspfx.calls import Calls, has_weight
 from dspfx.errors import PrepareError, TraceError
+from dspfx.gates import gated_layers
 from dspfx.inputs import Call
 from dspfx.module import PreparedModule
 from dspfx.passes.trace import copy_model
@@ -61,7 +62,12 @@ class Division:
                 continue
             self._tried.add(id(child))
             part = self._try(child, path)
-            found |= {path: part} if part is not None else self._inside(child, f"{path}.")
+            inside = {}
+            if part is None or hides_most(part):
+                inside = self._inside(child, f"{path}.")
+            if part is not None and gated_in(part) >= sum(map(gated_in, inside.values())):
+                inside = {path: part}
+            found |= inside
         return found
 
     def _try(self, child: nn.Module, name: str) -> PreparedModule | None:
@@ -107,6 +113,21 @@ class Division:
                 f"with the same inputs differ: {different}; draw random numbers with torch, or "
                 "move what it remembers out of 'forward'"
             )
+
+
+def hides_most(part: PreparedModule) -> bool:
+    """Whether the modules that `part` calls untraced have more weights than its gated layers."""
+    return _weights(part.get_submodule(name) for name in part.untraced) > gated_in(part)
+
+
+def gated_in(module: nn.Module) -> int:
+    """The elements of the gated layers of `module`."""
+    return _weights(gated_layers(module).values())
+
+
+def _weights(modules: Iterable[nn.Module]) -> int:
+    layers = {layer for module in modules for layer in module.modules() if has_weight(layer)}
+    return sum(p.numel() for layer in layers for p in layer.parameters())
 
 
 def copied(child: nn.Module, root: nn.Module) -> nn.Module:

@@ -108,7 +108,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.recompile()
-    prepared.left_alone = plan.left_alone
+    prepared.left_alone, prepared.untraced = plan.left_alone, tuple(traced.opaque)
     prepared.notes += tuple(
         f"opaque, since it cannot be traced: {child}: {why}" for child, why in traced.opaque.items()
     )

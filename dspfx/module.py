@@ -249,12 +249,13 @@ class PreparedModule(TwoModeModule):
         size_facts: what is known of the graph from running it on these.
         samples: how many samples of the whole model the example inputs stand for. A part that
             reads frames, proposals or tokens as a batch may be prepared for a fraction of one.
+        untraced: the modules inside that could not be traced, and are called whole.
         whole: of the first part of a model in parts, the inputs of that model.
     """
 
     carried = (
         *("asked", "example_inputs", "frozen", "left_alone", "lines", "notes", "origin"),
-        *("other_sizes", "size_facts", "samples", "whole"),
+        *("other_sizes", "size_facts", "samples", "untraced", "whole"),
     )
     example_inputs: tuple[Any, ...]
     asked: PrepareConfig
@@ -266,6 +267,7 @@ class PreparedModule(TwoModeModule):
     samples: float
     other_sizes: tuple[Shapes, ...] = ()
     size_facts: SizeFacts = SizeFacts()
+    untraced: tuple[str, ...] = ()
     whole: Call | None = None
 
 

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from dspfx.calls import calls_of
 from dspfx.config import PrepareConfig, matching
-from dspfx.division import Division, copied
+from dspfx.division import Division, copied, gated_in, hides_most
 from dspfx.errors import PrepareError, TraceError
 from dspfx.gates import GATED
 from dspfx.gating import Task, gate
@@ -38,8 +38,8 @@ def prepare(
     Returns:
         A `PreparedModule`, which is a `GraphModule`, in the model's mode, for the user's own
         training loop. A model whose own code has no graph, since what it does depends on the
-        values of its tensors, comes back as a copy of the user's class in which the largest
-        children that have one are `PreparedModule`s.
+        values of its tensors, or one most of which is in children without, comes back as a copy
+        of the user's class in which the largest modules that have one are `PreparedModule`s.
 
     Raises:
         TraceError: neither the model nor any child with a layer to prune has a graph; the
@@ -67,12 +67,18 @@ def _prepared(model: nn.Module, example_inputs: Any, config: PrepareConfig) -> n
     inputs, notes = choose_inputs(root, example_inputs)
     task = Task(config, frozen, opaque, notes=notes)
     try:
-        return gate(root, inputs, task)
-    except TraceError as error:
+        whole = gate(root, inputs, task)
+    except (TraceError, PrepareError) as error:
         in_parts = _in_parts(copy_model(model), inputs, task, f"since {error}")
         if in_parts is None:
             raise
         return in_parts
+    if not hides_most(whole):
+        return whole
+    names = ", ".join(whole.untraced)
+    why = f"since most of it is in modules that are no part of a graph of the whole: {names}"
+    in_parts = _in_parts(copy_model(model), inputs, task, why)
+    return whole if in_parts is None or gated_in(in_parts) <= gated_in(whole) else in_parts
 
 
 def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module | None:

@@ -39,7 +39,7 @@ def reopened(
         name: ReadLists.masked(mixes[name], mask & gates[name].mask.cpu().numpy())
         for name, mask in masks.items()
     }
-    return liveness(analysis, reads, round_to=module.config.round_to)
+    return liveness(analysis, reads, round_to=module.asked.round_to)
 
 
 def _emitted(op: Mix, layer: LayerPlan) -> BoolArray:

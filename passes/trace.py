@@ -2,7 +2,8 @@
 
 1. The model is copied by `copy_model`; the original is only read.
 2. The copy is traced with example inputs at hand, so that its code may count, compare and iterate
-   over shapes (`concrete_tracer`). A submodule that cannot be traced becomes an opaque leaf.
+   over shapes (`concrete_tracer`). A submodule that cannot be traced becomes an opaque leaf, and so
+   does one that hooks were registered on: they are never called with proxies.
 3. It is traced twice, in evaluation and in training mode, since `self.training` is a constant
    to the tracer: a functional dropout or an auxiliary head exists in one mode only. Where the
    two graphs agree there is one graph.
@@ -84,7 +85,8 @@ def trace(
     Raises:
         TraceError: the code of the root itself cannot be traced; the message names the place.
     """
-    failed: dict[str, str] = {}
+    hooked = _hooked(root, ConcreteTracer(inputs, opaque, leaves))
+    failed = dict(hooked)
 
     def trace_in(mode: bool) -> fx.Graph:
         root.train(mode)
@@ -106,8 +108,21 @@ def trace(
     for graph in set(graphs.values()):
         _write_inputs(graph, _follow_writes(graph, root))
         graph.lint()
+    called = {n.target for g in graphs.values() for n in g.find_nodes(op="call_module")}
+    failed = {name: why for name, why in failed.items() if name in called or name not in hooked}
     lines = {n.name: n.meta[LINE] for g in graphs.values() for n in g.nodes if LINE in n.meta}
     return Traced(graphs[False], graphs[True], failed, lines)
+
+
+def _hooked(root: nn.Module, tracer: ConcreteTracer) -> dict[str, str]:
+    """The modules that `tracer` would enter, though hooks are to see the values there."""
+    why = "a hook was registered on it, which is called with values as before"
+    return {
+        name: why
+        for name, module in root.named_modules()
+        if name and (module._forward_hooks or module._forward_pre_hooks)
+        if not tracer.is_leaf_module(module, name)
+    }
 
 
 def _trace_graph(
