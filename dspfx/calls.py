@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dspfx.gates import GATED
 from dspfx.inputs import Call, evaluate, fresh, run
+from dspfx.kept import of_python
 from dspfx.passes.patched import checkpoints_run_once
 from dspfx.trees import leaves, map_leaves
 
@@ -81,7 +82,7 @@ def _watch(root: nn.Module, inputs: Call, calls: Calls) -> None:
             ran.append(id(module))
 
     with ExitStack() as hooks, torch.random.fork_rng(devices=[]):
-        for module in root.modules():
+        for module in of_python(root):
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
             hooks.callback(handle.remove)
             hooks.callback(module.register_forward_hook(after, always_call=True).remove)
@@ -140,7 +141,7 @@ def _followed(root: nn.Module, inputs: Call) -> frozenset[str]:
         return map_leaves(with_gradient, outputs)
 
     with ExitStack() as hooks, checkpoints_run_once():
-        for module in filter(has_weight, root.modules()):
+        for module in filter(has_weight, of_python(root)):
             handle = module.register_forward_pre_hook(look, with_kwargs=True)
             hooks.callback(handle.remove)
             if id(module) in names:

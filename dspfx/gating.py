@@ -24,6 +24,7 @@ from dspfx.passes.randomness import generators_kept
 from dspfx.passes.sizes import Shapes, fix_sizes, other_sizes, resized, shapes_of
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
+from dspfx.rebuilt import refuse_rebuilding
 from dspfx.single import names_inside
 from dspfx.training_pass import Results, difference, rounding_errors, training_pass
 from dspfx.trees import leaves, map_leaves, structure
@@ -108,6 +109,7 @@ def gate(root: nn.Module, call: Call, task: Task, *, prove: bool = True) -> Prep
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.recompile()
+    refuse_rebuilding(_entered(prepared))
     prepared.left_alone, prepared.untraced = plan.left_alone, tuple(traced.opaque)
     prepared.notes += tuple(
         f"opaque, since it cannot be traced: {child}: {why}" for child, why in traced.opaque.items()
@@ -119,6 +121,14 @@ def _of_computed(prepared: nn.Module) -> str:
     """What to do about the first layer that a hook keeps from being gated, if there is one."""
     reasons = ((name, why_computed(module)) for name, module in prepared.named_modules())
     return next((f"; of '{name}', {why}" for name, why in reasons if why), "")
+
+
+def _entered(prepared: PreparedModule) -> list[nn.Module]:
+    """The modules inside `prepared` that its graphs do not call, since they were traced into."""
+    graphs = prepared.graphs.values()
+    names = {str(node.target) for g in graphs for node in g.find_nodes(op="call_module")}
+    called = {inner for name in names for inner in prepared.get_submodule(name).modules()}
+    return [module for module in prepared.modules() if module not in {*called, prepared}]
 
 
 def analyse_prepared(prepared: PreparedModule) -> ChannelAnalysis:

@@ -45,7 +45,7 @@ from dspfx.modes import put_all
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.parts import compact_parts_of, parts_of
 from dspfx.passes.operators import Key, Rule
-from dspfx.passes.trace import copy_model
+from dspfx.rebuilt import plain_copy
 from dspfx.records import from_json
 from dspfx.save import ORIGINAL, Plan
 from dspfx.settings import other_setting, settings
@@ -102,7 +102,7 @@ def load(
 def _built(
     model: nn.Module, plan: Plan, tensors: dict[str, Tensor], rules: Mapping[Key, Rule]
 ) -> nn.Module:
-    root = _prepared(copy_model(model), plan.parts, rules)
+    root = _prepared(plain_copy(model), plan.parts, rules)
     compact = any(part.compaction is not None for part in plan.parts)
     if compact:
         root = _compacted(root, plan.parts, tensors)

@@ -20,6 +20,7 @@ from dspfx.inputs import Call
 from dspfx.origin import Origin
 from dspfx.passes.agreement import SizeFacts
 from dspfx.passes.sizes import Shapes
+from dspfx.rebuilt import REBUILDING, refuse
 
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -113,9 +114,9 @@ class TwoModeModule(fx.GraphModule):
         if issubclass(own, kind) or issubclass(kind, fx.GraphModule):
             return
         own.__bases__ = (*own.__bases__, kind)
-        for name in _ITEMS:
+        for name in (*_ITEMS, *REBUILDING):
             if hasattr(kind, name):
-                setattr(own, name, _refuse_items)
+                setattr(own, name, _refuse_items if name in _ITEMS else refuse)
 
     def __bool__(self) -> bool:
         """Always true, as of a module that has no length."""

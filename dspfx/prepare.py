@@ -16,7 +16,7 @@ from dspfx.gating import Task, gate
 from dspfx.inputs import Call, choose_inputs, samples_of
 from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
-from dspfx.passes.trace import copy_model
+from dspfx.rebuilt import check_written, forms_inside, plain_copy
 from dspfx.whole import Whole
 
 
@@ -45,7 +45,7 @@ def prepare(
         TraceError: neither the model nor any child with a layer to prune has a graph; the
             message names the place.
         PrepareError: the example inputs do not fit, no layer can be gated, a pattern of
-            `config` matches nothing, or a weight is not finite.
+            `config` matches nothing, a weight is not finite, or the model is scripted or exported.
     """
     config = config or PrepareConfig()
     if not isinstance(model, nn.Module) or not isinstance(config, PrepareConfig):
@@ -55,29 +55,33 @@ def prepare(
         )
     if any(isinstance(module, PreparedModule) for module in model.modules()):
         raise PrepareError("this model is prepared already; prepare the original one")
+    check_written(model)
     _check_weights(model)
     with torch.inference_mode(mode=False):  # or what is prepared could not learn apart from it
         return _prepared(model, example_inputs, config)
 
 
 def _prepared(model: nn.Module, example_inputs: Any, config: PrepareConfig) -> nn.Module:
-    root = copy_model(model)
+    root = plain_copy(model)
     frozen = matching(root, config.ignore, "ignore")
     opaque = matching(root, config.opaque, "opaque")
     inputs, notes = choose_inputs(root, example_inputs)
-    task = Task(config, frozen, opaque, notes=notes)
+    forms = forms_inside(root)
+    task = Task(config, frozen, opaque, notes=(*notes, *forms))
     try:
         whole = gate(root, inputs, task)
     except (TraceError, PrepareError) as error:
-        in_parts = _in_parts(copy_model(model), inputs, task, f"since {error}")
-        if in_parts is None:
+        in_parts = _in_parts(plain_copy(model), inputs, task, f"since {error}")
+        if in_parts is not None:
+            return in_parts
+        if not forms:
             raise
-        return in_parts
+        raise type(error)("; ".join((str(error), *forms))) from error
     if not hides_most(whole):
         return whole
     names = ", ".join(whole.untraced)
     why = f"since most of it is in modules that are no part of a graph of the whole: {names}"
-    in_parts = _in_parts(copy_model(model), inputs, task, why)
+    in_parts = _in_parts(plain_copy(model), inputs, task, why)
     return whole if in_parts is None or gated_in(in_parts) <= gated_in(whole) else in_parts
 
 

@@ -4,6 +4,7 @@ That code has no graph. It may ask a part for its class, for a layer inside, or 
 in its place; so the model is run with the parts exchanged.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from dspfx.kept import state_kept
 from dspfx.modes import modes_kept, put_all
 from dspfx.parts import Part
 from dspfx.passes.randomness import drawing_anew
-from dspfx.training_pass import difference, training_pass
+from dspfx.training_pass import difference, rounding_errors, training_pass
 from dspfx.trees import leaves, structure
 
 
@@ -31,6 +32,7 @@ class Whole:
     def __init__(self, root: nn.Module, inputs: Call) -> None:
         self.inputs = inputs
         self.expected, self.trained = evaluate(root, inputs), training_pass(root, inputs)
+        self.reference = None if self.trained is None else copy.deepcopy(root)
 
     def difference(self, root: nn.Module, parts: Collection[nn.Module]) -> str | None:
         """What `root`, in which `parts` were exchanged, does that it did not do; None if nothing.
@@ -59,6 +61,9 @@ class Whole:
         if trained is None:
             return "it cannot be trained"
         different = difference(self.trained, trained)
+        if different is not None and self.reference is not None:  # perhaps by rounding alone
+            errors = rounding_errors(self.reference, self.inputs)
+            different = difference(self.trained, trained, errors)
         return None if different is None else f"{different} is another in training"
 
 
