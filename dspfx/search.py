@@ -217,7 +217,7 @@ class _Search:
 
     def reopened(self, found: Candidate) -> Candidate:
         """`found` with masks that leave out nothing that is emitted anyway, if that is counted."""
-        rounded = any(part.module.config.round_to > 1 for part in self.parts)
+        rounded = any(part.module.asked.round_to > 1 for part in self.parts)
         if rounded or self.budget.count == "masks" or self.budget.latency is not None:
             return found
         more = self._candidate(
