@@ -85,7 +85,7 @@ class ConcreteTracer(fx.Tracer):
                 torch.enable_grad(),
                 torch.random.fork_rng(devices=[]),
                 generators_kept(),
-                patched(self._call, root.training, recording=lambda: not self.executing),
+                patched(self._call, self._call_method, root.training, lambda: not self.executing),
                 self._nothing_drawn(),
             ):
                 graph = self.trace(root)
@@ -168,6 +168,9 @@ class ConcreteTracer(fx.Tracer):
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.create_proxy("call_function", function, args, kwargs)
+
+    def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self.create_proxy("call_method", name, args, kwargs)
 
     def _as_leaf(self, function: Callable[[Any], Any], given: Any) -> Any:
         """What `function` makes of the values of what it is given; nothing in it is traced."""

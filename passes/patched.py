@@ -23,6 +23,8 @@ FACTORIES = (
     *("arange", "zeros", "ones", "full", "empty", "linspace", "eye"),
     *("tensor", "as_tensor", "finfo", "iinfo"),
 )
+# methods that do not tell fx of a proxy among their sizes, of a tensor that is none
+METHODS = ("expand", "roll", "new_zeros", "new_ones", "new_empty")
 # of numbers alone they are values too, but other ones in every call
 RANDOM = ("rand", "randn", "randint", "randperm", "normal")
 # what surrounds a checkpointed call that is not reentrant; torch has no public name for it
@@ -35,11 +37,17 @@ _call_script: Any = torch.jit.ScriptFunction.__call__
 _IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
 
 
-def patched(call: Callable[..., Any], training: bool, recording: Callable[[], bool]) -> ExitStack:
+def patched(
+    call: Callable[..., Any],
+    call_method: Callable[..., Any],
+    training: bool,
+    recording: Callable[[], bool],
+) -> ExitStack:
     """Exchange it, until the result is closed.
 
     Args:
         call: makes a traced call of a function.
+        call_method: makes a traced call of the method of a name.
         training: whether the model is in training; else code that asks is told that there are no
             gradients, as where the model is tried.
         recording: whether calls are traced now.
@@ -56,7 +64,15 @@ def patched(call: Callable[..., Any], training: bool, recording: Callable[[], bo
         record = recording if name in RANDOM else lambda: False
         factory = _noticing(getattr(torch, name), call, record)
         stack.enter_context(mock.patch.object(torch, name, factory))
+    for name in METHODS:
+        method = getattr(torch.Tensor, name)
+        noticing = _noticing(method, _by_name(name, call_method), lambda: False)
+        stack.enter_context(mock.patch.object(torch.Tensor, name, noticing))
     return stack
+
+
+def _by_name(name: str, call_method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda _, *args, **kwargs: call_method(name, *args, **kwargs)
 
 
 def checkpoints_run_once() -> ExitStack:

@@ -271,6 +271,25 @@ class Mirrored(nn.Module):
         return torch.maximum(self.body(x), self.body(x.flip(3)).flip(3))
 
 
+class Overwrites(nn.Module):
+    """In-place arithmetic on a value, on what the step is given, and by way of a view."""
+
+    def __init__(self, c: int, how: str) -> None:
+        super().__init__()
+        self.conv, self.how = ConvNorm(c, c, act=""), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "view":  # an opaque leaf
+            x = x.clone()
+            x.flatten(2)[:, :1] *= 2
+        elif self.how == "given":
+            x.mul_(0.5)
+        y = z = self.conv(x)
+        z += x
+        z *= 1.5
+        return F.leaky_relu(y, 0.2, inplace=True)
+
+
 class Attention(nn.Module):
     """Every channel scaled by a vector, every position by a map."""
 
@@ -489,6 +508,10 @@ def _tokens(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return Tokens(c, draw(WIDTH), draw(st.sampled_from(["linear", "spelt", "fused"]))), c, size
 
 
+def _overwrites(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return Overwrites(c, draw(st.sampled_from(["value", "given", "view"]))), c, size
+
+
 def _parametric(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return nn.PReLU(c if draw(FLAG) else 1), c, size
 
@@ -519,6 +542,7 @@ STEPS = {
     "group norm": _group_norm,
     "instance": _instance_norm,
     "prelu": _parametric,
+    "overwrites": _overwrites,
     "along": _along,
     "tokens": _tokens,
 }

@@ -193,3 +193,18 @@ def test_pools_of_images_that_take_the_batch_for_channels_mix_positions(pool: nn
     """Of `[N, C, L]` they see N channels, images of C by L."""
     model = Convs(lambda self, y: self.pool(y.flatten(2)).unflatten(2, y.shape[2:]), pool=pool)
     assert_prunes(model, LARGER[:2])
+
+
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "expand": lambda y: torch.ones(1, 16, 1, 1).expand(y.shape[0], -1, -1, -1),
+    "expand to numbers": lambda y: torch.arange(16.0)[:, None, None].expand(16, y.shape[2], 1),
+    "roll": lambda y: torch.arange(16.0)[:, None, None].roll(y.shape[2] // 8, 0),
+    "new": lambda y: torch.ones(1).new_ones(y.shape[0], 16, 1, y.shape[3]),
+    "zeros": lambda y: torch.ones(1).new_zeros(y.shape[2], 1),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_tensors_that_code_makes_take_sizes(kind: str) -> None:
+    """Torch took a size for something else where the tensor itself was no traced one."""
+    assert_prunes(Convs(lambda self, y: y * MADE[kind](y).to(y.dtype)), LARGER)
