@@ -7,6 +7,8 @@ unread. Every operator wants its operands aligned to certain lists of channels:
    filters are ordered as the layout wants, and the form is the one that the cost model prefers of
    those that have no more weights than the original layer.
    Calls of one layer that keep the same have the form of the first of them: they share weights.
+   Where those that do not would have more weights together than the layer had, all calls have the
+   form of what any of them keeps, and fold no norm.
 2. A channelwise operator takes its input as it is, plus channels that are zero before it and a
    constant after it. A depthwise convolution takes only what is kept.
 3. An elementwise operator aligns its operands to the longest of them, without what is not kept.
@@ -29,7 +31,7 @@ from dspfx.passes import operators
 from dspfx.passes.cost_model import CostModel
 from dspfx.passes.layout import geometry, layout
 from dspfx.passes.liveness import Liveness
-from dspfx.passes.lowering import Group, Lowering, forms, groups_of
+from dspfx.passes.lowering import Group, Lowering, forms, groups_of, weights
 from dspfx.passes.values import (
     BoolArray,
     ChannelAnalysis,
@@ -112,10 +114,10 @@ def plan(
         model: decides about the forms.
         fold: norms may disappear into layers; training needs them.
     """
-    planner = _Planner(root, analysis, live, model, fold)
-    for node, op in analysis.ops.items():
-        if node in live.kept:
-            planner.place(node, op)
+    planner = _planned(_Planner(root, analysis, live, model, fold))
+    grown = _grown(analysis, planner.layers)
+    if grown:
+        planner = _planned(_Planner(root, analysis, live, model, fold, grown))
     return CompactionPlan(
         planner.order,
         planner.wants,
@@ -123,6 +125,25 @@ def plan(
         frozenset(p.norm for p in planner.layers.values() if p.norm is not None),
         live.skipped,
     )
+
+
+def _planned(planner: "_Planner") -> "_Planner":
+    for node, op in planner.analysis.ops.items():
+        if node in planner.live.kept:
+            planner.place(node, op)
+    return planner
+
+
+def _grown(analysis: ChannelAnalysis, layers: dict[Node, LayerPlan]) -> frozenset[str]:
+    """The layers whose calls have more weights together than the layer had."""
+    dense: dict[str, int] = {}
+    forms: dict[str, dict[object, int]] = defaultdict(dict)
+    for node, layer in layers.items():
+        op = analysis.ops[node]
+        assert isinstance(op, Mix)
+        dense[op.layer] = op.filters * op.channels // op.structural_groups
+        forms[op.layer][layer.key] = weights(layer.lowering)
+    return frozenset(name for name, own in forms.items() if sum(own.values()) > dense[name])
 
 
 class _Planner:
@@ -133,9 +154,11 @@ class _Planner:
         live: Liveness,
         model: CostModel,
         fold: bool,
+        joint: frozenset[str] = frozenset(),
     ) -> None:
         self.root = root
         self.fold = fold
+        self.joint = joint  # layers whose calls are all emitted alike
         self.analysis = analysis
         self.live = live
         self.model = model
@@ -176,11 +199,15 @@ class _Planner:
         self.order[node], self.wants[node] = order, wants
 
     def _place_layer(self, node: Node, op: Mix, kept: BoolArray) -> None:
-        inputs = np.arange(op.channels) if op.restored else self.held(op.operands[0])
-        filters = np.flatnonzero(kept)
-        classes = self.analysis.class_of(node)[filters]
-        filters = filters[np.argsort(self.place_of[classes], kind="stable")]
-        live, row = self.live.reads_live(node, op)[:, inputs], self.live.reads[op.layer].row
+        if op.layer in self.joint:
+            filters, inputs, reads = self._of_all_calls(op.layer)
+        else:
+            inputs = np.arange(op.channels) if op.restored else self.held(op.operands[0])
+            filters = np.flatnonzero(kept)
+            classes = self.analysis.class_of(node)[filters]
+            filters = filters[np.argsort(self.place_of[classes], kind="stable")]
+            reads = self.live.reads_live(node, op)
+        live, row = reads[:, inputs], self.live.reads[op.layer].row
         groups = groups_of(np.arange(len(filters)), row[filters], live)
         family = filters // (op.filters // op.structural_groups)
         families = [int(family[group.filters[0]]) for group in groups]
@@ -192,9 +219,23 @@ class _Planner:
             most = op.filters * op.channels // op.structural_groups
             self.lowerings[called] = min(forms(groups, families, grouping, most), key=seconds)
         lowering = self.lowerings[called]
-        norm = self._norm_to_fold(node, kept)
+        norm = None if op.layer in self.joint else self._norm_to_fold(node, kept)
         self.layers[node] = LayerPlan(tuple(groups), lowering, filters, inputs, norm)
         self._set(node, filters, (None if op.restored else inputs,))
+
+    def _of_all_calls(self, layer: str) -> tuple[IntArray, IntArray, BoolArray]:
+        """The filters that any call keeps, the inputs that any holds, and what is read of these."""
+        calls = [
+            (node, op)
+            for node, op in self.analysis.ops.items()
+            if isinstance(op, Mix) and op.layer == layer and node in self.live.kept
+        ]
+        every = np.ones(calls[0][1].channels, bool)
+        kept = [self.live.kept[node] for node, _ in calls]
+        held = [every if op.restored else self.live.kept[op.operands[0]] for _, op in calls]
+        reads = [self.live.reads_live(node, op) for node, op in calls]
+        filters, inputs = (np.flatnonzero(any_along(np.stack(own), 0)) for own in (kept, held))
+        return filters, inputs, any_along(np.stack(reads), 0)
 
     def _norm_to_fold(self, node: Node, kept: BoolArray) -> Node | None:
         readers = [r for r in self.readers[node] if not isinstance(self.analysis.ops[r], Query)]

@@ -286,18 +286,19 @@ def test_calls_that_are_left_alike_share_one_module(tmp_path: Path) -> None:
     assert_equal(compact(x), dspfx.load(tmp_path / "compact.dspfx", Pyramid().double())(x), 0)
 
 
-def test_calls_that_keep_other_channels_do_not() -> None:
-    """The second stem has no second half, so that the head reads less there."""
+@pytest.mark.parametrize(("first_reads", "emitted"), [(8, [8, 8]), (16, [16])])
+def test_calls_that_keep_other_channels_do_not(first_reads: int, emitted: list[int]) -> None:
+    """The stems have different halves, so that the head reads less; not if that makes it larger."""
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     prepared = dspfx.prepare(randomise(Pyramid()).double(), x)
-    mask = dspfx.get_masks(prepared)["stems.1"]
-    mask[8:] = False
-    dspfx.set_masks(prepared, {"stems.1": mask})
+    masks = {name: dspfx.get_masks(prepared)[name] for name in ("stems.0", "stems.1")}
+    masks["stems.0"][: 16 - first_reads] = False
+    masks["stems.1"][8:] = False
+    dspfx.set_masks(prepared, masks)
     compact = dspfx.convert(prepared)
     assert_equal(prepared.eval()(x), compact(x))
-    first = (n for n in compact.graph.nodes if str(n.target).startswith("head.0"))
-    layers = [compact.get_submodule(str(node.target)) for node in first]
-    assert [layer.weight.shape[1] for layer in layers] == [16, 8]
+    first = {str(n.target) for n in compact.graph.nodes if str(n.target).startswith("head.0")}
+    assert [compact.get_submodule(name).weight.shape[1] for name in sorted(first)] == emitted
 
 
 def test_a_wrong_plan_is_caught_and_located(monkeypatch: pytest.MonkeyPatch) -> None:

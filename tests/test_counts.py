@@ -15,7 +15,7 @@ import dspfx
 from dspfx import Budget
 from dspfx.errors import BudgetError
 from dspfx.passes.cost_model import CPU
-from helpers import macs, random_masks
+from helpers import assert_equal, macs, random_masks, randomise
 from random_networks import MaskRecipe, mask_recipes, networks
 
 
@@ -136,3 +136,38 @@ def test_errors_of_budgets_name_the_layers_that_hold_the_rest() -> None:
         prepared = dspfx.prepare(model, torch.randn(2, 3, 8, 8), config=config)
         with pytest.raises(BudgetError, match=r"not gated hold \d+\.\d+%: 1 \(\d+"):
             dspfx.prune(prepared, Budget(**{kind: 0.1}))
+
+
+class Shared(nn.Module):
+    """One layer for two streams, perhaps each with a norm of its own behind it."""
+
+    def __init__(self, norms: bool) -> None:
+        super().__init__()
+        self.stems = nn.ModuleList(nn.Conv2d(3, 12, 1) for _ in range(2))
+        self.sides = nn.ModuleList(nn.Conv2d(12, 16, 1) for _ in range(2))
+        self.shared = nn.Conv2d(16, 16, 3, bias=not norms)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) if norms else nn.ReLU() for _ in range(2))
+        self.outs = nn.ModuleList(nn.Conv2d(16, 4, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        streams = zip(self.stems, self.sides, self.norms, self.outs, strict=True)
+        return [out(norm(self.shared(side(stem(x))))) for stem, side, norm, out in streams]
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_layer_that_is_called_twice_is_not_emitted_as_more_than_it_was(norms: bool) -> None:
+    torch.manual_seed(0)
+    model = randomise(Shared(norms)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    prepared = dspfx.prepare(model, x)
+    masks = dspfx.get_masks(prepared)
+    masks["sides.0"][:4] = False
+    masks["sides.1"][12:] = False
+    dspfx.set_masks(prepared, {name: masks[name] for name in ("sides.0", "sides.1")})
+    compact = dspfx.convert(prepared)
+    found = dspfx.report(compact)
+    assert found.emitted.parameters == sum(p.numel() for p in compact.parameters())
+    assert found.emitted.parameters <= found.before.parameters
+    assert macs(compact, x) == found.emitted.macs <= found.before.macs
+    assert_equal(prepared(x), compact(x))
+    assert_equal(prepared(x[:, :, :5]), compact(x[:, :, :5]))
