@@ -13,7 +13,7 @@ Forward, `zero[v][c]` (lattice: zero < unknown):
 Backward, `kept[v][c] = needed and not zero`:
 6. A kept filter needs the live channels that it reads; other operators need the channels their
    kept channels are made of; an opaque operator and the outputs of the model need every channel.
-7. A value that somebody needs the shape of, but all of whose channels are zero, keeps one.
+7. A value that something needed asks the shape of, but all of whose channels are zero, keeps one.
 8. Widths that shall be multiples of n are rounded up with channels that are not zero; of a layer
    with groups of its own, those of the groups, to the widest.
 """
@@ -231,11 +231,21 @@ class _Backward:
     def run(self) -> Liveness:
         for node, op in reversed(self.analysis.ops.items()):
             if isinstance(op, Query):
-                if op.constant is None:
+                if op.constant is None and self._is_used(node):
                     self._demand(op.operands[0], None)
             elif node in self.demanded or node.op == "placeholder" or is_wanted(node, op):
                 self._need_operands(node, op, self._keep(node, op))
         return self.result
+
+    def _is_used(self, node: Node) -> bool:
+        """Whether the size, or what follows from it, is given to anything that is needed."""
+        for user in node.users:
+            plain = user not in self.analysis.ops or isinstance(self.analysis.ops[user], Query)
+            if user in self.demanded or user.op == "output" or (plain and not user.users):
+                return True
+            if plain and self._is_used(user):
+                return True
+        return False
 
     def _keep(self, node: Node, op: Op) -> BoolArray:
         zero = self.result.zero.get(node, np.zeros(0, bool))
