@@ -20,7 +20,7 @@ from dspfx.parametrised import why_computed
 from dspfx.passes.agreement import SizeFacts, agree
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
-from dspfx.passes.randomness import generators_kept
+from dspfx.passes.randomness import drawing_anew
 from dspfx.passes.sizes import Shapes, fix_sizes, other_sizes, resized, shapes_of
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
@@ -243,11 +243,11 @@ def _frozen_modes(root: nn.Module) -> frozenset[str]:
 
 def _run_graph(prepared: PreparedModule, inputs: tuple[Any, ...]) -> Any:
     """What the evaluation graph computes; nothing of `prepared` changes, nor of `inputs`."""
+    _, device = parameter_dtype_and_device(prepared)
     with (
         torch.no_grad(),
         state_kept(prepared),
-        torch.random.fork_rng(devices=[]),
-        generators_kept(),
+        drawing_anew(device),
         prepared.evaluation_view() as view,
     ):
         return view.forward(*fresh(inputs))  # a call would print where it fails

@@ -37,6 +37,7 @@ from dspfx.passes.fixed import fixed
 from dspfx.passes.movement import PADDED_VALUE, PADDED_ZERO, ElementIds, Move
 from dspfx.passes.positions import Positions, operands_of
 from dspfx.passes.products import Products
+from dspfx.passes.randomness import drawn_by_torch
 from dspfx.passes.values import (
     BoolArray,
     ChannelAnalysis,
@@ -83,7 +84,7 @@ def analyse(
     """
     samples = samples or samples_of(Call(inputs))
     analyser = _Analyser(root, frozen, rules or {}, facts or SizeFacts(), samples)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         analyser.run(*inputs)
     found = analyser.result()
     return replace(found, fixed=fixed(root, whole or root, found, analyser.macs))
@@ -110,6 +111,7 @@ class _Analyser(fx.Interpreter):
         self.ids = ElementIds(self.values)
         self.containers: set[Node] = set()  # inputs that are no tensors but hold some
         self.positions = Positions(root, self.ops, self.values)
+        self.draws = False  # whether the present node has drawn random numbers
         self.born_whole: list[IntArray] = []  # atoms that exist whatever is pruned
         self.macs: dict[Node, int] = {}  # for one sample, as counted
 
@@ -128,9 +130,11 @@ class _Analyser(fx.Interpreter):
         return ChannelAnalysis(self.ops, self.values, classes, tuple(declined))
 
     def run_node(self, n: Node) -> Any:
+        before = drawn_by_torch()
         with Products() as counted:
             result = super().run_node(n)
         self.macs[n] = int(counted.macs / self.samples)
+        self.draws = drawn_by_torch() != before
         op = self._classify(n, result)
         if op is not None and n in self.values and self._holds_positions(n):
             del self.values[n]
@@ -163,6 +167,8 @@ class _Analyser(fx.Interpreter):
             return self._size_or_nothing(node, result)
         if node.name in self.facts.dependent:
             return Restored(operands, _BY_SIZE)
+        if self.draws:
+            return Restored(operands, _DRAWS)
         if not isinstance(result, Tensor):
             of_inputs = self._of_inputs(operands, result)
             return of_inputs or self._size(node, operands) or self._parts(node, operands)
@@ -598,6 +604,7 @@ class _Analyser(fx.Interpreter):
         return bool((getattr(self, node.op)(node.target, args, kwargs) == 0).all())
 
 
+_DRAWS = "it draws random numbers in evaluation mode, one for every element"
 _BY_SIZE = "what it does to channels depends on the size of the inputs"
 
 _Rule = Callable[[_Analyser, Node, tuple[Node, ...], Tensor], Op | None]

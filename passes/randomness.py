@@ -33,6 +33,12 @@ def drawn_so_far(own: Iterable[Any]) -> list[bytes]:
     return [pickle.dumps(x.tolist() if isinstance(x, torch.Tensor) else x) for x in states]
 
 
+def drawn_by_torch() -> list[bytes]:
+    """What the generators of torch itself will draw; the same as long as nobody draws."""
+    on_gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [g.get_state().numpy().tobytes() for g in (torch.default_generator, *on_gpus)]
+
+
 @contextmanager
 def generators_kept(own: Iterable[Any] = ()) -> Iterator[None]:
     """Python, numpy and `own` draw afterwards what they would have drawn."""

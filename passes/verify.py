@@ -7,7 +7,7 @@ cannot run so is compared in its own type.
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from dspfx.kept import buffers_kept
 from dspfx.passes.compact import compact
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.plan import CompactionPlan, Order
+from dspfx.passes.randomness import drawing_anew
 from dspfx.passes.sizes import Shapes, resized, shapes_of, sizes_to_prove
 from dspfx.passes.values import BoolArray, ChannelAnalysis
 from dspfx.trees import leaves, map_leaves
@@ -57,7 +58,7 @@ def verify(
     with torch.no_grad(), buffers_kept(widest.module), exact:
         compacted = compact(widest.module, analysis, plan)
         module = fx.GraphModule(compacted.root, compacted.graph)
-        worst = difference(widest.outputs, module(*fresh(widest.inputs)))
+        worst = difference(widest.outputs, _outputs(module, widest.inputs))
         if worst is None:
             names = {
                 old.name: (new.name, plan.order.get(old), live.kept.get(old))
@@ -75,17 +76,28 @@ def verify(
 def _at_another_size(masked: fx.GraphModule, compact: fx.GraphModule, inputs: Any) -> float:
     """The difference for `inputs`; none where the masked model refuses them."""
     try:
-        expected = masked.forward(*fresh(inputs))  # a call would print where it fails
+        expected = _outputs(masked, inputs)
     except Exception:
         return 0.0
     where = f"inputs of the shapes {shapes_of(inputs)}"
     try:
-        found = difference(expected, compact.forward(*fresh(inputs)))
+        found = difference(expected, _outputs(compact, inputs))
     except Exception as error:
         raise EquivalenceError(f"{_told(where)} The compact model raises {error!r}") from error
     if found is None:
         raise EquivalenceError(_told(where))
     return found
+
+
+def _outputs(module: fx.GraphModule, inputs: Any) -> Any:
+    """What `module` computes; what it draws at random is always the same."""
+    with _drawing_alike(inputs):
+        return module.forward(*fresh(inputs))  # a call would print where it fails
+
+
+def _drawing_alike(inputs: Any) -> AbstractContextManager[None]:
+    devices = (leaf.device for leaf in leaves(inputs) if isinstance(leaf, Tensor))
+    return drawing_anew(next(devices, torch.device("cpu")))
 
 
 def _told(where: str) -> str:
@@ -143,13 +155,13 @@ def _widest(masked: fx.GraphModule, inputs: tuple[Any, ...]) -> _Masked:
     wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
     try:
         with torch.no_grad(), buffers_kept(wide), _InFloat64():
-            return _Masked(wide, wide_inputs, wide(*fresh(wide_inputs)), torch.float64)
+            return _Masked(wide, wide_inputs, _outputs(wide, wide_inputs), torch.float64)
     except (RuntimeError, TypeError):
         types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
         drawn = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, wide_inputs)
         own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
         with torch.no_grad(), buffers_kept(masked):
-            return _Masked(masked, drawn, masked(*fresh(drawn)), own)
+            return _Masked(masked, drawn, _outputs(masked, drawn), own)
 
 
 def _as_double(leaf: Any) -> Any:
@@ -190,9 +202,11 @@ def _first_difference(
 ) -> str:
     """The first node, in the order of execution, whose kept channels differ."""
     recorder = _Recorder(compact)
-    recorder.run(*fresh(inputs))
+    with _drawing_alike(inputs):
+        recorder.run(*fresh(inputs))
     checker = _Checker(masked, recorder.results, names)
-    checker.run(*fresh(inputs))
+    with _drawing_alike(inputs):
+        checker.run(*fresh(inputs))
     return checker.first or "the output"
 
 

@@ -503,12 +503,19 @@ class VariesInEvaluation(Convs):
         return y + torch.randn_like(y)
 
 
-def test_a_refused_model_has_drawn_nothing() -> None:
-    model = VariesInEvaluation().double()
+class VariesAndIsRefused(AsksForGradients):
+    def between(self, y: Tensor) -> Tensor:
+        return super().between(y) + torch.randn_like(y)
+
+
+@pytest.mark.parametrize("kind", [VariesInEvaluation, VariesAndIsRefused])
+def test_a_model_has_drawn_nothing_whether_it_is_refused_or_not(kind: type[Convs]) -> None:
+    model = kind().double()
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    with pytest.raises(dspfx.TraceError):
+    refused = kind is VariesAndIsRefused
+    with pytest.raises(dspfx.TraceError) if refused else contextlib.nullcontext():
         dspfx.prepare(model, X)
     assert torch.equal(torch.rand(1), expected)
 
