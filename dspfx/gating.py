@@ -21,7 +21,16 @@ from dspfx.passes.agreement import SizeFacts, agree
 from dspfx.passes.channels import analyse
 from dspfx.passes.insert_gates import insert_gates, plan_gates
 from dspfx.passes.randomness import drawing_anew
-from dspfx.passes.sizes import Shapes, fix_sizes, other_sizes, resized, shapes_of
+from dspfx.passes.sizes import (
+    Place,
+    Shapes,
+    changed_places,
+    fix_sizes,
+    other_sizes,
+    resized,
+    shapes_of,
+    sizes_in_steps,
+)
 from dspfx.passes.trace import trace
 from dspfx.passes.values import ChannelAnalysis
 from dspfx.rebuilt import refuse_rebuilding
@@ -205,7 +214,9 @@ def _other_calls(root: nn.Module, call: Call) -> list[tuple[Call, Any]]:
             return False
         return True
 
-    return [found[shapes] for shapes in other_sizes(given, accepts)]
+    likely = other_sizes(given, accepts)
+    further = [own for own in sizes_in_steps(given) if own not in found and accepts(own)]
+    return [found[shapes] for shapes in (*likely, *further)]
 
 
 def _settle_sizes(prepared: PreparedModule, others: list[tuple[tuple[Any, ...], Any]]) -> None:
@@ -217,13 +228,18 @@ def _settle_sizes(prepared: PreparedModule, others: list[tuple[tuple[Any, ...], 
         others: inputs of the graph, and what the model computes for them.
     """
     example, taken = shapes_of(prepared.example_inputs), []
+    shown: set[Place] = set()  # dimensions that an example of another size has changed
     for inputs, expected in others:
+        changed = changed_places(example, shapes_of(inputs))
+        if changed <= shown:
+            continue
         try:
             actual = _run_graph(prepared, inputs)
         except Exception:  # a check in the graph, made when it was traced
             continue
         if _is_same(expected, actual):
             taken.append(shapes_of(inputs))
+            shown |= changed
             continue
         fix_sizes(prepared.graphs.values(), prepared.example_inputs, shapes_of(inputs))
         prepared.recompile()

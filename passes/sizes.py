@@ -115,6 +115,34 @@ def other_sizes(inputs: Any, accepts: Callable[[Shapes], bool]) -> tuple[Shapes,
     return _Search(shapes, whole_numbers, accepts).run()
 
 
+def sizes_in_steps(inputs: Any) -> tuple[Shapes, ...]:
+    """All positions less, and more, by one step of the largest power of two that divides them.
+
+    A graph takes them where its model pads whatever does not fill its patches or windows.
+    """
+    shapes = shapes_of(inputs)
+    axes = [axis for axis in _axes(shapes, set()) if axis.divisor > 1]
+    batch = _batch(shapes)
+    axes = [a for a in axes if all(d >= 2 for _, d in a.places)]
+    found = []
+    for sign in (-1, 1):
+        new = {place: a.size + sign * a.divisor for a in axes for place in a.places}
+        if batch is not None and new:
+            new |= dict.fromkeys(batch.places, batch.size + 1)
+        found.append(_changed(shapes, new))
+    return tuple(own for own in found if own != shapes)
+
+
+def changed_places(shapes: Shapes, other: Shapes) -> set[Place]:
+    """Where `other` differs from `shapes`."""
+    return {
+        (n, d)
+        for n, (one, two) in enumerate(zip(shapes, other, strict=True))
+        for d in range(len(one))
+        if one[d] != two[d]
+    }
+
+
 class _Search:
     def __init__(
         self, shapes: Shapes, whole_numbers: list[bool], accepts: Callable[[Shapes], bool]
