@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 TYPED := build/typed
+USERS := .venv-users
 
-.PHONY: demo test fuzz coverage docs lint clean
+.PHONY: demo test fuzz coverage coverage-users docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/dspfx demo $(ARGS)
@@ -19,6 +20,18 @@ fuzz: $(VENV)/installed
 # every model of torchvision and every family of timm; writes docs/coverage.md
 coverage: $(VENV)/installed
 	$(BIN)/python -m benchmarks.coverage $(ARGS)
+
+# models of libraries that dspfx does not know, in an environment of their own; writes docs/coverage_users.md
+coverage-users: $(USERS)/installed
+	$(USERS)/bin/python -m benchmarks.coverage_users $(ARGS)
+
+# beside the packages of the first environment, torch among them
+$(USERS)/installed: benchmarks/coverage_users.txt $(VENV)/installed
+	$(PYTHON) -m venv --clear $(USERS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(USERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	$(USERS)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/coverage_users.txt
+	touch $@
 
 # the site, into site/; open site/index.html
 docs: $(VENV)/installed
@@ -38,4 +51,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(USERS) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -9,9 +9,7 @@ they may be dropped), converted with verification, and the two are compared.
 
 import fnmatch
 import math
-import multiprocessing
 import resource
-import signal
 import time
 import warnings
 from collections.abc import Iterable
@@ -29,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dspfx
+from benchmarks.examination import examined, relative_difference
 from benchmarks.zoo import Case, build, example_inputs, timm_cases, torchvision_cases
 from dspfx.gates import gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.parts import compact_parts_of, parts_of
 from dspfx.passes.droppable import droppable_layers
-from dspfx.trees import leaves
 
 GROUPS, KEEP, DROP = 3, 0.5, 0.2
 CONVOLUTION = torch.ops.aten.convolution
@@ -101,40 +99,30 @@ def main(
 
 def examine_all(cases: list[Case], workers: int) -> list[Outcome]:
     """The outcomes in the order of `cases`, each found in a process of its own."""
-    context = multiprocessing.get_context("fork")
     outcomes: dict[Case, Outcome] = {}
     with tqdm(total=len(cases), unit="model", disable=None) as bar:
         for large in (False, True):
             now = [c for c in cases if (c.name in LARGE) == large]
-            settings = {"maxtasksperchild": 1}
-            with context.Pool(1 if large else workers, **settings) as pool:
-                for outcome in pool.imap_unordered(examine, now):
-                    outcomes[outcome.case] = outcome
-                    bar.update()
-                    bar.write(f"{outcome.case.name}: {outcome.status} {outcome.why[:120]}".strip())
+            settings: Any = {"workers": 1 if large else workers, "seconds": SECONDS_AT_MOST}
+            for outcome in examined(now, examine, _failed, **settings):
+                outcomes[outcome.case] = outcome
+                bar.update()
+                bar.write(f"{outcome.case.name}: {outcome.status} {outcome.why[:120]}".strip())
     return [outcomes[case] for case in cases]
 
 
 def examine(case: Case) -> Outcome:
     """Prepare, mask, convert and compare one model."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, _give_up)
-    signal.alarm(SECONDS_AT_MOST)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outcome = outcome_of(case)
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return replace(outcome, memory=used)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Outcome(case, "failed", why=reason[:300])
-    finally:
-        signal.alarm(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = outcome_of(case)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return replace(outcome, memory=used)
 
 
-def _give_up(*_: Any) -> None:
-    raise TimeoutError(f"took more than {SECONDS_AT_MOST} s")
+def _failed(case: Case, why: str) -> Outcome:
+    return Outcome(case, "failed", why=why[:300])
 
 
 def outcome_of(case: Case) -> Outcome:
@@ -218,19 +206,6 @@ def worst_difference(prepared: nn.Module, compact: nn.Module) -> float:
         with torch.no_grad():
             worst.append(relative_difference(part.module(*inputs), module[1](*inputs)))
     return max(worst)
-
-
-def relative_difference(expected: Any, actual: Any) -> float:
-    """The largest difference of any output, relative to its largest value; NaN if none is there."""
-    worst = -1.0
-    for a, b in zip(leaves(expected), leaves(actual), strict=True):
-        if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
-            continue
-        if a.shape != b.shape:
-            return float("inf")
-        difference = float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30)
-        worst = float("inf") if math.isnan(difference) else max(worst, difference)
-    return worst if worst >= 0 else float("nan")
 
 
 def _opaque(report: dspfx.Report) -> list[str]:

@@ -1,0 +1,463 @@
+"""What becomes of models of other libraries: pruned, converted, trained, exported, compared.
+
+    make coverage-users [ARGS="--only PATTERN"]
+
+which makes an environment with these libraries, from `benchmarks/coverage_users.txt`, and runs
+
+    python -m benchmarks.coverage_users [--only PATTERN] [--output docs/coverage_users.md]
+
+Every model of `benchmarks/users_zoo.py` is prepared, pruned by whole channels to half of its MACs,
+or to the least that it can give, and converted.
+"""
+
+import copy
+import fnmatch
+import importlib.metadata
+import json
+import math
+import os
+import random
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnxruntime
+import torch
+import typer
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import dspfx
+from benchmarks.examination import examined, flops, relative_difference
+from benchmarks.users_zoo import Inputs, build, inputs_of, users_cases
+from benchmarks.zoo import Case
+from dspfx.trees import leaves, map_leaves
+
+ASKED = 0.5
+_PACKAGES = (
+    *("torch", "torchvision", "ultralytics", "transformers", "segmentation-models-pytorch"),
+    *("monai", "torchaudio", "diffusers", "python-doctr", "kornia", "spandrel"),
+    *("efficientnet-pytorch", "facenet-pytorch"),
+)
+OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "coverage_users.md"
+EXACT, ROUNDED, ONNX_ROUNDED = 1e-9, 1e-4, 1e-3
+WIDEST_REASON = 300
+POINT = 0.01  # of all MACs
+STATUSES = ("all the way", "partly frozen", "in parts", "refused", "raw error", "quietly wrong")
+
+
+@dataclass
+class Outcome:
+    """What became of one model.
+
+    Attributes:
+        troubles: what went wrong, by the step where it did.
+        status: the worst of them, or how far it went; one of `STATUSES`.
+        macs_share, parameters_share: of all, those of layers that can be pruned.
+        known: MACs that the report knows, of all that torch counts.
+        asked, left: of all MACs, what the budget was and what the compact model takes.
+        equal: difference of masked and compact model, at both sizes; relative.
+        prepared: difference of model and prepared model, at both sizes and in both modes.
+        frozen: what is given all its channels.
+    """
+
+    case: Case
+    status: str = ""
+    troubles: dict[str, str] = field(default_factory=dict)
+    parameters: int = 0
+    macs_share: float = float("nan")
+    parameters_share: float = float("nan")
+    known: float = float("nan")
+    asked: float = float("nan")
+    left: float = float("nan")
+    equal: float = float("nan")
+    prepared: float = float("nan")
+    onnx: str = ""
+    trained: str = ""
+    frozen: str = ""
+    seconds: float = 0.0
+
+
+def main(
+    only: Annotated[str, typer.Option(help="pattern of model names, or a library")] = "*",
+    output: Annotated[Path, typer.Option(help="where the table is written")] = OUTPUT,
+    workers: Annotated[int, typer.Option(min=1, help="models examined at a time")] = 1,
+    seconds: Annotated[float, typer.Option(min=1, help="that each may take")] = 120,
+    details: Annotated[Path | None, typer.Option(help="a JSON file of all that was found")] = None,
+) -> None:
+    """Examine the models, print a table and write it as Markdown."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    cases = [
+        case
+        for case in users_cases()
+        if any(fnmatch.fnmatchcase(name, only) for name in (case.name, case.library, case.family))
+    ]
+    if not cases:
+        typer.echo(f"error: no model is called {only!r}", err=True)
+        raise typer.Exit(1)
+    outcomes: dict[Case, Outcome] = {}
+    for found in examined(cases, examine, _unfinished, workers=workers, seconds=seconds):
+        outcomes[found.case] = found
+        print(f"{found.case.name}: {found.status} {found.troubles or ''}", flush=True)
+    ordered = [outcomes[case] for case in cases]
+    if details is not None:
+        details.write_text(json.dumps([asdict(outcome) for outcome in ordered], indent=1))
+    arguments = "" if only == "*" else f" --only {only}"
+    text = document(ordered, f"python -m benchmarks.coverage_users{arguments}")
+    print(text)
+    if only == "*" or output != OUTPUT:
+        output.write_text(text)
+
+
+def _unfinished(case: Case, why: str) -> Outcome:
+    return Outcome(case, "raw error", {"process": why})
+
+
+def examine(case: Case) -> Outcome:
+    """Take one model through all steps; one that fails does not keep others from being tried."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    outcome = Outcome(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _take_through(outcome)
+    outcome.status = _status(outcome)
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def _take_through(outcome: Outcome) -> None:
+    model = build(outcome.case)
+    inputs = [inputs_of(outcome.case, size) for size in (0, 1)]
+    outcome.parameters = sum(p.numel() for p in model.parameters())
+    prepared: Any = None
+    with _trouble(outcome, "prepare"):
+        prepared = dspfx.prepare(model, inputs[0])
+    if prepared is None:
+        return
+    for size in (0, 1):
+        with _trouble(outcome, f"prepared, size {size + 1}"):
+            _compare_prepared(outcome, model, prepared, inputs[size])
+    dense = total(model, inputs[0])
+    with _trouble(outcome, "report"):
+        _shares(outcome, model, prepared, inputs[0], dense)
+    compact: Any = None
+    with _trouble(outcome, "prune"):
+        outcome.asked = pruned(prepared)
+    with _trouble(outcome, "convert"):
+        compact = dspfx.convert(prepared)
+    with _trouble(outcome, "train"):
+        outcome.trained = trained(model, prepared, inputs[0])
+    if compact is None:
+        return
+    wide: Any = None
+    with _trouble(outcome, "float64"):
+        if runs_in_float64(model, inputs[0]):
+            wide = dspfx.convert(copy.deepcopy(prepared).double(), verify=False)
+    for size in (0, 1):
+        with _trouble(outcome, f"compact, size {size + 1}"):
+            _compare_compact(outcome, prepared, compact, wide, inputs[size])
+    with _trouble(outcome, "count"):
+        outcome.left = total(compact, inputs[0]) / dense
+    with _trouble(outcome, "onnx"):
+        outcome.onnx = exported(compact, model, inputs[0])
+
+
+class WrongError(Exception):
+    """Two models that have to be equal are not."""
+
+
+@contextmanager
+def _trouble(outcome: Outcome, step: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        kind = _kind(error)
+        outcome.troubles[step] = f"[{kind}] {text[:WIDEST_REASON]}"
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, WrongError):
+        return "quietly wrong"
+    guard = isinstance(error, AssertionError) and "the model was prepared" in str(error)
+    return "refused" if guard or isinstance(error, dspfx.DspfxError) else "raw error"
+
+
+def _status(outcome: Outcome) -> str:
+    kinds = [trouble[1:].partition("]")[0] for trouble in outcome.troubles.values()]
+    if kinds:
+        return max(kinds, key=STATUSES.index)
+    if "prepared in parts" in outcome.frozen:
+        return "in parts"
+    too_much = outcome.asked > ASKED or outcome.left > outcome.asked + POINT
+    return "partly frozen" if too_much else "all the way"
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """`model` of `inputs`, which are left as they are."""
+    own = map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    torch.manual_seed(0)
+    np.random.seed(0)  # some models draw masks of training by it
+    random.seed(0)
+    return model(**own) if isinstance(own, dict) else model(*own)
+
+
+def total(model: nn.Module, inputs: Inputs) -> int:
+    """The FLOPs of all operators that torch counts."""
+    counts = _flops(model, inputs)
+    return sum(counts.get("Global", {}).values())
+
+
+def _flops(model: nn.Module, inputs: Inputs) -> dict[str, dict[Any, int]]:
+    return flops(model, (), inputs) if isinstance(inputs, dict) else flops(model, inputs)
+
+
+def _compare_prepared(
+    outcome: Outcome, model: nn.Module, prepared: nn.Module, inputs: Inputs
+) -> None:
+    worst = 0.0
+    for mode in (False, True):
+        original, own = copy.deepcopy(model).train(mode), copy.deepcopy(prepared).train(mode)
+        try:
+            expected = call(original, inputs)
+        except ValueError:  # a batch norm over one value, of each channel, say
+            if mode:
+                continue
+            raise
+        with torch.no_grad():
+            worst = max(worst, _difference(expected, call(own, inputs), ROUNDED, f"train {mode}"))
+        worst = max(worst, _difference_of_state(original, own))
+    outcome.prepared = max(worst, outcome.prepared if outcome.prepared > 0 else 0.0)
+
+
+def _difference_of_state(original: nn.Module, prepared: nn.Module) -> float:
+    """Of running statistics, after a call."""
+    state = prepared.state_dict()
+    expected = {k: v for k, v in original.state_dict().items() if k in state}
+    return _difference(expected, {k: state[k] for k in expected}, ROUNDED, "state")
+
+
+def _difference(expected: Any, actual: Any, tolerance: float, what: str) -> float:
+    expected, actual = list(leaves(expected)), list(leaves(actual))
+    if len(expected) != len(actual):
+        raise WrongError(f"{what}: {len(expected)} outputs became {len(actual)}")
+    for a, b in zip(expected, actual, strict=True):
+        if isinstance(a, Tensor) and not a.is_floating_point() and not torch.equal(a, b):
+            raise WrongError(f"{what}: outputs of {a.dtype} differ")
+    worst = relative_difference(expected, actual)
+    if worst > tolerance:
+        raise WrongError(f"{what}: differs by {worst:.0e}")
+    return 0.0 if math.isnan(worst) else worst
+
+
+def _compare_compact(
+    outcome: Outcome,
+    prepared: nn.Module,
+    compact: nn.Module,
+    wide: nn.Module | None,
+    inputs: Inputs,
+) -> None:
+    """In float32 and in float64, converted there, since what is emitted is rounded to its type."""
+    masked = copy.deepcopy(prepared).eval()
+    with torch.no_grad():
+        _difference(call(masked, inputs), call(compact, inputs), ROUNDED, "compact, float32")
+        if wide is None:
+            return
+        exact = map_leaves(_double, inputs)
+        worst = _difference(call(masked.double(), exact), call(wide, exact), EXACT, "compact")
+    outcome.equal = max(worst, outcome.equal if outcome.equal > 0 else 0.0)
+
+
+def runs_in_float64(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether `model` does not cast to float32 inside."""
+    try:
+        with torch.no_grad():
+            call(copy.deepcopy(model).double(), map_leaves(_double, inputs))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _shares(
+    outcome: Outcome, model: nn.Module, prepared: nn.Module, inputs: Inputs, dense: int
+) -> None:
+    report = dspfx.report(prepared)
+    names = {layer.name for layer in report.layers if layer.gated or layer.free}
+    counts = _flops(model, inputs)
+    root = type(model).__name__
+    outcome.macs_share = (
+        sum(sum(counts.get(f"{root}.{name}", {}).values()) for name in names) / dense
+    )
+    modules = dict(model.named_modules())
+    own = {p for name in names if name in modules for p in modules[name].parameters()}
+    outcome.parameters_share = sum(p.numel() for p in own) / outcome.parameters
+    batch = next(x for x in leaves(inputs) if isinstance(x, Tensor)).shape[0]
+    outcome.known = report.before.macs * batch * 2 / dense
+    notes = [n for n in report.notes if n.startswith(("opaque", "prepared in parts"))]
+    reasons = [f"{d.node}: {d.reason}" for d in report.declined]
+    outcome.frozen = "; ".join(dict.fromkeys([*notes, *reasons]))
+
+
+def pruned(prepared: nn.Module) -> float:
+    """Prune whole channels, to half of the MACs or to the least that is possible; what was asked.
+
+    Groups are left to `dspfx.prune`, where channels alone give less than half.
+    """
+    least = []
+    for prune in (dspfx.prune_channels, dspfx.prune):
+        try:
+            prune(prepared, dspfx.Budget(macs=ASKED))
+            return ASKED
+        except dspfx.BudgetError as error:
+            found = re.search(r"([\d.]+)% remains", str(error))
+            assert found is not None, "the message says what can be reached"
+            least.append((float(found[1]) / 100, prune))
+    share, prune = min(least, key=lambda pair: pair[0])
+    asked = min(1.0, share + 1e-4)
+    prune(prepared, dspfx.Budget(macs=asked))
+    return asked
+
+
+def trained(model: nn.Module, prepared: nn.Module, inputs: Inputs) -> str:
+    """One step of SGD of a copy; whether it can be taken, or not even of `model`."""
+    prepared = copy.deepcopy(prepared).train()
+    try:
+        call(copy.deepcopy(model).train(), inputs)
+    except ValueError:  # it asks for labels, say
+        return "nor the model"
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-4)
+    outputs = [x for x in leaves(call(prepared, inputs)) if isinstance(x, Tensor)]
+    loss = sum(x.square().mean() for x in outputs if x.requires_grad)
+    assert isinstance(loss, Tensor), "no output takes gradients"
+    loss.backward()
+    gradients = [p.grad for p in prepared.parameters() if p.grad is not None]
+    if not gradients or not all(g.isfinite().all() for g in gradients):
+        raise WrongError("gradients are not finite")
+    optimizer.step()
+    return "yes"
+
+
+def exported(compact: nn.Module, model: nn.Module, inputs: Inputs) -> str:
+    """Write an ONNX file and run it; whether its batch is free, or `model` has no file either."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        try:
+            free = _written(compact, inputs, path)
+        except dspfx.ExportError:
+            try:
+                _written(model, inputs, path)
+            except dspfx.ExportError:
+                return "nor the model"
+            raise
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        given = [x.numpy() for x in leaves(inputs) if isinstance(x, Tensor)]
+        names = [i.name for i in session.get_inputs()]
+        found = session.run(None, dict(zip(names, given, strict=True)))
+    with torch.no_grad():
+        expected = [x for x in leaves(call(compact, inputs)) if isinstance(x, Tensor)]
+    _difference(expected, [torch.from_numpy(x) for x in found], ONNX_ROUNDED, "onnx")
+    return "any batch" if free else "this batch"
+
+
+def _written(model: nn.Module, inputs: Inputs, path: Path) -> bool:
+    """Whether it was with a free batch."""
+    try:
+        dspfx.export(model, inputs, path)
+    except dspfx.ExportError:
+        dspfx.export(model, inputs, path, dynamic_batch=False)
+        return False
+    return True
+
+
+def document(outcomes: list[Outcome], command: str) -> str:
+    """The outcomes as a page of Markdown."""
+    count = {status: sum(o.status == status for o in outcomes) for status in STATUSES}
+    giving = [o for o in outcomes if o.asked == ASKED and not math.isnan(o.left)]
+    near = sum(abs(o.left - o.asked) <= POINT for o in giving)
+    rows = [
+        (
+            *(o.case.library, o.case.family, o.case.name, o.status, f"{o.parameters / 1e6:.2f}"),
+            *(_share(o.macs_share), _share(o.parameters_share), _share(o.known)),
+            *(_share(o.asked, 1), _share(o.left, 1), _small(o.equal), _small(o.prepared)),
+            *(o.trained or "no", o.onnx or "no"),
+        )
+        for o in outcomes
+    ]
+    header = (
+        *("library", "family", "model", "status", "million parameters", "MACs", "parameters"),
+        *("known", "asked", "left", "compact", "prepared", "trains", "ONNX"),
+    )
+    reasons = [
+        (o.case.name, _reason(o).replace("|", "\\|")) for o in outcomes if o.status != STATUSES[0]
+    ]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    return "\n".join(
+        [
+            "# Models of other libraries",
+            "",
+            f"{len(outcomes)} models: {', '.join(f'{n} {status}' for status, n in count.items())}. "
+            f"Of {len(giving)} that can give half of their MACs, {near} have within one point of "
+            "half left, counted by torch on the compact model.",
+            "",
+            f"Written by `{command}`; {versions}.",
+            "",
+            "Every model is built from a configuration, small where its library lets it be, with "
+            "random weights and running statistics, in a process of its own. It is prepared, "
+            "pruned by whole channels to half of its MACs (by groups, or to the least that it can "
+            "give, where that is more), converted with verification, trained for a step, "
+            "exported, and compared.",
+            "",
+            "- *all the way*: one graph, every step passes, and no more than half of the MACs is "
+            "left. *partly frozen*: more is left. *in parts*: every step passes, but the model's "
+            "own code has no graph. *refused*: an error of dspfx says why. *raw error*: any other "
+            "error. *quietly wrong*: a difference that nothing reported.",
+            "- *MACs*, *parameters*: shares of all that are in layers which can be pruned. "
+            "*known*: MACs that the report counts, of all that torch counts.",
+            "- *asked*: the budget. *left*: MACs of the compact model, of the dense model's; both "
+            "counted by `FlopCounterMode`, attention and recurrent layers taken apart.",
+            "- *compact*: largest difference of masked and compact model in float64, relative to "
+            "the largest output, at two sizes (another batch, and another height, width or length "
+            f"where the model takes it); at most {EXACT:.0e} or it is quietly wrong. None where "
+            "the model does not run in float64; float32 is compared in any case.",
+            "- *prepared*: largest difference of model and prepared model in float32, in "
+            "evaluation and training mode, running statistics included, at both sizes.",
+            "- *ONNX*: the file runs in ONNX Runtime and agrees, for any batch or the example's; "
+            "*nor the model*: the dense model cannot be exported either.",
+            "",
+            tabulate(rows, header, tablefmt="github", disable_numparse=True),
+            "",
+            "## Why not all the way",
+            "",
+            tabulate(reasons, ("model", "reason"), tablefmt="github", disable_numparse=True),
+            "",
+        ]
+    )
+
+
+def _reason(outcome: Outcome) -> str:
+    troubles = [f"{step}: {trouble}" for step, trouble in outcome.troubles.items()]
+    return "; ".join(troubles or [outcome.frozen or "attention is not pruned"])[:WIDEST_REASON]
+
+
+def _share(value: float, digits: int = 0) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}%}"
+
+
+def _small(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.0e}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
