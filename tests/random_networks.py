@@ -318,7 +318,7 @@ class Head(nn.Module):
             return {"features": x, "scores": self.fc(x.mean((-1, -2)))}
         if self.kind == "hard-coded":
             return self.fc(x.reshape(-1, self.features))
-        return self.fc(x.view(x.size(0), -1))
+        return self.fc(x.contiguous().view(x.size(0), -1))
 
 
 class RandomNetwork(nn.Module):
