@@ -90,7 +90,10 @@ def main(
     output: Annotated[Path, typer.Option(help="where the table is written")] = OUTPUT,
     workers: Annotated[int, typer.Option(min=1, help="models examined at a time")] = 1,
     seconds: Annotated[float, typer.Option(min=1, help="that each may take")] = 120,
-    details: Annotated[Path | None, typer.Option(help="a JSON file of all that was found")] = None,
+    details: Annotated[
+        Path | None,
+        typer.Option(help="a file of all that was found, which a later run goes on from"),
+    ] = None,
 ) -> None:
     """Examine the models, print a table and write it as Markdown."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -102,18 +105,27 @@ def main(
     if not cases:
         typer.echo(f"error: no model is called {only!r}", err=True)
         raise typer.Exit(1)
-    outcomes: dict[Case, Outcome] = {}
-    for found in examined(cases, examine, _unfinished, workers=workers, seconds=seconds):
+    outcomes = _read(details)
+    left = [case for case in cases if case not in outcomes]
+    for found in examined(left, examine, _unfinished, workers=workers, seconds=seconds):
         outcomes[found.case] = found
         print(f"{found.case.name}: {found.status} {found.troubles or ''}", flush=True)
-    ordered = [outcomes[case] for case in cases]
-    if details is not None:
-        details.write_text(json.dumps([asdict(outcome) for outcome in ordered], indent=1))
+        if details is not None:
+            details.write_text(json.dumps([asdict(outcome) for outcome in outcomes.values()]))
     arguments = "" if only == "*" else f" --only {only}"
+    ordered = [outcomes[case] for case in cases]
     text = document(ordered, f"python -m benchmarks.coverage_users{arguments}")
     print(text)
     if only == "*" or output != OUTPUT:
         output.write_text(text)
+
+
+def _read(details: Path | None) -> dict[Case, Outcome]:
+    """What an earlier run found, which is not examined again."""
+    if details is None or not details.exists():
+        return {}
+    found = [Outcome(**{**o, "case": Case(**o["case"])}) for o in json.loads(details.read_text())]
+    return {outcome.case: outcome for outcome in found}
 
 
 def _unfinished(case: Case, why: str) -> Outcome:
