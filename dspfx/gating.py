@@ -29,6 +29,7 @@ from dspfx.passes.sizes import (
     other_sizes,
     resized,
     shapes_of,
+    shown_places,
     sizes_in_steps,
 )
 from dspfx.passes.trace import trace
@@ -228,20 +229,20 @@ def _settle_sizes(prepared: PreparedModule, others: list[tuple[tuple[Any, ...], 
         others: inputs of the graph, and what the model computes for them.
     """
     example, taken = shapes_of(prepared.example_inputs), []
-    shown: set[Place] = set()  # dimensions that an example of another size has changed
+    shown: set[Place] = set()
     for inputs, expected in others:
-        changed = changed_places(example, shapes_of(inputs))
-        if changed <= shown:
+        shapes = shapes_of(inputs)
+        if taken and changed_places(example, shapes) <= shown:
             continue
         try:
             actual = _run_graph(prepared, inputs)
         except Exception:  # a check in the graph, made when it was traced
             continue
         if _is_same(expected, actual):
-            taken.append(shapes_of(inputs))
-            shown |= changed
+            taken.append(shapes)
+            shown |= shown_places(example, shapes)
             continue
-        fix_sizes(prepared.graphs.values(), prepared.example_inputs, shapes_of(inputs))
+        fix_sizes(prepared.graphs.values(), prepared.example_inputs, shapes)
         prepared.recompile()
         prepared.notes += (
             f"takes inputs of the shapes {example} only, since its code does something else for "

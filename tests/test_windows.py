@@ -48,3 +48,31 @@ def test_sizes_read_off_what_is_made_of_sizes_follow_at_other_ones(pads: bool, s
     for shape in ((2, 3, size, size), (3, 3, 48, 40), (1, 3, 16, 24)):
         x = torch.randn(shape, dtype=torch.float64)
         assert_equal(prepared.eval()(x), compact(x))
+
+
+class Rows(nn.Module):
+    """Numbers of rows, as DETR's positions are, of features some times smaller than the image."""
+
+    def __init__(self, strides: int) -> None:
+        super().__init__()
+        convs = [nn.Conv2d(3 if n == 0 else 8, 8, 3, 2, 1) for n in range(strides)]
+        self.body = nn.Sequential(*convs)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        numbers = torch.ones_like(y[:, 0]).cumsum(1)
+        share = numbers / (numbers[:, -1:, :] + 1e-6)
+        return self.head(y * share[:, None])
+
+
+@pytest.mark.parametrize(("strides", "size"), [(5, 64), (4, 32), (3, 16)])
+def test_sizes_differ_behind_strides_too(strides: int, size: int) -> None:
+    """39 pixels were as many positions as 64: the last row of the example was read elsewhere."""
+    model = randomise(Rows(strides)).double().eval()
+    prepared = dspfx.prepare(model, torch.randn(2, 3, size, size, dtype=torch.float64))
+    dspfx.set_masks(prepared, random_masks(prepared))
+    compact = dspfx.convert(prepared)
+    for shape in ((2, 3, size, size), (3, 3, 3 * size, 2 * size), (1, 3, size // 2, size)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert_equal(prepared.eval()(x), compact(x))
