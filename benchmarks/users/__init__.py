@@ -1,0 +1,1 @@
+"""Models of libraries that dspfx does not know, in files that list them as they are imported."""
