@@ -36,6 +36,7 @@ $(USERS)/installed: benchmarks/coverage_users.txt $(VENV)/installed
 # the site, into site/; open site/index.html
 docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html, or with search: $(PYTHON) -m http.server --directory site"
 
 # mypy reads the package as it is installed: only there are passes/ at dspfx.passes
 lint: $(VENV)/installed

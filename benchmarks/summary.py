@@ -1,8 +1,8 @@
-"""The README's table of latencies, from docs/latency.md.
+"""The tables of latencies in docs/performance.md, from docs/latency.md and docs/latency_avx2.md.
 
     python -m benchmarks.summary
 
-What `benchmarks.latency` wrote is read, and the table between the marks in README.md replaced.
+What `benchmarks.latency` wrote is read, and the tables between the marks are replaced.
 """
 
 import re
@@ -12,7 +12,8 @@ from tabulate import tabulate
 
 from benchmarks.latency import OUTPUT, sections_of
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+PAGES = {"AVX-512": OUTPUT, "AVX2": OUTPUT.with_name("latency_avx2.md")}
 MARKS = "<!-- latency -->", "<!-- end of latency -->"
 HEADER = (
     *("network", "batch", "MACs kept", "dense, inductor", "dense, fastest", "`dspfx.compile`"),
@@ -21,13 +22,20 @@ HEADER = (
 
 
 def main() -> None:
-    """Replace the table in README.md."""
-    rows = [_row(title, text) for title, text in sections_of(OUTPUT).items()]
-    table = tabulate(rows, HEADER, "github", disable_numparse=True)
-    before, _, rest = README.read_text().partition(MARKS[0])
-    _, _, behind = rest.partition(MARKS[1])
-    assert behind, f"README.md has no {MARKS[1]}"
-    README.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{behind}")
+    """Replace the tables in docs/performance.md."""
+    tables = "\n\n".join(
+        f"{processor}, [{page.name}]({page.name}):\n\n{_table(page)}"
+        for processor, page in PAGES.items()
+    )
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    assert after, f"{PAGE.name} has no {MARKS[1]}"
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}")
+
+
+def _table(page: Path) -> str:
+    rows = [_row(title, text) for title, text in sections_of(page).items()]
+    return tabulate(rows, HEADER, "github", disable_numparse=True)
 
 
 def _row(title: str, text: str) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def latency(
 
 @app.command()
 def tables() -> None:
-    """Write docs/accuracy.md, its pictures and the README's table."""
+    """Write docs/accuracy.md and its pictures."""
     write()
 
 

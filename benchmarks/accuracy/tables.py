@@ -1,10 +1,11 @@
-"""docs/accuracy.md with its pictures, and the table in README.md, from the results files."""
+"""docs/accuracy.md with its pictures, from the results files."""
 
 import json
 import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,8 +23,6 @@ from benchmarks.accuracy.scenarios import SCENARIOS
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "accuracy.md"
 PICTURES = ROOT / "docs" / "pictures"
-README = ROOT / "README.md"
-MARKS = "<!-- accuracy -->", "<!-- end of accuracy -->"
 
 PROTOCOL = """\
 Fashion-MNIST-20k: the first 20,000 training images and all 10,000 test images of Fashion-MNIST,
@@ -53,7 +52,7 @@ Cells = dict[tuple[str, int], list[Result]]  # by method and percentage, one for
 
 
 def write() -> None:
-    """Write the page, the pictures and the README's table."""
+    """Write the page and the pictures."""
     found = results.read().values()
     PICTURES.mkdir(parents=True, exist_ok=True)
     sections = []
@@ -62,9 +61,6 @@ def write() -> None:
         if not any(method in METHODS for method, _ in cells):
             continue
         sections.append(f"## {scenario.title}\n\n{_section(name, cells)}")
-        if name == "resnet20":
-            tried = [method for method in _widely_tried(cells) if method not in TIMED]
-            _into_readme(_table(cells, tried))
     PAGE.write_text(re.sub(r"\n{3,}", "\n\n", f"{_heading()}\n\n" + "\n\n".join(sections) + "\n"))
 
 
@@ -93,6 +89,8 @@ def _section(name: str, cells: Cells) -> str:
     if tried:
         _picture(name, cells, tried)
         parts.append(f"![accuracy over MACs](pictures/accuracy_{name}.png)")
+    if times := _times(name, cells):
+        parts.append(times)
     return "\n\n".join(parts)
 
 
@@ -183,21 +181,46 @@ def _picture(name: str, cells: Cells, methods: list[str]) -> None:
     figure.savefig(PICTURES / f"accuracy_{name}.png", dpi=130)
 
 
+def _times(name: str, cells: Cells) -> str:
+    """What the networks of one seed take, beside the accuracy of all seeds; "" if not measured."""
+    rows = _timed(name)
+    if not rows:
+        return ""
+    runtimes = list(dict.fromkeys(runtime for row in rows for runtime in row["milliseconds"]))
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["pruned"], row["method"])):
+        pruned, times = row["pruned"], row["milliseconds"]
+        shown = (f"{times[r]:.2f}" if r in times else "" for r in runtimes)
+        accuracy = _text(cells[row["method"], pruned])
+        lines.append((row["method"], f"{pruned} %" if pruned else "", accuracy, *shown))
+    made = json.loads(LATENCY.read_text())["made"]
+    table = tabulate(
+        lines, ["network", "pruned", "top-1", *runtimes], "github", disable_numparse=True
+    )
+    return (
+        f"Milliseconds of a batch of {rows[0]['batch']} in float32, the networks of seed "
+        f"{rows[0]['seed']} (`python -m benchmarks.accuracy latency`, {made['date']}, torch "
+        f"{made['torch']}); networks with groups run in `dspfx.compile` only. *By time*, "
+        f"percent are of the time, else of the MACs.\n\n{table}"
+    )
+
+
 def _latencies(name: str) -> dict[tuple[str, int], float]:
     """Milliseconds in the fastest runtime, by method and percentage."""
-    if not LATENCY.is_file():
-        return {}
-    rows = json.loads(LATENCY.read_text())["rows"]
     return {
-        (row["method"], row["pruned"]): min(row["milliseconds"].values())
-        for row in rows
-        if row["scenario"] == name
+        (row["method"], row["pruned"]): min(row["milliseconds"].values()) for row in _timed(name)
     }
 
 
+def _timed(name: str) -> list[dict[str, Any]]:
+    """The rows of a scenario in the file of latencies."""
+    if not LATENCY.is_file():
+        return []
+    return [row for row in json.loads(LATENCY.read_text())["rows"] if row["scenario"] == name]
+
+
 def _batch(name: str) -> int:
-    rows = json.loads(LATENCY.read_text())["rows"]
-    return next(int(row["batch"]) for row in rows if row["scenario"] == name)
+    return int(_timed(name)[0]["batch"])
 
 
 def _heading() -> str:
@@ -216,10 +239,3 @@ def _heading() -> str:
         "`benchmarks/results/accuracy.jsonl`, which `python -m benchmarks.accuracy run` fills "
         f"({'; '.join(versions)}; {dates[0]} to {dates[-1]}).\n\n{PROTOCOL}"
     )
-
-
-def _into_readme(table: str) -> None:
-    before, _, rest = README.read_text().partition(MARKS[0])
-    _, _, behind = rest.partition(MARKS[1])
-    if behind:
-        README.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{behind}")
