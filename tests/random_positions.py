@@ -87,7 +87,8 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        return self.body(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(n, c, h, w)
+        tokens = self.body(x.flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).reshape(n, c, h, w).contiguous()
 
 
 class FromLast(nn.Module):
