@@ -4,7 +4,7 @@
    the answer that the code got. Of a list or a mapping among the inputs, its length or its keys
    are; of an input whose class is asked for, or of an item that may be None, the kind.
 2. Of a number of dimensions, it is enough to check those of the inputs; of a number of pieces, the
-   size of what was cut.
+   count that follows from the size of what was cut.
 3. Properties that do not change with sizes, a dtype for instance, are not checked; nor are whole
    shapes and counts of elements that tell the count of channels which may be pruned.
 4. All else that is no tensor is computed from the values of tensors: code is not told of it.
@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.node import Node
 
 # functions and methods that tell nothing of the values of a tensor
@@ -55,6 +55,42 @@ class _Origin(enum.Enum):
 _CHECKED = frozenset((_Origin.INPUTS, _Origin.SIZES))
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A call that cuts a tensor along a dimension.
+
+    Attributes:
+        name: of the function or method.
+        tensor: what is cut, a proxy.
+        into: how many pieces, or how long they are; a list of lengths; or nothing of that.
+        dim: the dimension.
+    """
+
+    name: str
+    tensor: Any
+    into: Any
+    dim: Any
+
+    def pieces(self) -> Any:
+        """What says how many pieces there are, a proxy, or a number where it is always the same."""
+        size, into = self.tensor.size(self.dim), self.into
+        if isinstance(into, tuple | list):
+            return size
+        match self.name:
+            case "chunk":
+                return _at_least(size, _at_least(size, into))
+            case "split":
+                return _at_least(size, into)
+            case "tensor_split" if isinstance(into, int):
+                return into
+        return size
+
+
+def _at_least(size: Any, length: Any) -> Any:
+    """How many pieces of a length make a size, the last one being shorter."""
+    return (size + length - 1) // length
+
+
 class Answers:
     """The answers that code has got, and their checks in one graph.
 
@@ -74,15 +110,16 @@ class Answers:
         self.checked: set[tuple[Node, str]] = set()
         self.asked: list[_Asked] = []
         self.inputs: list[Any] = []  # tensors whose number of dimensions is not checked yet
-        self.cut: dict[Node, tuple[Any, int]] = {}  # pieces -> the tensor they are of, along where
+        self.cut: dict[Node, _Cut] = {}  # by the node of the pieces
 
     def note(self, made: Any, args: Any, kwargs: Any) -> None:
         """Remember what `made`, a proxy of a new call, is made of."""
         made.node.meta[_ORIGIN] = _made_of(made.node, made.concrete)
         place = _SPLITTING.get(_name(made.node))
         if place is not None:
+            given = [*args[1:], *kwargs.values()]
             dim = kwargs.get("dim", args[place] if len(args) > place else 0)
-            self.cut[made.node] = args[0], dim
+            self.cut[made.node] = _Cut(_name(made.node), args[0], given[0] if given else 0, dim)
 
     def insist_on(self, asked: Any, frame: FrameType) -> None:
         """Check that `asked`, a proxy of a number, is what `frame` is told.
@@ -110,8 +147,9 @@ class Answers:
             counted = list if isinstance(value, Mapping) else len
             self._insist_on_what(counted, container, counted(value))
         elif container.node in self.cut:
-            tensor, dim = self.cut[container.node]
-            self.insist_on(tensor.size(dim), frame)
+            pieces = self.cut[container.node].pieces()
+            if isinstance(pieces, fx.Proxy):
+                self.insist_on(pieces, frame)
 
     def insist_on_kind(self, asked: Any) -> None:
         """Check that `asked`, a proxy, is of its present kind, if it is an input or lies in one."""

@@ -432,7 +432,9 @@ class _Analyser(fx.Interpreter):
             return None
         spanning = [n for n, span in zip(operands, spans, strict=True) if span]
         self._pass_atoms(node, result, dim, self._couple(spanning, result.shape[dim]))
-        plain = not node.kwargs and len(node.args) == len(operands) == 2
+        # a term may be left out if it is never broadcast, so if all or none follow the image
+        alike = len({self.positions.are_fixed(operand) for operand in operands}) == 1
+        plain = not node.kwargs and len(node.args) == len(operands) == 2 and alike
         skips: tuple[bool, ...] = (False,) * len(operands)
         if plain:
             left, right = (self._is_whole(operand, result, dim) for operand in operands)

@@ -77,10 +77,10 @@ class Positions:
             return False
         fewer = result.dim() < len(self._values[operand].shape)
         merged = fewer and (result.dim() == 2 or (move.repeat or 1) > 1)
-        return merged and not self._are_fixed(operand) and not self._linear_reads(node)
+        return merged and not self.are_fixed(operand) and not self._linear_reads(node)
 
-    def _are_fixed(self, node: Node) -> bool:
-        """Whether a value has as many positions whatever the image, as behind a global pool."""
+    def are_fixed(self, node: Node) -> bool:
+        """Whether a value has as many positions whatever the image, as after a global pool."""
         for earlier in node.graph.nodes:  # each after what it reads
             if earlier not in self._fixed:
                 self._fixed[earlier] = self._fixes_them(earlier)
@@ -89,6 +89,9 @@ class Positions:
         return self._fixed[node]
 
     def _fixes_them(self, node: Node) -> bool:
+        of_all_sizes = node.target is getattr and node.args[1] in ("dtype", "device", "layout")
+        if of_all_sizes or isinstance(self._ops.get(node), Constant):
+            return True
         key = self._key(node)
         if key in operators.FIXED_POOLS:
             size: Any = (
@@ -102,7 +105,7 @@ class Positions:
             rank = len(self._values[read[0]].shape)
             if rank > 2 and set(range(2, rank)) <= (operators.reduced(node, rank) or set()):
                 return True
-        return bool(read) and all(self._fixed[n] for n in read)
+        return bool(node.all_input_nodes) and all(self._fixed[n] for n in read)
 
     def _linear_reads(self, node: Node) -> bool:
         """Whether all that reads `node` is linear layers, by way of what works on each element."""

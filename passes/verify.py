@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspfx.errors import EquivalenceError
 from dspfx.inputs import fresh
-from dspfx.kept import buffers_kept
+from dspfx.kept import buffers_kept, state_kept
 from dspfx.passes.compact import compact
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.plan import CompactionPlan, Order
@@ -90,8 +90,8 @@ def _at_another_size(masked: fx.GraphModule, compact: fx.GraphModule, inputs: An
 
 
 def _outputs(module: fx.GraphModule, inputs: Any) -> Any:
-    """What `module` computes; what it draws at random is always the same."""
-    with _drawing_alike(inputs):
+    """What `module` computes; it draws the same at every call, and remembers none of them."""
+    with _drawing_alike(inputs), state_kept(module, written=list(module.buffers())):
         return module.forward(*fresh(inputs))  # a call would print where it fails
 
 
@@ -154,13 +154,13 @@ def _widest(masked: fx.GraphModule, inputs: tuple[Any, ...]) -> _Masked:
     wide_inputs = _random(map_leaves(_as_double, inputs), generator)
     wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
     try:
-        with torch.no_grad(), buffers_kept(wide), _InFloat64():
+        with torch.no_grad(), _InFloat64():
             return _Masked(wide, wide_inputs, _outputs(wide, wide_inputs), torch.float64)
     except (RuntimeError, TypeError):
         types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
         drawn = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, wide_inputs)
         own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
-        with torch.no_grad(), buffers_kept(masked):
+        with torch.no_grad():
             return _Masked(masked, drawn, _outputs(masked, drawn), own)
 
 

@@ -57,7 +57,7 @@ def pruned(model: nn.Module, x: Tensor) -> tuple[nn.Module, nn.Module]:
         pytest.param(lambda x: torch.cat([x, x.flip(1)], 1), id="cat"),
         pytest.param(lambda x: torch.cat(x.chunk(3, 1)[::-1], 1), id="chunk"),
         pytest.param(lambda x: x.index_select(1, torch.arange(9, -1, -1)), id="index"),
-        pytest.param(lambda x: torch.stack(x.unbind(1)[1:], 1), id="unbind"),
+        pytest.param(lambda x: x + x.unbind(1)[-1].unsqueeze(1), id="unbind"),
     ],
 )
 def test_positions_of_frames_are_no_channels(along: Function) -> None:
@@ -201,6 +201,41 @@ def test_sizes_at_which_the_code_does_something_else_are_refused(
             except AssertionError:
                 continue
             assert_equal(model(x), found, tolerance=0)
+
+
+class Joined(nn.Module):
+    """Features of an image and a term whose positions do not follow the image's."""
+
+    def __init__(self, term: Function) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+        self.d, self.term = nn.Conv2d(3, 8, 3, padding=1), term
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c((self.b(self.a(x).relu()) + self.d(self.term(x))).relu())
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        pytest.param(lambda x: torch.ones(1, 3, 4, 4, dtype=x.dtype), id="constant"),
+        pytest.param(lambda x: F.adaptive_avg_pool2d(x, 4), id="pooled"),
+    ],
+)
+def test_a_dead_term_that_an_image_of_another_size_is_broadcast_over_stays(term: Function) -> None:
+    """It had the shape of the sum by chance: for another image the sum has the term's shape."""
+    prepared = dspfx.prepare(randomise(Joined(term)).double(), torch.randn(2, 3, 8, 8).double())
+    mask = torch.zeros(8, 3, dtype=torch.bool)
+    dspfx.set_masks(prepared.eval(), {"d": mask} if "d" in dspfx.get_masks(prepared) else {})
+    masks = random_masks(prepared)
+    dspfx.set_masks(prepared, {name: masks[name] for name in ("b", "c")})
+    with torch.no_grad():
+        prepared.get_submodule("d").weight.zero_()
+        prepared.get_submodule("d").bias.zero_()
+    compact = dspfx.convert(prepared)
+    for shape in ((2, 3, 8, 8), (2, 3, 5, 5)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert_equal(prepared(x), compact(x))
 
 
 def test_a_proof_covers_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
