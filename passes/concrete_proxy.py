@@ -129,6 +129,7 @@ class ConcreteProxy(Proxy):
         return len(self) > 0 if counts else bool(self._number())
 
     def __int__(self) -> int:
+        self.tracer.calls_int.add(sys._getframe(1).f_code)
         return int(self._number())
 
     def __index__(self) -> int:

@@ -6,9 +6,9 @@ specialised to what it asks of them (`answers`).
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from dspfx.passes.buffers import Buffers, write_back
 from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
 from dspfx.passes.frames import line_under_way
 from dspfx.passes.handed import Handed
+from dspfx.passes.int_calls import ints_traced
 from dspfx.passes.own_gradients import OwnGradients
 from dspfx.passes.patched import patched
 from dspfx.passes.randomness import drawn_so_far, generators_kept, generators_of
@@ -54,6 +55,7 @@ class ConcreteTracer(fx.Tracer):
         inputs: Mapping[str, Any],
         opaque: frozenset[str] = frozenset(),
         leaves: frozenset[type] = frozenset(),
+        ints: Set[CodeType] = frozenset(),
     ) -> None:
         super().__init__(param_shapes_constant=True)
         self.inputs = fresh(dict(inputs))
@@ -68,6 +70,8 @@ class ConcreteTracer(fx.Tracer):
         self.aliases = Aliases()
         self.constants: dict[int, Tensor] = {}  # of buffers that code has made, by their `id`
         self.handed: Handed | None = None  # what the last leaf was given
+        self.ints = ints  # the code whose calls of `int` are traced
+        self.calls_int: set[CodeType] = set()  # that which has called it of a proxy
         self.failed_in: str | None = None
         self.modules = [""]  # the paths of those whose code is under way, the innermost last
 
@@ -85,6 +89,7 @@ class ConcreteTracer(fx.Tracer):
                 torch.enable_grad(),
                 torch.random.fork_rng(devices=[]),
                 generators_kept(),
+                ints_traced(self.ints),
                 patched(self._call, self._call_method, root.training, lambda: not self.executing),
                 self._nothing_drawn(),
             ):

@@ -18,6 +18,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -28,6 +29,7 @@ from dspfx.kept import state_kept
 from dspfx.parametrised import why_computed
 from dspfx.passes.aliases import WRITTEN, WRITTEN_INPUT
 from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
+from dspfx.passes.int_calls import only_calls_int
 from dspfx.passes.lift import lift
 from dspfx.passes.operators import overwritten
 from dspfx.statements import as_left_by
@@ -132,11 +134,19 @@ def _trace_graph(
     failed: dict[str, str],
     leaves: frozenset[type],
 ) -> fx.Graph:
-    """Trace until it succeeds, every submodule that refuses becoming one that `failed`."""
+    """Trace until it succeeds, every submodule that refuses becoming one that `failed`.
+
+    Again where code was told, by `int`, what it may go on with as a value.
+    """
+    ints: set[CodeType] = set()
     while True:
-        tracer = ConcreteTracer(inputs, opaque | failed.keys(), leaves)
+        tracer = ConcreteTracer(inputs, opaque | failed.keys(), leaves, ints)
         try:
-            return tracer.trace_concretely(root)
+            graph = tracer.trace_concretely(root)
+            found = {code for code in tracer.calls_int - ints if only_calls_int(code)}
+            if not found:
+                return graph
+            ints |= found
         except UntraceableError as error:
             if not error.module or error.module in failed:
                 raise TraceError(

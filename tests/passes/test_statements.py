@@ -67,6 +67,19 @@ def windows(s: Any, y: Tensor) -> Tensor:
     return cut.permute(0, 5, 1, 3, 2, 4).reshape(count, c, h, w)
 
 
+def counted_windows(s: Any, y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    cut = y.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 4, c)
+    count = int(cut.shape[0] / (h * w / 4 / 4))
+    cut = cut.view(count, h // 4, w // 4, 4, 4, -1)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(count, c, h, w)
+
+
+def scales(s: Any, y: Tensor) -> Tensor:
+    height, width = int(y.shape[2] * 0.75), int(y.shape[3])
+    return F.interpolate(y, size=(height, width * 2))[:, :, : int(height / 2.5)]
+
+
 def floors(s: Any, y: Tensor) -> Tensor:
     half = math.floor(y.shape[2] / 2)
     size = math.ceil(y.shape[3] * 0.75), round(y.shape[3] * 1.5)
@@ -79,6 +92,8 @@ CODE: dict[str, Callable[..., Any]] = {
     "positions": clears,
     "columns": fills,
     "windows": windows,
+    "counted windows": counted_windows,
+    "scaled sizes": scales,
     "rounded sizes": floors,
     "batch": lambda s, y: y.reshape(len(y), 8, y.shape[2], -1),
     "length of a row": lambda s, y: y + torch.arange(len(y[0, 0]), dtype=y.dtype)[:, None],
@@ -109,9 +124,25 @@ def test_is_traced(kind: str) -> None:
             assert_equal(expected, module(x))
 
 
-def test_counts_that_are_told_are_checked() -> None:
-    code = lambda s, y: torch.stack([y[i] * w for i, w in enumerate([2.0] * len(y))])  # noqa: E731
-    prepared = dspfx.prepare(randomise(Net(code)).double(), torch.randn(SIZES[0]).double())
+def each(s: Any, y: Tensor) -> Tensor:
+    return torch.stack([y[i] * weight for i, weight in enumerate([2.0] * len(y))])
+
+
+def each_row(s: Any, y: Tensor) -> Tensor:
+    return torch.stack([y[:, :, i] for i in range(int(y.shape[2] / 2))], 2)
+
+
+def asks_for_int(s: Any, y: Tensor) -> Tensor:
+    half = y.shape[2] / 2
+    return y[:, :, : int(half)] if isinstance(half, int | float) else y
+
+
+@pytest.mark.parametrize("code", [each, each_row, asks_for_int])
+def test_counts_that_are_told_are_checked(code: Callable[..., Any]) -> None:
+    model = randomise(Net(code)).double()
+    prepared = dspfx.prepare(model, torch.randn(SIZES[0]).double())
+    x = torch.randn(3 if code is not each else 2, 3, 8, 6).double()
+    assert_equal(model(x), prepared(x), 1e-12)
     with pytest.raises(AssertionError, match="other inputs"):
         prepared(torch.randn(SIZES[1]).double())
 
