@@ -92,7 +92,7 @@ class Concat(nn.Module):
 
 
 class Split(nn.Module):
-    """Uneven parts; one is convolved, both are concatenated, swapped or not."""
+    """Uneven parts, in a tuple; one is convolved, both are concatenated, swapped or not."""
 
     def __init__(self, c: int, first: int, swap: bool, chunk: bool, act: str) -> None:
         super().__init__()
@@ -101,17 +101,24 @@ class Split(nn.Module):
         self.conv = ConvNorm(self.sizes[1], self.sizes[1], act=act)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, 1) if self.chunk else torch.split(x, self.sizes, 1)
-        b = self.conv(b)
-        return torch.cat((b, a) if self.swap else (a, b), dim=1)
+        parts = x.chunk(2, 1) if self.chunk else torch.split(x, self.sizes, 1)
+        parts = parts[:-1] + (self.conv(parts[-1]),)  # noqa: RUF005 (a sum of parts is drawn)
+        return torch.cat(parts[::-1] if self.swap else parts, dim=1)
 
 
 class Slice(nn.Module):
-    def __init__(self, c: int, first: int) -> None:
+    """Channels in another order, some of them doubled; assigned or concatenated."""
+
+    def __init__(self, c: int, first: int, assign: bool) -> None:
         super().__init__()
-        self.first = first
+        self.first, self.assign = first, assign
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.assign:
+            y = torch.zeros_like(x)
+            y[:, -self.first :] = x[:, : self.first] * 2
+            y[:, : -self.first] += x[:, self.first :]
+            return y
         return torch.cat([x[:, self.first :], x[:, : self.first] * 2], 1)
 
 
@@ -409,7 +416,7 @@ def _split(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
 
 
 def _slice(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
-    return (Slice(c, draw(st.integers(1, c - 1))), c, size) if c > 1 else None
+    return (Slice(c, draw(st.integers(1, c - 1)), draw(FLAG)), c, size) if c > 1 else None
 
 
 def _depthwise(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
