@@ -19,6 +19,7 @@ from dspfx.errors import PrepareError
 from dspfx.inputs import Call
 from dspfx.origin import Origin
 from dspfx.passes.agreement import SizeFacts
+from dspfx.passes.patched import factories_traced
 from dspfx.passes.sizes import Shapes
 from dspfx.rebuilt import REBUILDING, refuse
 
@@ -47,6 +48,15 @@ class _Retracer(fx.Tracer):
     """How pickle reads a graph back: buffers are what they were, not constants."""
 
     proxy_buffer_attributes = True
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """The graph of code that fx has written, whose every call is a node again."""
+
+        def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.create_proxy("call_function", function, args, kwargs)
+
+        with factories_traced(call, recording=lambda: True):
+            return super().trace(*args, **kwargs)
 
 
 class TwoModeModule(fx.GraphModule):

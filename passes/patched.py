@@ -60,14 +60,21 @@ def patched(
     stack.enter_context(mock.patch.object(VariableMeta, "__call__", _variable))
     if not training:
         stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
-    for name in FACTORIES + RANDOM:
-        record = recording if name in RANDOM else lambda: False
-        factory = _noticing(getattr(torch, name), call, record)
-        stack.enter_context(mock.patch.object(torch, name, factory))
+    stack.enter_context(factories_traced(call, recording))
     for name in METHODS:
         method = getattr(torch.Tensor, name)
         noticing = _noticing(method, _by_name(name, call_method), lambda: False)
         stack.enter_context(mock.patch.object(torch.Tensor, name, noticing))
+    return stack
+
+
+def factories_traced(call: Callable[..., Any], recording: Callable[[], bool]) -> ExitStack:
+    """Exchange the functions that make tensors of numbers alone; see `patched`."""
+    stack = ExitStack()
+    for name in FACTORIES + RANDOM:
+        record = recording if name in RANDOM else lambda: False
+        factory = _noticing(getattr(torch, name), call, record)
+        stack.enter_context(mock.patch.object(torch, name, factory))
     return stack
 
 

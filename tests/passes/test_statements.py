@@ -59,6 +59,12 @@ def fills(s: Any, y: Tensor) -> Tensor:
     return out
 
 
+def makes(s: Any, y: Tensor) -> Tensor:
+    out = torch.zeros(y.shape[0], 8, y.shape[2], y.shape[3], dtype=y.dtype)
+    out[:, :, :, 1:] = y[:, :, :, :-1] * torch.arange(1, y.shape[3], dtype=y.dtype)
+    return out + torch.full((len(y), 1, 1, 1), 0.5, dtype=y.dtype)
+
+
 def windows(s: Any, y: Tensor) -> Tensor:
     n, c, h, w = y.shape
     cut = y.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 4, c)
@@ -91,6 +97,7 @@ CODE: dict[str, Callable[..., Any]] = {
     "channels": swaps_channels,
     "positions": clears,
     "columns": fills,
+    "made of sizes": makes,
     "windows": windows,
     "counted windows": counted_windows,
     "scaled sizes": scales,
@@ -251,3 +258,22 @@ def test_a_list_within_a_list_that_is_overwritten_is_refused() -> None:
     model.leaf = Opaque(lambda layers, y: overwrites_items(layers, y[0])[1])
     with pytest.raises(dspfx.TraceError, match="lies in another"):
         dspfx.prepare(nn.Sequential(model), torch.randn(SIZES[0]))
+
+
+def draws(s: Any, y: Tensor) -> Tensor:
+    return y * torch.rand(1, dtype=torch.float64) if s.training else y
+
+
+def test_random_numbers_are_drawn_in_every_call_of_what_was_pickled() -> None:
+    """They were drawn once, when it was read."""
+    model = randomise(Net(draws)).double()
+    x = torch.randn(SIZES[0]).double()
+    prepared = dspfx.prepare(model, x)
+    twin = pickle.loads(pickle.dumps(prepared))
+    for seed in range(2):
+        results = []
+        for module in (model, prepared, twin):
+            torch.manual_seed(seed)
+            results.append(module(x))
+        assert_equal(results[0], results[1], tolerance=0)
+        assert_equal(results[0], results[2], tolerance=0)
