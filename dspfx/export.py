@@ -27,6 +27,11 @@ Format = Literal["onnx", "export", "aoti"]
 SUFFIXES: Mapping[str, Format] = {".onnx": "onnx", ".aoti.pt2": "aoti", ".pt2": "export"}
 LARGEST_ONNX = 2**31  # bytes
 BATCH = "batch"
+_SIZES = {  # by the rank of a tensor and the dimension
+    3: {2: "length"},
+    4: {2: "height", 3: "width"},
+    5: {2: "depth", 3: "height", 4: "width"},
+}
 
 
 def export(
@@ -36,6 +41,7 @@ def export(
     *,
     format: Format | None = None,
     dynamic_batch: bool = True,
+    dynamic_size: bool = False,
 ) -> None:
     """Write `model` to a file that runs without dspfx and without the Python code of the model.
 
@@ -51,11 +57,14 @@ def export(
             `AOTIModelPackageLoader` in C++. If left out, the suffix of `path` says it: `.onnx`,
             `.pt2` or `.aoti.pt2`.
         dynamic_batch: the first dimension of all tensors is one that may change.
+        dynamic_size: all dimensions from the third on, such as height and width, may change, as
+            far as the model's code lets them.
 
     Raises:
         ExportError: the model is not converted, is in training mode, holds the own kernel that
-            `dspfx.compile` puts in, has no graph, or fixes its batch; the suffix of `path` is
-            another; a package is missing; or the file cannot be written. There is no file then.
+            `dspfx.compile` puts in, has no graph, or fixes its batch or its sizes; the suffix of
+            `path` is another; a package is missing; or the file cannot be written. There is no
+            file then.
     """
     path = Path(path)
     write = _WRITERS[_format(path, format)]
@@ -64,7 +73,7 @@ def export(
         call = choose_inputs(model, example_inputs)[0].map(_without_values)
     except PrepareError as error:
         raise ExportError(str(error)) from error
-    shapes = _dynamic_shapes(model, call) if dynamic_batch else None
+    shapes = _dynamic_shapes(model, call, dynamic_batch, dynamic_size)
     program = _program(model, call, shapes)
     with replacing(path, ExportError) as temporary:
         write(program, temporary)
@@ -102,15 +111,23 @@ def _without_values(leaf: Any) -> Any:
     return torch.zeros_like(leaf) if plain else leaf
 
 
-def _dynamic_shapes(model: nn.Module, call: Call) -> dict[str, Any]:
-    """For every argument by name, and every tensor in it, that its first dimension is the batch."""
+def _dynamic_shapes(model: nn.Module, call: Call, batch: bool, size: bool) -> dict[str, Any] | None:
+    """For every argument by name, and every tensor in it, which dimensions may change, and how.
+
+    The first one is the batch of all tensors; others are related as the model's code makes them.
+    """
+    if not (batch or size):
+        return None
     named: dict[str, Any] = {}
     for name, value in call.by_name(model).items():
         named |= value if name.startswith("**") else {name.lstrip("*"): value}
-    batch = torch.export.Dim(BATCH)
+    first = {0: torch.export.Dim(BATCH)} if batch else {}
 
     def of(leaf: Any) -> Any:
-        return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return None
+        sizes = range(2, leaf.dim()) if size else ()
+        return {**first, **dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)}
 
     shapes: dict[str, Any] = map_leaves(of, named)
     return shapes
@@ -125,8 +142,8 @@ def _program(model: nn.Module, call: Call, shapes: dict[str, Any] | None) -> Exp
     except Exception as error:  # torch raises many kinds, none of its own
         raise ExportError(
             f"torch.export cannot export {type(model).__name__}: {error}; if it fixes the size of "
-            "its batch, pass dynamic_batch=False; if its code depends on the values of tensors, "
-            "export the children that do not"
+            "its batch, pass dynamic_batch=False, if it fixes that of images, dynamic_size=False; "
+            "if its code depends on the values of tensors, export the children that do not"
         ) from error
 
 
@@ -142,17 +159,25 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"the ONNX exporter of torch cannot export it: {error}") from error
     assert model is not None
-    model.rename_axes(dict.fromkeys(_first_axes(model.model.graph.inputs), BATCH))
+    model.rename_axes(_names_of_axes(model.model.graph.inputs))
     foreign = {node.domain for node in model.model.graph.all_nodes()} - {"", "ai.onnx"}
     if foreign or model.model.functions:
         raise ExportError(f"the model has operators that are not standard, of {foreign}")
     model.save(path, external_data=False)
 
 
-def _first_axes(inputs: Iterable[Any]) -> set[str]:
-    """The names that the exporter gave to the first dimensions of `inputs` that may change."""
-    firsts = [given.shape[0] for given in inputs if given.shape is not None and len(given.shape)]
-    return {str(first) for first in firsts if not isinstance(first, int)}
+def _names_of_axes(inputs: Iterable[Any]) -> dict[Any, str]:
+    """Names for the dimensions of `inputs` that may change, by those that the exporter gave."""
+    names: dict[Any, str] = {}
+    for given in inputs:
+        shape = list(given.shape or ())
+        for dim, axis in enumerate(shape):
+            if isinstance(axis, int) or str(axis) in names:
+                continue
+            plain = BATCH if dim == 0 else _SIZES.get(len(shape), {}).get(dim, f"size_{dim}")
+            taken = plain != BATCH and plain in names.values()
+            names[str(axis)] = f"{given.name}_{plain}" if taken else plain
+    return names
 
 
 def _write_program(program: ExportedProgram, path: Path) -> None:

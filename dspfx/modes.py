@@ -37,6 +37,6 @@ def put_all(model: nn.Module, mode: bool) -> None:
 def _set_modes(modes: dict[nn.Module, bool]) -> None:
     for module, mode in modes.items():
         if isinstance(module, TwoModeModule):
-            module.train(mode)  # it has a graph for either
+            TwoModeModule.train(module, mode)  # it has a graph for either
     for module, mode in modes.items():
         module.training = mode

@@ -7,6 +7,7 @@ attributes that the next verb needs. All of it survives `deepcopy` and `pickle`.
 
 import copy
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -15,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from dspfx.config import PrepareConfig
-from dspfx.errors import PrepareError
+from dspfx.errors import DspfxWarning, PrepareError
 from dspfx.inputs import Call
 from dspfx.origin import Origin
 from dspfx.passes.agreement import SizeFacts
@@ -282,6 +283,12 @@ class PreparedModule(TwoModeModule):
     whole: Call | None = None
 
 
+LEARNS_NOTHING = (
+    "a compact model does not learn: its parameters take no gradients; train the prepared model, "
+    "or dspfx.narrow(prepared), whose steps cost what is left of it, and convert again"
+)
+
+
 class CompactModule(TwoModeModule):
     """What `dspfx.convert` returns: an ordinary inference graph of standard operators.
 
@@ -307,6 +314,12 @@ class CompactModule(TwoModeModule):
     indices: dict[str, torch.Tensor]
     origin: Origin
     summary: Any
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to `mode`; a `DspfxWarning` where there is nothing that could be trained."""
+        if mode and not any(parameter.requires_grad for parameter in self.parameters()):
+            warnings.warn(LEARNS_NOTHING, DspfxWarning, stacklevel=2)
+        return super().train(mode)
 
 
 class NarrowModule(TwoModeModule):

@@ -185,8 +185,8 @@ def _refuse_unequal_calls(
 ) -> None:
     """Raise where two tensors share elements, unless they are parameters of equal elements.
 
-    So it is where a layer is called twice and other channels are dead in either call. A norm that
-    is called twice must be whole: its statistics are of what all calls read, zeros included.
+    So it is where a layer is called twice and other channels are dead in either call. All calls of
+    a norm must have the same channels: its statistics are of what all calls read, zeros included.
     """
     found: dict[str, dict[object, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, own in origins.items():
@@ -200,8 +200,7 @@ def _refuse_unequal_calls(
         if not isinstance(wide[source], nn.Parameter):
             equal &= all(len(same) == 1 for same in names.values())
         if source.endswith(MEAN) and (times := before[_owner(view, source)]) > 1:
-            whole = len(firsts) == 1 and len(here) == wide[source].numel()
-            equal &= whole and after[_owner(compacted.root, firsts[0])] == times
+            equal &= len(firsts) == 1 and after[_owner(compacted.root, firsts[0])] == times
         if not equal:
             raise NarrowError(
                 f"'{source}' is used more than once, and not for the same channels; {INSTEAD}"

@@ -95,6 +95,8 @@ def like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Mod
         # transposed convolutions store [C, O/S, *taps]
         sizes = (groups * reads, count)[:: -1 if isinstance(layer, TRANSPOSED) else 1]
         new = kind(*sizes, **how, groups=groups, bias=bias is not None, device="meta")
+    if isinstance(layer, TRANSPOSED):
+        weight = weight.contiguous()  # a transposed view, which torch.export.save warns of
     new._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
         new._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)

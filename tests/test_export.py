@@ -194,3 +194,86 @@ def test_example_images_are_not_stored(tmp_path: Path) -> None:
     dspfx.export(dspfx.convert(pruned(Small(), X)), secret, tmp_path / "m.pt2")
     (args, _) = torch.export.load(tmp_path / "m.pt2").example_inputs
     assert not args[0].any()
+
+
+class Up(nn.Module):
+    """A U-Net of one level, a shuffle and a transposed convolution; of sizes that are even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 24, 3, 2, 1)
+        self.up, self.shuffle = nn.ConvTranspose2d(24, 8, 2, 2), nn.PixelShuffle(2)
+        self.body, self.last = nn.Conv2d(26, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x).relu()
+        b = self.down(a).relu()
+        x = torch.cat([a, self.shuffle(b), self.up(b).relu()], 1)
+        return self.last(self.body(x).relu())
+
+
+@pytest.mark.parametrize("make", [lambda: Small(width=24), Up])
+def test_height_and_width_may_change(make: Any, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    compact = dspfx.convert(pruned(make(), X))
+    with unchanged(compact):
+        for name in ("m.onnx", "m.pt2"):
+            dspfx.export(compact, X, tmp_path / name, dynamic_size=True)
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    for shape in ((2, 3, 16, 16), (1, 3, 18, 32), (5, 3, 40, 24)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+        with torch.no_grad():
+            expected = compact(x)
+            assert_equal(expected, program(x), 1e-5)
+        assert_equal(expected, onnx_outputs(tmp_path / "m.onnx", x)[0], 1e-5)
+    (given,) = onnx.load(tmp_path / "m.onnx").graph.input
+    dims = [d.dim_param or d.dim_value for d in given.type.tensor_type.shape.dim]
+    assert dims == ["batch", 3, "height", "width"]
+
+
+def test_lengths_of_several_inputs_may_change_by_themselves(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    inputs = torch.randn(2, 3, 20), torch.randn(2, 4, 12)
+    compact = dspfx.convert(pruned(Signals(), inputs))
+    dspfx.export(compact, inputs, tmp_path / "m.onnx", dynamic_size=True, dynamic_batch=False)
+    for lengths in ((20, 12), (9, 31)):
+        given = [torch.randn(2, c, n) for c, n in zip((3, 4), lengths, strict=True)]
+        assert_equal(compact(*given), onnx_outputs(tmp_path / "m.onnx", *given)[0], 1e-5)
+    shapes = [i.type.tensor_type.shape.dim for i in onnx.load(tmp_path / "m.onnx").graph.input]
+    names = [[d.dim_param or d.dim_value for d in dims] for dims in shapes]
+    assert names == [[2, 3, "length"], [2, 4, "b_length"]]
+
+
+class Signals(nn.Module):
+    """Two signals of any lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 12, 3, padding=1), nn.Conv1d(4, 12, 3, padding=1)
+        self.both, self.head = nn.Conv1d(12, 12, 1), nn.Linear(24, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = self.both(self.a(a).relu()), self.both(self.b(b).relu())
+        return self.head(torch.cat([a.relu().mean(2), b.relu().amax(2)], 1))
+
+
+class Placed(nn.Module):
+    """Adds something of its own to every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.places = nn.Parameter(torch.randn(1, 8, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) + self.places)
+
+
+def test_a_model_that_fixes_its_sizes_says_so(tmp_path: Path) -> None:
+    compact = dspfx.convert(pruned(Placed(), X))
+    with pytest.raises(dspfx.ExportError, match="dynamic_size=False"):
+        dspfx.export(compact, X, tmp_path / "m.pt2", dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+    dspfx.export(compact, X, tmp_path / "m.pt2")

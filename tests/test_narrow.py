@@ -317,6 +317,39 @@ def test_a_module_that_is_called_twice_has_one_state() -> None:
     assert sum(isinstance(m, nn.BatchNorm2d) for m in narrow.modules()) == 1
 
 
+class Towers(nn.Module):
+    """One norm for two streams, of a trunk for both or of a tower for each."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 8, 3, padding=1)
+        self.right = self.left if shared else nn.Conv2d(3, 8, 3, padding=1)
+        self.norm, self.body = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.late, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def features(self, x: Tensor, first: nn.Module) -> Tensor:
+        return self.late(self.body(F.silu(self.norm(first(x))))).relu().mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.features(x, self.left), self.features(x.flip(3), self.right)
+        return self.fc((left - right).abs())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_norm_of_two_streams_is_as_narrow_as_they_are(shared: bool) -> None:
+    prepared = dspfx.prepare(randomise(Towers(shared)).double(), images(2)).train()
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask[:, 1:4] = mask[6] = False
+    dspfx.set_masks(prepared, {"body": mask})
+    masked, narrow = copy.deepcopy(prepared), dspfx.narrow(prepared)
+    assert_a_step_is_the_same(masked, narrow, images(4))
+    assert (narrow.norm.num_features, narrow.late.num_features) == (5, 7)
+    dspfx.widen(narrow, prepared)
+    with torch.no_grad():
+        assert_equal(masked.eval()(images(2)), prepared.eval()(images(2)), tolerance=1e-7)
+        assert_equal(narrow.eval()(images(2)), dspfx.convert(prepared)(images(2)))
+
+
 class Counting(nn.Module):
     """Cannot be traced, and counts."""
 
@@ -493,3 +526,15 @@ def test_saving_asks_for_the_prepared_model(tmp_path: Path) -> None:
     narrow = dspfx.narrow(pruned(Stochastic()))
     with pytest.raises(dspfx.DspfxError, match=r"widen\(narrow"):
         dspfx.save(narrow, tmp_path / "narrow.safetensors")
+
+
+def test_training_a_compact_model_points_to_narrow() -> None:
+    prepared = pruned(Stochastic())
+    compact = dspfx.convert(prepared)
+    with pytest.warns(dspfx.DspfxWarning, match=r"dspfx\.narrow"):
+        compact.train()
+    with pytest.warns(dspfx.DspfxWarning, match=r"dspfx\.narrow"):
+        nn.Sequential(dspfx.convert(prepared), nn.Linear(4, 2)).train()
+    compact.eval()
+    dspfx.narrow(prepared).train()
+    prepared.train()
