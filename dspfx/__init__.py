@@ -9,6 +9,7 @@ from dspfx.budget import Budget, PruneReport
 from dspfx.checkpoint import load_checkpoint, save_checkpoint
 from dspfx.cluster import cluster_groups
 from dspfx.compile import compile
+from dspfx.compress import Compressed, compress
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.distill import distillation_loss
@@ -59,6 +60,7 @@ __all__ = [
     "CheckpointError",
     "CompactModule",
     "CompileError",
+    "Compressed",
     "ConvertError",
     "CostModel",
     "CyclicFinetune",
@@ -86,6 +88,7 @@ __all__ = [
     "channel_graph",
     "cluster_groups",
     "compile",
+    "compress",
     "convert",
     "distillation_loss",
     "export",

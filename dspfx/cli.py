@@ -1,4 +1,4 @@
-"""The command line: `dspfx train`, `prune`, `inspect`, `bench`, `demo`."""
+"""The command line: `dspfx train`, `prune`, `export`, `inspect`, `bench`, `demo`."""
 
 from importlib.metadata import version
 from typing import Annotated
@@ -7,6 +7,7 @@ import typer
 
 from dspfx.commands.bench import bench
 from dspfx.commands.demo import demo
+from dspfx.commands.export import export
 from dspfx.commands.inspect import inspect
 from dspfx.commands.prune import prune
 from dspfx.commands.train import train
@@ -29,5 +30,5 @@ def main(
     """Dynamic structure pruning: smaller, faster convolutional networks of the same function."""
 
 
-for command in (train, prune, inspect, bench, demo):
+for command in (train, prune, export, inspect, bench, demo):
     app.command()(command)

@@ -111,6 +111,13 @@ class GradualPruning:
         self.tables = latency_tables(self.parts, budget, self.processes)
         self._started = self._trial()
 
+    def __repr__(self) -> str:
+        left = "" if self.report is None else f", {self.report.achieved:.2%} left"
+        return (
+            f"GradualPruning(budget {self.budget.fraction:.2%}{left}, step {self.steps_done} of "
+            f"{self.total_steps}, pruning {self.prunings_done} of {self.prunings})"
+        )
+
     def step(self) -> None:
         """Look at the gradients, and prune if it is time to.
 

@@ -60,6 +60,19 @@ def choose_inputs(root: nn.Module, given: Any) -> tuple[Call, tuple[str, ...]]:
     return call, ()
 
 
+def of_few_samples(root: nn.Module, call: Call) -> Call:
+    """The same call with two samples, or as it is if `root` does not accept that.
+
+    Raises:
+        PrepareError: it accepts neither.
+    """
+    few = call.map(lambda x: x[:2] if isinstance(x, Tensor) and x.dim() > 1 else x)
+    try:
+        return choose_inputs(root, few)[0]
+    except PrepareError:
+        return choose_inputs(root, call)[0]
+
+
 def check_accepted(root: nn.Module, call: Call, failure: type[DspfxError]) -> None:
     """Raise `failure` if `root` does not accept `call`; nothing of either changes."""
     error = _failure(root, call)

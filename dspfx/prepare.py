@@ -13,7 +13,7 @@ from dspfx.division import Division, copied, gated_in, hides_most
 from dspfx.errors import PrepareError, TraceError
 from dspfx.gates import GATED
 from dspfx.gating import Task, gate
-from dspfx.inputs import Call, choose_inputs, samples_of
+from dspfx.inputs import Call, choose_inputs, of_few_samples, samples_of
 from dspfx.module import PreparedModule
 from dspfx.parts import parts_of
 from dspfx.rebuilt import check_written, forms_inside, plain_copy
@@ -96,7 +96,7 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module 
         if name in task.opaque:
             raise PrepareError(f"{name} is not to be traced into")
         twin = copied(child, root)
-        own = _for_part(twin, call)
+        own = of_few_samples(twin, call)  # heads are often called with many
         within = task.within(name, id(child) not in calls.of_inputs, calls.followed)
         # of the batch that it reads, a few stand for all
         samples = samples_of(inputs) * samples_of(own) / samples_of(call)
@@ -116,15 +116,7 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module 
     return root
 
 
-def _for_part(child: nn.Module, call: Call) -> Call:
-    """The arguments of a part: two samples where it was called with more, as heads often are."""
-    few = call.map(lambda x: x[:2] if isinstance(x, torch.Tensor) and x.dim() > 1 else x)
-    try:
-        return choose_inputs(child, few)[0]
-    except PrepareError:
-        return choose_inputs(child, call)[0]
-
-
+@torch.no_grad()  # weights made in inference mode have no gradients
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):

@@ -69,7 +69,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_and_version() -> None:
     code, text, _ = invoke("--help")
     assert code == 0
-    for command in ("train", "prune", "inspect", "bench", "demo"):
+    for command in ("train", "prune", "export", "inspect", "bench", "demo"):
         assert command in text
         code, own, _ = invoke(command, "--help")
         assert code == 0
@@ -309,7 +309,7 @@ def test_prune_exports(tmp_path: Path) -> None:
     words = f"prune cifar-resnet8 --keep-params 0.6 {SMALL} -o {path}"
     code, text, err = invoke(*words.split())
     assert code == 0, err
-    assert text.splitlines()[-1] == f"written: {path}"
+    assert text.splitlines()[-1].startswith(f"written: {path}, {path.stat().st_size:,} bytes, ")
     program = torch.export.load(path).module()
     assert program(torch.zeros(3, 1, 16, 16)).shape == (3, 10)
     code, _, err = invoke(*words.split()[:-1], str(tmp_path / "small.exe"))

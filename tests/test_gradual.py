@@ -690,3 +690,13 @@ def test_widths_are_rounded_again_and_again(width: int, n: int) -> None:
     convolutions = [m for m in dspfx.convert(prepared).modules() if isinstance(m, nn.Conv2d)]
     widths = [m.out_channels for m in convolutions]
     assert all(w % n == 0 or w == width for w in widths)
+
+
+def test_a_pruning_says_where_it_is() -> None:
+    prepared = layers().train()
+    pruning = dspfx.GradualPruning(prepared, Budget(macs=0.5), total_steps=10, prunings=4, end=1)
+    assert repr(pruning) == "GradualPruning(budget 50.00%, step 0 of 10, pruning 0 of 4)"
+    train(prepared, pruning, 6, drawn)
+    assert pruning.report is not None
+    left = f"{pruning.report.achieved:.2%} left"
+    assert repr(pruning) == f"GradualPruning(budget 50.00%, {left}, step 6 of 10, pruning 2 of 4)"

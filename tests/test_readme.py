@@ -78,6 +78,7 @@ def test_public_names() -> None:
         "channel_graph",
         "cluster_groups",
         "compile",
+        "compress",
         "convert",
         "distillation_loss",
         "export",
@@ -100,7 +101,7 @@ def test_public_names() -> None:
     values = ["Budget", "CompactModule", "GroupLearner", "NarrowModule", "PrepareConfig"]
     values += ["CostModel", "CyclicFinetune", "DspfxWarning", "FEWEST_WEIGHTS", "GradualPruning"]
     values += ["PreparedModule"]
-    reports = ["PruneReport", "Report"]
+    reports = ["Compressed", "PruneReport", "Report"]
     errors = [name for name in dir(dspfx.errors) if name.endswith("Error")]
     assert sorted(dspfx.__all__) == sorted(verbs + values + reports + errors)
     for name in dspfx.__all__:

@@ -80,7 +80,7 @@ def test_what_a_run_leaves(whole: tuple[Path, Outcome]) -> None:
     folder, outcome = whole
     assert sorted(path.name for path in folder.iterdir()) == [
         *("checkpoint.pt", "config.json", "dense.pt", "metrics.jsonl", "model.safetensors"),
-        *("model.safetensors.json", "report.json", "report.txt"),
+        *("model.safetensors.json", "report.html", "report.json", "report.txt"),
     ]
     assert RunFolder(folder).recipe() == TINY
     phases = [(line.get("phase"), line.get("epoch"), line.get("event")) for line in metrics(folder)]

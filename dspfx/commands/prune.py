@@ -14,21 +14,22 @@ from dspfx.budget import Budget, PruneReport
 from dspfx.cluster import cluster_groups
 from dspfx.commands import subjects
 from dspfx.commands.effects import refuse
+from dspfx.commands.files import OWN, check_writable, write, written
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
-from dspfx.errors import BudgetError, ExportError
-from dspfx.export import SUFFIXES, export
+from dspfx.errors import BudgetError
+from dspfx.export import SUFFIXES
 from dspfx.gradual import GradualPruning
 from dspfx.prepare import prepare
 from dspfx.prune import prune as prune_to
+from dspfx.prune_channels import prune_channels
 from dspfx.recalibrate import recalibrate
 from dspfx.recipe.networks import check, classification_loss, right_answers
 from dspfx.recipe.settings import Recipe
 from dspfx.recipe.sources import Source, in_batches, open_source
 from dspfx.records import to_json
 from dspfx.report import report
-from dspfx.save import save
 
 BATCH, SAMPLE = 64, 32  # images to recalibrate with, and to ask for gradients, at a time
 IMAGES, PASSES = 1024, 40
@@ -85,7 +86,14 @@ def prune(
     classes: subjects.Classes = None,
     channels: subjects.Channels = None,
     image_size: subjects.ImageSize = None,
-    groups: Annotated[int, typer.Option(min=1, help="Per layer.")] = 4,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Per layer; {subjects.GROUPS} if left out, or none but whole channels for a file "
+            "that other programs run.",
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers to leave alone; more than once.")
     ] = None,
@@ -99,12 +107,16 @@ def prune(
 
     Filters are grouped by clustering. With --data, the gradients of the loss on training images
     decide which channels and inputs of groups go, batch norms are recalibrated, and the accuracy is
-    measured; without, inputs of groups go by the weights alone.
+    measured; without, inputs of groups go by the weights alone. For a file that other programs run
+    whole channels go, unless --groups is given.
     """
     with session(debug=debug, as_json=as_json, threads=threads) as own:
+        subjects.check_dense(model, output)
         budget = _budget(keep_macs, keep_params, keep_latency)
-        path = _file_to_write(output, model)
-        config = PrepareConfig(groups=groups, ignore=tuple(ignore or ()), round_to=round_to)
+        path = check_writable(output or _usual_file(model))
+        whole = groups is None and not path.name.endswith(OWN)  # is fast wherever it will run
+        given = groups or subjects.GROUPS
+        config = PrepareConfig(groups=given, ignore=tuple(ignore or ()), round_to=round_to)
         source, asked = None, channels
         if data is None:
             refuse({"images": images, "passes": passes}, ["images", "passes"], "without --data")
@@ -112,8 +124,6 @@ def prune(
             source = open_source(Recipe(model, data, image_size=image_size, validation=0.0))
             classes, channels = classes or source.classes, channels or source.channels
             image_size = source.image_size
-        if not (pretrained or weights or ":" in model):
-            say("warning: the weights are random; --pretrained or --weights FILE brings others")
         subject = subjects.open_model(
             model,
             classes=classes,
@@ -123,27 +133,41 @@ def prune(
             weights=weights,
         )
         subject.check_channels(asked)
+        if not (pretrained or weights or subject.architecture.runs_code):
+            say("warning: the weights are random; --pretrained or --weights FILE brings others")
         example = subject.images(2)
         if source is not None:
             if source.channels != subject.architecture.channels:
                 source = source.coloured()
             check(subject.dense, example, source.classes)
         prepared = prepare(subject.dense, example, config=config)
-        cluster_groups(prepared, seed=seed)
+        if whole:
+            say("pruning whole channels, which other programs run fast; groups, too, by --groups")
+        else:
+            cluster_groups(prepared, seed=seed)
         accuracies: dict[str, float] = {}
         if source is None:
-            pruned = prune_to(prepared, budget, drop_filters=False)
+            pruned = _by_weights(prepared, budget, whole)
         else:
             images, passes = images or IMAGES, PASSES if passes is None else passes
-            pruned, accuracies = _pruned_on(source, images, passes, subject.dense, prepared, budget)
+            some = source.numbers["train"][:images]
+            accuracies["dense"] = _accuracy(subject.dense, source)
+            pruned = _pruned(prepared, budget, source, in_batches(some, SAMPLE), passes, whole)
+            accuracies["pruned"] = _accuracy(prepared, source)
+            recalibrate(prepared, source.batches("train", in_batches(some, BATCH)))
+            accuracies["recalibrated"] = _accuracy(prepared, source)
         say(str(pruned))
         compact = convert(prepared)
-        _write(compact, path, subject)
+        write(compact, path, subject)
         found = report(compact)
         lines = [f"test accuracy, {name}: {share:.2%}" for name, share in accuracies.items()]
-        text = "\n".join([str(found), *lines, f"written: {path}"])
+        text = "\n".join([str(found), *lines, written(path, found)])
         plain: dict[str, Any] = {"file": str(path), "pruned": to_json(pruned)}
         own.give(text, {**plain, "accuracy": accuracies, "report": found.to_dict()})
+
+
+def _usual_file(model: str) -> Path:
+    return Path(f"{model.replace('/', '-').replace(':', '-')}-pruned.safetensors")
 
 
 def _budget(macs: float | None, params: float | None, latency: float | None) -> Budget:
@@ -154,40 +178,32 @@ def _budget(macs: float | None, params: float | None, latency: float | None) -> 
     return Budget(macs=macs, params=params, latency=latency)
 
 
-def _file_to_write(output: Path | None, model: str) -> Path:
-    """Where the result goes; that it can go there is known before any work is done."""
-    path = output or Path(f"{model.replace('/', '-').replace(':', '-')}-pruned.safetensors")
-    if not path.name.endswith((".safetensors", *SUFFIXES)):
-        raise ExportError(
-            f"the suffix of {path.name} does not say in which format to write; .safetensors, "
-            f"{', '.join(SUFFIXES)} do"
-        )
-    if not path.parent.is_dir():
-        raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
-    return path
-
-
-def _pruned_on(
-    source: Source, images: int, passes: int, dense: nn.Module, prepared: nn.Module, budget: Budget
-) -> tuple[PruneReport, dict[str, float]]:
-    """What became of `prepared`, now pruned and recalibrated, and the accuracies on the way."""
-    accuracies = {"dense": _accuracy(dense, source)}
-    some = source.numbers["train"][:images]
-    pruned = _pruned(prepared, budget, source, in_batches(some, SAMPLE), passes)
-    accuracies["pruned"] = _accuracy(prepared, source)
-    recalibrate(prepared, source.batches("train", in_batches(some, BATCH)))
-    accuracies["recalibrated"] = _accuracy(prepared, source)
-    return pruned, accuracies
+def _by_weights(prepared: nn.Module, budget: Budget, whole: bool) -> PruneReport:
+    """Prune by the weights alone, whole channels or inputs of groups."""
+    if whole:
+        return prune_channels(prepared, budget)
+    return prune_to(prepared, budget, drop_filters=False)
 
 
 def _pruned(
-    prepared: nn.Module, budget: Budget, source: Source, batches: list[Tensor], passes: int
+    prepared: nn.Module,
+    budget: Budget,
+    source: Source,
+    batches: list[Tensor],
+    passes: int,
+    whole: bool,
 ) -> PruneReport:
     """By the gradients of some batches, without a step of any optimizer; or by the weights."""
     if not passes:
-        return prune_to(prepared, budget, drop_filters=False)
+        return _by_weights(prepared, budget, whole)
     pruning = GradualPruning(
-        prepared, budget, total_steps=passes, begin=0.2, end=1.0, prunings=math.ceil(passes / 2)
+        prepared,
+        budget,
+        total_steps=passes,
+        begin=0.2,
+        end=1.0,
+        prunings=math.ceil(passes / 2),
+        groups=not whole,
     )
     turns = list(itertools.islice(itertools.cycle(batches), passes))
     prepared.train()
@@ -199,14 +215,6 @@ def _pruned(
     prepared.eval()
     assert pruning.report is not None  # the last pruning is due at the last step
     return pruning.report
-
-
-def _write(compact: nn.Module, path: Path, subject: subjects.Subject) -> None:
-    if path.suffix == ".safetensors":
-        save(compact, path)
-        subject.architecture.write(path)
-    else:
-        export(compact, subject.images(2), path)
 
 
 def _accuracy(model: Any, source: Source) -> float:

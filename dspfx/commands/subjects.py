@@ -143,6 +143,21 @@ def open_subject(
     return Subject(found, dense, load(path, dense))
 
 
+def check_dense(named: str, output: Path | None) -> None:
+    """Refuse a file or a run where a dense network is to be pruned, into the file `output`.
+
+    Raises:
+        RecipeError: `named` is one; the message says which command is meant.
+    """
+    if _file(named) is not None:
+        path = output or Path("model.onnx")
+        raise RecipeError(
+            f"{named} is no dense network but one that dspfx has pruned. To write it for other "
+            f"programs: dspfx export {named} -o {path}. To prune further, name the dense network, "
+            "with weights such as those of a run: --weights RUN/dense.pt"
+        )
+
+
 def open_model(
     named: str,
     *,
@@ -155,13 +170,8 @@ def open_model(
     """The dense network called `named`, with its weights.
 
     Raises:
-        RecipeError: there is none, or `named` is a file or a run.
+        RecipeError: there is none.
     """
-    if _file(named) is not None:
-        raise RecipeError(
-            f"{named} is no dense network; name one, with weights such as those of a run: "
-            "--weights RUN/dense.pt"
-        )
     if pretrained and weights is not None:
         raise RecipeError("take the pretrained weights, or those in a file, not both")
     architecture = _architecture(named, classes, channels, image_size, pretrained)
@@ -187,6 +197,8 @@ def _file(named: str) -> Path | None:
         return path
     if path.suffix in FILES:
         raise RecipeError(f"there is no file {named}")
+    if "/" in named and ":" not in named and not named.startswith(("torchvision/", "timm/")):
+        raise RecipeError(f"there is no file or folder {named}, and no model is called like that")
     return None
 
 

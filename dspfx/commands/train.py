@@ -8,9 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from dspfx.commands.effects import check_effects
+from dspfx.commands.files import check_writable, write, written
 from dspfx.commands.session import AsJson, Debug, Session, Threads, say, session
+from dspfx.commands.subjects import open_subject
 from dspfx.data import LOADERS
 from dspfx.errors import RecipeError
+from dspfx.export import SUFFIXES
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.presets import PRESETS, preset
 from dspfx.recipe.run import Machine
@@ -136,6 +139,16 @@ def train(
             "Folder of the run; runs/, the model if given, and the data or preset if left out.",
         ),
     ] = None,
+    output: Annotated[
+        Path | None,
+        _option(
+            RUNNING,
+            f"Write the compact network to this file, too: {', '.join(SUFFIXES)}; the method is "
+            "channels then, if none is asked for.",
+            "--output",
+            "-o",
+        ),
+    ] = None,
     resume: Annotated[
         bool, _option(RUNNING, "Go on with the run in this folder.", "--resume")
     ] = False,
@@ -156,10 +169,12 @@ def train(
 
     Settings come from --preset, or from the preset that is called as the data; options change
     single ones. All of a run is in its folder: config.json, metrics.jsonl, checkpoint.pt,
-    model.safetensors and report.txt. Under torchrun, all processes train together.
+    model.safetensors, report.txt and report.html. Under torchrun, all processes train together.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     with session(debug=debug, as_json=as_json, threads=threads) as own:
+        if output is not None:
+            check_writable(output, tuple(SUFFIXES))
         if resume and preset_name is not None:
             raise RecipeError("a run that goes on has its settings; leave out --preset")
         if keep_macs is not None and keep_latency is not None:
@@ -168,6 +183,8 @@ def train(
             raise RecipeError("say which run is to go on: --run-dir")
         path = run_dir or Path("runs") / _name(model, data, preset_name)
         base = RunFolder(path).recipe() if resume else _base(preset_name, model, data)
+        if output is not None and not resume:
+            given = for_other_programs(base, given)
         recipe = changed(base, given)
         if resume and recipe != base:
             raise RecipeError(
@@ -178,18 +195,29 @@ def train(
             check_effects(recipe, given)
             recipe = gentler(recipe, given)
         own.machine = [*(["--threads", str(threads)] if threads else []), "--device", device]
-        _go(own, recipe, path, resume, Machine(device, workers, checkpoint_minutes))
+        machine = Machine(device, workers, checkpoint_minutes)
+        _go(own, recipe, path, resume, machine, output)
 
 
-def _go(own: Session, recipe: Recipe, path: Path, resume: bool, machine: Machine) -> None:
+def _go(
+    own: Session, recipe: Recipe, path: Path, resume: bool, machine: Machine, output: Path | None
+) -> None:
     started = time.monotonic()
     own.folder = path
     if resume and rank() == 0:
         say(f"going on with the run in {path}")
     outcome = run_recipe(recipe, path, resume=resume, machine=machine, say=say)
     seconds = time.monotonic() - started
-    text = f"{outcome}\n\nfinished in {seconds:.0f} s; the compact network is in {outcome.model}"
-    own.give(text, {"run": str(path), "seconds": seconds, **outcome.to_dict()})
+    lines = [f"finished in {seconds:.0f} s; the compact network is in {outcome.model}"]
+    plain: dict[str, Any] = {"run": str(path), "seconds": seconds, **outcome.to_dict()}
+    if output is not None and rank() == 0:
+        subject = open_subject(str(path), model=recipe.model)
+        compact = subject.compact()
+        assert compact is not None  # the run has just written it
+        write(compact, output, subject)
+        lines.append(written(output, outcome.report))
+        plain["file"] = str(output)
+    own.give("\n".join([f"{outcome}\n", *lines]), plain)
 
 
 def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
@@ -212,6 +240,17 @@ def gentler(recipe: Recipe, given: dict[str, Any]) -> Recipe:
         return recipe
     dense = dataclasses.replace(recipe.dense, lr=GENTLER * recipe.dense.lr)
     return dataclasses.replace(recipe, dense=dense)
+
+
+def for_other_programs(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
+    """The options `given`, with whole channels where neither they nor `recipe` ask for groups.
+
+    Other programs run groups more slowly than whole channels, if faster than the dense layer.
+    """
+    if recipe.method != "gradual" or "method" in given or "groups" in given:
+        return given
+    say("pruning whole channels, which other programs run fast; groups, too, by --method gradual")
+    return {**given, "method": "channels"}
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -23,6 +23,7 @@ from dspfx.archive import replacing
 from dspfx.errors import DspfxWarning, RecipeError
 from dspfx.models import CifarResNet
 from dspfx.recipe.libraries import (
+    HUBS,
     library_of,
     offered_by_torchvision,
     timm,
@@ -53,7 +54,7 @@ class Architecture:
     @property
     def runs_code(self) -> bool:
         """Whether a module that anybody may have written is imported to build it."""
-        return ":" in self.name
+        return ":" in self.name and not self.name.startswith(HUBS)
 
     def build(self, *, load: bool = False) -> nn.Module:
         """The network, initialised at random by torch's generator.
@@ -84,10 +85,10 @@ class Architecture:
             )
         except Exception as error:  # of the many that a download or a constructor can raise
             raise RecipeError(f"timm cannot make {name}: {error}") from error
-        offered = timm().get_pretrained_cfg(name)
-        if load and self.pretrained and offered.num_classes != self.classes:
+        offered: Any = model.pretrained_cfg
+        if load and self.pretrained and offered["num_classes"] != self.classes:
             warnings.warn(
-                f"the weights of {name} are for {offered.num_classes} classes: the classifier "
+                f"the weights of {name} are for {offered['num_classes']} classes: the classifier "
                 "stays random",
                 DspfxWarning,
                 stacklevel=3,

@@ -8,6 +8,7 @@
     model.safetensors    the compact network (`dspfx.save`); how to construct it is in
                          model.safetensors.json
     report.json, .txt    what came out
+    report.html          the same network as a page with a picture, where matplotlib is installed
 
 A line of metrics is written before the checkpoint that knows of it, which says how long the file
 was. A run that is resumed cuts off what its checkpoint does not know, and writes it again.
@@ -46,6 +47,7 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.report = path / "report.json"
         self.text = path / "report.txt"
+        self.page = path / "report.html"
 
     def check_free(self) -> None:
         """Raise RecipeError if there is a run in the folder."""

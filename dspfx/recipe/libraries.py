@@ -3,17 +3,23 @@
 1. `cifar-resnetN`: `dspfx.models.CifarResNet` of depth N.
 2. `torchvision/NAME`, `timm/NAME`: a model of these libraries.
 3. `NAME`: one of torchvision if it has that, else one of timm.
-4. `package.module:factory`: a function or class of anybody's.
+4. `hf-hub:OWNER/NAME`, `local-dir:FOLDER`: what timm finds on the Hugging Face Hub, or in a folder.
+5. `package.module:factory`: a function or class of anybody's.
 """
 
+import contextlib
+import difflib
 import importlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from dspfx.errors import RecipeError
 
 Library = Literal["cifar", "import", "torchvision", "timm"]
+NEAREST = 3  # names to suggest
 CIFAR = "cifar-resnet"
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # names that timm itself finds elsewhere
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ def library_of(name: str) -> tuple[Library, str]:
     """
     if name.startswith(CIFAR) and name.removeprefix(CIFAR).isdigit():
         return "cifar", name.removeprefix(CIFAR)
+    if name.startswith(HUBS):
+        return "timm", name
     if ":" in name:
         return "import", name
     library, _, own = name.rpartition("/")
@@ -55,9 +63,18 @@ def library_of(name: str) -> tuple[Library, str]:
     if library in ("", "timm") and own and _timm_has(own, asked=library == "timm"):
         return "timm", own
     raise RecipeError(
-        f"there is no model '{name}'; it can be cifar-resnetN, a name of torchvision or timm, or "
-        "package.module:factory"
+        f"there is no model '{name}'{_nearest(name)}; it can be cifar-resnetN, a name of "
+        "torchvision or timm, or package.module:factory"
     )
+
+
+def _nearest(name: str) -> str:
+    """The names that are most like one that does not exist, for a message."""
+    known = set(torchvision_models().list_models())
+    with contextlib.suppress(RecipeError):
+        known |= set(timm().list_models())
+    found = difflib.get_close_matches(name.rpartition("/")[2], sorted(known), NEAREST)
+    return f" (the nearest names are {', '.join(found)})" if found else ""
 
 
 def preprocessing_of(name: str) -> Preprocessing:
@@ -70,7 +87,7 @@ def preprocessing_of(name: str) -> Preprocessing:
     if library == "cifar":
         return Preprocessing().at(32)
     if library == "timm":
-        return _of_timm(timm().get_pretrained_cfg(own))
+        return _of_timm(_timm_config(own))
     if library == "torchvision":
         return _of_torchvision(offered_by_torchvision(own))
     return Preprocessing()
@@ -93,6 +110,16 @@ def _of_torchvision(weights: Any) -> Preprocessing:
         told.get("mean", usual.mean),
         told.get("std", usual.deviation),
     )
+
+
+def _timm_config(name: str) -> Any:
+    """What timm knows of its model `name`, wherever that is; None if nothing."""
+    if not name.startswith(HUBS):
+        return timm().get_pretrained_cfg(name)
+    try:
+        return SimpleNamespace(**timm().create_model(name).pretrained_cfg)
+    except Exception as error:  # of the many that a download can raise
+        raise RecipeError(f"timm cannot find {name}: {error}") from error
 
 
 def _of_timm(config: Any) -> Preprocessing:

@@ -14,7 +14,7 @@ from dspfx.cluster import cluster_groups
 from dspfx.collapse import in_words, weak_layers_of
 from dspfx.config import PrepareConfig
 from dspfx.convert import convert
-from dspfx.errors import NarrowError, RecipeError
+from dspfx.errors import NarrowError, PlotError, RecipeError
 from dspfx.narrow import narrow
 from dspfx.prepare import prepare
 from dspfx.prune import prune
@@ -298,7 +298,15 @@ class _Steps:
             self.architecture.write(self.files.model)
             self.files.write(self.files.report, outcome.to_dict())
             self.files.write(self.files.text, str(outcome))
+            self._write_page(outcome)
         return outcome
+
+    def _write_page(self, outcome: Outcome) -> None:
+        """The report as a page; the run is none the worse without one."""
+        try:
+            outcome.report.to_html(self.files.page)
+        except PlotError as error:
+            self.say(f"without {self.files.page.name}: {error}")
 
     def _keep(self, path: Path, model: nn.Module) -> None:
         """Write what a phase has made, for a run that is resumed behind it."""

@@ -74,11 +74,14 @@ class Source(ABC):
         """
         raise RecipeError(f"the model does not read images of {self.channels} channels")
 
-    def _counts(self) -> str:
+    def _counts(self, available: int) -> str:
+        """How many images each part has, and how many of those `available` train nothing."""
         train, validation, test = (len(numbers) for numbers in self.numbers.values())
+        unused = available - train - validation
+        more = f"; {unused:,} more training images are not used, see --images" if unused else ""
         return (
             f"{train:,} training, {validation:,} validation and {test:,} test images of "
-            f"{self.channels}x{self.image_size}x{self.image_size}, {self.classes} classes"
+            f"{self.channels}x{self.image_size}x{self.image_size}, {self.classes} classes{more}"
         )
 
 
@@ -150,7 +153,7 @@ class InMemory(Source):
 
     def describe(self) -> str:
         """See `Source.describe`."""
-        return f"{self.dataset.name}: {self._counts()}"
+        return f"{self.dataset.name}: {self._counts(len(self.dataset.train_y))}"
 
 
 class ImageFiles(Source):
@@ -214,7 +217,7 @@ class ImageFiles(Source):
 
     def describe(self) -> str:
         """See `Source.describe`."""
-        return f"{self.root}: {self._counts()}"
+        return f"{self.root}: {self._counts(len(self.files['train'].samples))}"
 
 
 @dataclass(frozen=True)
