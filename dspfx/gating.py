@@ -228,7 +228,7 @@ def _settle_sizes(prepared: PreparedModule, others: list[tuple[tuple[Any, ...], 
             of the model does something else for these sizes than the graph.
         others: inputs of the graph, and what the model computes for them.
     """
-    example, taken = shapes_of(prepared.example_inputs), []
+    example, taken = shapes_of(prepared.example_inputs), list[Shapes]()
     shown: set[Place] = set()
     for inputs, expected in others:
         shapes = shapes_of(inputs)

@@ -35,7 +35,8 @@ def drawn_so_far(own: Iterable[Any]) -> list[bytes]:
 
 def drawn_by_torch() -> list[bytes]:
     """What the generators of torch itself will draw; the same as long as nobody draws."""
-    on_gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it so
+    on_gpus = torch.cuda.default_generators if begun else ()
     return [g.get_state().numpy().tobytes() for g in (torch.default_generator, *on_gpus)]
 
 

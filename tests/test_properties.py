@@ -38,7 +38,8 @@ def inputs(model: Any, seed: int = 0, samples: int = 3, larger: int = 0) -> Tens
     return x
 
 
-def prepare(model: nn.Module, groups: int) -> dspfx.PreparedModule | None:
+def prepare(model: nn.Module, groups: int) -> Any:
+    """The model, prepared, in parts where its code overwrites what it reads later; None if not."""
     try:
         return dspfx.prepare(model, inputs(model), config=dspfx.PrepareConfig(groups=groups))
     except PrepareError as error:
@@ -69,20 +70,27 @@ def test_compact_equals_masked(
         compact = dspfx.convert(prepared, cost_model=cost_model)
         assert_equal(prepared(x), compact(x))
     assert_equal_at_other_sizes(model, prepared, compact)
-    compact.graph.lint()
     assert not compact.training
     report = dspfx.report(compact)
-    assert macs(compact, x) <= report.emitted.macs
+    if isinstance(prepared, dspfx.PreparedModule):
+        assert macs(compact, x) <= report.emitted.macs
     if cost_model is dspfx.FEWEST_WEIGHTS:
         assert report.emitted.macs <= report.after.macs
     assert report.after == dspfx.report(prepared).after
     again = dspfx.convert(prepared, verify=False, cost_model=cost_model)
-    assert again.code == compact.code
-    assert dspfx.convert(compact).code == compact.code
+    assert codes(again) == codes(compact) == codes(dspfx.convert(compact)) != []
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, compact.state_dict()[name])
     for name, tensor in prepared.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def codes(compact: nn.Module) -> list[str]:
+    """The code of every graph, all of which are well formed."""
+    graphs = [module for module in compact.modules() if isinstance(module, dspfx.CompactModule)]
+    for module in graphs:
+        module.graph.lint()
+    return [module.code for module in graphs]
 
 
 def assert_traced_at_other_sizes(model: nn.Module, prepared: nn.Module) -> None:
