@@ -91,7 +91,8 @@ def _counted_operators() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        enabled, *_ = torch.backends.mkldnn.set_flags(False)
+        stack.callback(torch.backends.mkldnn.set_flags, enabled)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
         yield

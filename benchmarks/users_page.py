@@ -73,7 +73,7 @@ def document(outcomes: list[Outcome], command: str) -> str:
     reasons = [
         (o.case.name, _reason(o).replace("|", "\\|")) for o in outcomes if o.status != STATUSES[0]
     ]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     return "\n".join(
         [
             "# Models of other libraries",
@@ -115,6 +115,13 @@ def document(outcomes: list[Outcome], command: str) -> str:
             "",
         ]
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _reason(outcome: Outcome) -> str:
