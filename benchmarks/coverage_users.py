@@ -139,7 +139,7 @@ def _take_through(outcome: Outcome) -> None:
         return
     wide: Any = None
     with _trouble(outcome, "float64"):
-        if runs_in_float64(model, inputs[0]):
+        if runs_in_float64(model, inputs[0]) and runs_in_float64(prepared, inputs[0]):
             wide = dspfx.convert(copy.deepcopy(prepared).double(), verify=False)
     for size in (0, 1):
         with _trouble(outcome, f"compact, size {size + 1}"):
@@ -257,7 +257,7 @@ def _compare_compact(
 
 
 def runs_in_float64(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether `model` does not cast to float32 inside."""
+    """Whether `model` does not cast to float32 inside, as where its code asks for its own type."""
     try:
         with torch.no_grad():
             call(copy.deepcopy(model).double(), map_leaves(_double, inputs))
