@@ -89,7 +89,7 @@ def refuse_rebuilding(modules: Iterable[nn.Module]) -> None:
     """Let `modules`, whose layers a graph names, refuse to exchange them."""
     for module in modules:
         for name in REBUILDING:
-            if callable(getattr(module, name, None)):
+            if callable(getattr(module, name, None)) and name not in module._modules:
                 vars(module)[name] = refuse
 
 

@@ -169,3 +169,26 @@ def test_timm_does_not_rebuild_what_is_prepared() -> None:
     prepared = dspfx.prepare(model, torch.randn(2, 3, 32, 32))
     with pytest.raises(dspfx.PrepareError, match="before dspfx"):
         timm.utils.reparameterize_model(prepared)
+
+
+class Named(nn.Module):
+    """Whose children are called as other modules' methods are."""
+
+    def __init__(self, last: str) -> None:
+        super().__init__()
+        self.a, self.fuse, self.b = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)
+        setattr(self, last, nn.Conv2d(16, 4, 1))
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.last)(self.b(self.fuse(self.a(x))).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("last", ["c", "reparameterize", "switch_to_deploy"])
+def test_children_may_be_called_like_methods_that_rebuild(last: str) -> None:
+    model = randomise(Named(last)).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    prepared = dspfx.prepare(model, x)
+    assert_equal(model(x), prepared(x), tolerance=0)
+    dspfx.set_masks(prepared, random_masks(prepared))
+    assert_equal(prepared(x), dspfx.convert(prepared)(x))
