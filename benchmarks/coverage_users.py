@@ -82,7 +82,7 @@ def main(
             details.write_text(json.dumps([asdict(outcome) for outcome in outcomes.values()]))
     arguments = "" if only == "*" else f" --only {only}"
     ordered = [outcomes[case] for case in cases]
-    text = document(ordered, f"python -m benchmarks.coverage_users{arguments}")
+    text = document(ordered, f"python -m benchmarks.coverage_users{arguments}", len(users_cases()))
     print(text)
     if only == "*" or output != OUTPUT:
         output.write_text(text)

@@ -52,11 +52,13 @@ class Outcome:
     seconds: float = 0.0
 
 
-def document(outcomes: list[Outcome], command: str) -> str:
-    """The outcomes as a page of Markdown."""
+def document(outcomes: list[Outcome], command: str, listed: int) -> str:
+    """The outcomes as a page of Markdown, of as many models as are `listed` or of some of them."""
     count = {status: sum(o.status == status for o in outcomes) for status in STATUSES}
+    examined = "" if len(outcomes) == listed else f", of {listed} that are listed"
     giving = [o for o in outcomes if o.asked == ASKED and not math.isnan(o.left)]
     near = sum(abs(o.left - o.asked) <= POINT for o in giving)
+    counted = ", ".join(f"{n} {status}" for status, n in count.items())
     rows = [
         (
             *(o.case.library, o.case.family, o.case.name, o.status, f"{o.parameters / 1e6:.2f}"),
@@ -78,7 +80,7 @@ def document(outcomes: list[Outcome], command: str) -> str:
         [
             "# Models of other libraries",
             "",
-            f"{len(outcomes)} models: {', '.join(f'{n} {status}' for status, n in count.items())}. "
+            f"{len(outcomes)} models{examined}: {counted}. "
             f"Of {len(giving)} that can give half of their MACs, {near} have within one point of "
             "half left, counted by torch on the compact model.",
             "",

@@ -65,7 +65,7 @@ def test_a_model_goes_all_the_way(listed: Callable[[type[nn.Module]], Case]) -> 
     assert outcome.macs_share == outcome.parameters_share == outcome.known == 1
     assert outcome.equal <= 1e-9
     assert (outcome.prepared, outcome.trained, outcome.onnx) == (0, "yes", "any batch")
-    assert "1 all the way" in document([outcome], "make coverage-users")
+    assert "1 all the way" in document([outcome], "make coverage-users", 1)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -122,6 +122,7 @@ def test_attention_and_recurrent_layers_are_counted() -> None:
 
 def test_a_page_says_why_a_model_does_not_go_all_the_way() -> None:
     outcome = Outcome(CASE, "raw error", {"prepare": "[raw error] KeyError: 'a | b'"})
-    page = document([outcome], "make coverage-users")
+    page = document([outcome], "make coverage-users", 95)
+    assert "1 models, of 95 that are listed" in page
     assert "0 all the way, 0 partly frozen, 0 in parts, 0 refused, 1 raw error" in page
     assert r"KeyError: 'a \| b'" in page
