@@ -65,8 +65,9 @@ def prune(
         DataError: `moments` or `scores` are of another model, negative or not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    own = parts_of(prepared)
     criteria = Criteria.of(prepared, moments, scores, keep_at_least)
-    parts = [_PrunablePart.of(part, criteria, drop_filters) for part in parts_of(prepared)]
+    parts = [_PrunablePart.of(part, criteria, drop_filters) for part in own]
     return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
 
 

@@ -72,8 +72,9 @@ def prune_channels(
         DataError: `moments` or `scores` are of another model, negative or not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    own = parts_of(prepared)
     criteria = Criteria.of(prepared, moments, scores, keep_at_least)
-    parts = [_ChannelPart.of(part, criteria) for part in parts_of(prepared)]
+    parts = [_ChannelPart.of(part, criteria) for part in own]
     return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
 
 

@@ -420,7 +420,7 @@ def case_latency() -> Any:
 
     with (
         mock.patch("dspfx.latency._fastest", seconds),
-        mock.patch("dspfx.budget.measured_fraction", return_value=0.5 + rank),
+        mock.patch("dspfx.search.measured_fraction", return_value=0.5 + rank),
     ):
         ddp = wrap(plain())
         report = dspfx.prune(ddp, dspfx.Budget(latency=0.5))
