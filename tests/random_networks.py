@@ -215,7 +215,7 @@ class Shuffled(nn.Module):
     def __init__(self, c: int, o: int, bias: bool, pool: bool, act: str) -> None:
         super().__init__()
         self.conv, self.up = ConvNorm(c, 4 * o, bias=bias, norm=not bias, act=act), PixelUp()
-        self.down = nn.MaxPool2d(2) if pool else nn.Conv2d(o, o, 2, 2)
+        self.down = nn.AvgPool2d(2) if pool else nn.Conv2d(o, o, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(self.conv(x)))
