@@ -9,7 +9,7 @@
 
 from collections.abc import Callable, Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from dspfx.calls import Calls, has_weight
 from dspfx.errors import PrepareError, TraceError
@@ -18,6 +18,7 @@ from dspfx.inputs import Call
 from dspfx.module import PreparedModule
 from dspfx.passes.trace import copy_model
 from dspfx.single import enclosed
+from dspfx.trees import leaves
 from dspfx.whole import Whole
 
 Prepare = Callable[[nn.Module, str, Call], PreparedModule]
@@ -75,6 +76,8 @@ class Division:
         call = self.calls.first.get(id(child))
         if call is None or not any(p.dim() > 1 for p in child.parameters()):
             return None
+        if not any(isinstance(x, Tensor) for x in leaves((call.args, call.kwargs))):
+            return None  # it reads nothing that could be pruned
         if id(child) in self.calls.entered:
             inner = self.calls.entered[id(child)]
             self.refused[name] = f"'{inner}' inside it is called by code outside"

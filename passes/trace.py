@@ -218,9 +218,9 @@ def _last(value: Node, became: Mapping[Node, Node]) -> Node:
 
 def _write_inputs(graph: fx.Graph, became: Mapping[Node, Node]) -> None:
     """Let a copy of an input be overwritten, and the input itself, which is the caller's, last."""
-    *_, last = graph.find_nodes(op="placeholder")
+    inputs = graph.find_nodes(op="placeholder")
     for given in [n for n in graph.nodes if n.meta.pop(WRITTEN_INPUT, False)]:
-        with graph.inserting_after(last if given.op == "placeholder" else given):
+        with graph.inserting_after(inputs[-1] if given.op == "placeholder" else given):
             copied = graph.call_method("clone", (given,))
         given.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)
         with graph.inserting_before(graph.output_node()):

@@ -200,3 +200,36 @@ def test_detectors(name: str) -> None:
         x = torch.rand(2, 3, 64, 64)
         assert_equal(prepared.backbone(x), compact.backbone(x), 1e-5)
         assert [set(d) for d in compact(images)] == [{"boxes", "labels", "scores"}] * 2
+
+
+class Prior(nn.Module):
+    """Its `forward` takes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.net = nn.Parameter(torch.randn(1, 6)), nn.Linear(6, 4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self) -> Tensor:
+        return self.out(self.net(self.code).relu())
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_children_that_take_no_inputs(computed: bool) -> None:
+    """Such a graph has no input that could be overwritten; a parametrisation is such a child."""
+
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 3, 3)
+            if computed:
+                nn.utils.parametrizations.spectral_norm(self.first)
+            self.prior = nn.Identity() if computed else Prior()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y = y if computed else y + self.prior()[:, :, None, None]
+            return y if float(y.sum()) > 0 else -y
+
+    with pytest.raises(dspfx.DspfxError):
+        dspfx.prepare(Decides(), torch.randn(2, 3, 8, 8))
