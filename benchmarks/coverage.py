@@ -29,7 +29,7 @@ from tqdm import tqdm
 import dspfx
 from benchmarks.examination import examined, relative_difference
 from benchmarks.zoo import Case, build, example_inputs, timm_cases, torchvision_cases
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.parts import compact_parts_of, parts_of
 from dspfx.passes.droppable import droppable_layers

@@ -7,10 +7,7 @@ the file has, and nothing for a file that is larger than it could be.
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -21,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspfx.errors import DspfxError, LoadError, SaveError
+from dspfx.atomic_write import replacing
+from dspfx.errors import LoadError, SaveError
 
 KEY = "dspfx"  # one key of metadata alone: several would be written in any order
 FORMAT = 2
@@ -56,30 +54,6 @@ def write(path: Path, archive: Archive) -> None:
             save_file(tensors, temporary, {KEY: text})
     except (SafetensorError, KeyError, ValueError) as error:
         raise SaveError(f"{path} cannot be written: {error}") from error
-
-
-@contextmanager
-def replacing(path: Path, failure: type[DspfxError]) -> Iterator[Path]:
-    """A name in the folder of `path` to write to, which becomes `path` if all goes well.
-
-    It has the suffixes of `path`. What was at `path` is there until then.
-
-    Raises:
-        DspfxError: the `failure`, where the system does not let it be written.
-    """
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name[-40:]}")  # names have a limit
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives to a new file
-        yield temporary
-        temporary.chmod(mode)
-        _force(temporary)
-        temporary.replace(path)
-        _force(path.parent)
-    except OSError as error:
-        raise failure(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, most_bytes: int) -> Archive:
@@ -165,15 +139,6 @@ def _digest(plan: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
         sha.update(_text([name, str(tensor.dtype), list(tensor.shape)]).encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def _force(path: Path) -> None:
-    """Have the system write a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _no_number(text: str) -> None:

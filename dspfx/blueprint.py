@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.compaction import Channels, Compaction, checked
-from dspfx.gates import ChannelGate, FilterGate, gated_layers
+from dspfx.gated import gated_layers
+from dspfx.gates import ChannelGate, FilterGate
 from dspfx.listing import listing
 from dspfx.module import CompactModule, PreparedModule
 from dspfx.passes.operators import Key
@@ -124,12 +125,6 @@ def listings(prepared: PreparedModule) -> tuple[Listing, ...]:
     """See `Blueprint.graphs`."""
     distinct = dict.fromkeys(prepared.graphs[mode] for mode in (False, True))
     return tuple(listing(prepared, graph) for graph in distinct)
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of `module`, by every name they go by."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def mask_of(record: MaskRecord, filters: int, channels: int) -> Tensor:

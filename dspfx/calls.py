@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspfx.gates import GATED
+from dspfx.gated import GATED
 from dspfx.inputs import Call, evaluate, fresh, run
 from dspfx.kept import of_python
 from dspfx.passes.patched import checkpoints_run_once

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from dspfx.panels import EM, INK, PALE
-from dspfx.report import Report
+from dspfx.report_data import ReportData
 from dspfx.units import shortened
 
 if TYPE_CHECKING:
@@ -19,18 +19,18 @@ A_LAYER, A_LABEL = 0.19, 0.125  # inches: from one layer to the next, from one n
 LONGEST = 28  # characters of a name
 
 
-def width_of(report: Report) -> float:
+def width_of(report: ReportData) -> float:
     """The inches that charts with a name for every layer take."""
     return SCALE + A_LAYER * len(report.layers)
 
 
-def height_of(report: Report) -> float:
+def height_of(report: ReportData) -> float:
     """The inches that the charts take, with the names below."""
     longest = max((len(name) for name in _names(report)), default=0)
     return 2 * CHART + GAP + longest * LABEL * EM
 
 
-def draw_charts(figure: "Figure", report: Report, x: float, y: float, width: float) -> None:
+def draw_charts(figure: "Figure", report: ReportData, x: float, y: float, width: float) -> None:
     """Draw both.
 
     Args:
@@ -52,7 +52,7 @@ def draw_charts(figure: "Figure", report: Report, x: float, y: float, width: flo
     _explain(filters)
 
 
-def _names(report: Report) -> list[str]:
+def _names(report: ReportData) -> list[str]:
     return [shortened(layer.name, LONGEST) for layer in report.layers]
 
 
@@ -68,7 +68,7 @@ def _axes(figure: "Figure", x: float, y: float, width: float) -> "Axes":
     return axes
 
 
-def _draw_filters(axes: "Axes", report: Report) -> None:
+def _draw_filters(axes: "Axes", report: ReportData) -> None:
     """Widths differ by powers of two: a line from before to after, on a logarithmic scale."""
     before = [layer.filters[0] for layer in report.layers]
     after = [layer.filters[1] for layer in report.layers]
@@ -88,7 +88,7 @@ def _draw_filters(axes: "Axes", report: Report) -> None:
     axes.set_ylim(0 if vanished else low, high)
 
 
-def _draw_macs(axes: "Axes", report: Report) -> None:
+def _draw_macs(axes: "Axes", report: ReportData) -> None:
     from matplotlib.ticker import EngFormatter  # noqa: PLC0415
 
     for costs, color in (("before", BEFORE), ("after", AFTER)):
@@ -98,7 +98,7 @@ def _draw_macs(axes: "Axes", report: Report) -> None:
     axes.margins(y=0.03)
 
 
-def _name_layers(axes: "Axes", report: Report, pitch: float) -> None:
+def _name_layers(axes: "Axes", report: ReportData, pitch: float) -> None:
     """Every name, or every second and so on where they would overlap."""
     step = math.ceil(A_LABEL / pitch)
     names = _names(report)[::step]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dspfx.energies import check_moments, energies_of
 from dspfx.filters import structural_groups
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gated import GatedLayer, gated_layers
 from dspfx.parts import parts_of
 from dspfx.passes.values import FloatArray, IntArray
 from dspfx.wrappers import unwrapped

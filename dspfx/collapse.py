@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dspfx.gates import gated_layers
-from dspfx.masks import present_liveness
+from dspfx.gated import gated_layers
 from dspfx.parametrised import weight_of
 from dspfx.parts import full_name, parts_of
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.values import ChannelAnalysis, Mix, any_along
+from dspfx.present import present_liveness
 
 SMALL = 0.05
 MANY = 8

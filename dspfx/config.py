@@ -9,7 +9,7 @@ from typing import get_args
 from torch import nn
 
 from dspfx.errors import PrepareError
-from dspfx.gates import GATED
+from dspfx.gated import GATED
 from dspfx.parametrised import kind_of
 from dspfx.passes.operators import Key, Rule
 

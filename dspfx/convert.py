@@ -1,29 +1,24 @@
 """`convert`: from a masked model to a compact one that computes the same function."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dspfx.blueprint import blueprint
 from dspfx.compaction import compaction
-from dspfx.gates import ChannelGate, FilterGate
+from dspfx.emit_compact import emit_compact
 from dspfx.gating import fitting_inputs
 from dspfx.listing import structure
-from dspfx.masks import arranged_masks, present_liveness
 from dspfx.modes import put_all
-from dspfx.module import CompactModule, PreparedModule, TwoModeModule
-from dspfx.parts import compact_parts_of, full_name, parts_of
-from dspfx.passes.compact import compact
+from dspfx.module import CompactModule, PreparedModule
+from dspfx.parts import compact_parts_of, exchanged, parts_of
 from dspfx.passes.cost_model import CPU, CostModel
-from dspfx.passes.emitted import kept_ties
-from dspfx.passes.plan import CompactionPlan, plan
+from dspfx.passes.plan import plan
 from dspfx.passes.summary import count_gathers, summarise
-from dspfx.passes.values import ChannelAnalysis
 from dspfx.passes.verify import verify as verify_equal
+from dspfx.present import present_liveness
 from dspfx.whole import check_whole
 from dspfx.wrappers import unwrapped
 
@@ -65,13 +60,6 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
     return whole
 
 
-def exchanged(model: nn.Module, parts: Mapping[PreparedModule, TwoModeModule]) -> nn.Module:
-    """A copy of `model` in which every part is taken for another form of it."""
-    copies: dict[int, Any] = {id(part): form for part, form in parts.items()}
-    twin: nn.Module = copy.deepcopy(model, copies)
-    return twin
-
-
 def _convert(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> CompactModule:
     analysis, live = present_liveness(prepared)
     with prepared.evaluation_view() as view:
@@ -86,40 +74,3 @@ def _convert(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> C
     stored = compaction(planned, module.summary, difference, structure(module))
     module.blueprint = replace(blueprint(prepared), compaction=stored)
     return module
-
-
-def emit_compact(
-    prepared: PreparedModule, analysis: ChannelAnalysis, planned: CompactionPlan
-) -> CompactModule:
-    """The module that `planned` describes, without its summary and blueprint."""
-    with prepared.evaluation_view() as view:
-        compacted = compact(view, analysis, planned)
-    for tie in kept_ties(analysis, planned):
-        _share(compacted.root, tie.owner_name, tie.name)
-    graphs = dict.fromkeys((False, True), compacted.graph)
-    module = CompactModule(compacted.root, graphs, type(prepared).__name__)
-    module.example_inputs, module.origin = fitting_inputs(prepared), prepared.origin
-    module.grouped_masks = arranged_masks(prepared, analysis, planned)
-    module.indices = {name: buffer.clone() for name, buffer in indices(prepared).items()}
-    module.answer_like(prepared)
-    return module
-
-
-def _share(root: nn.Module, owner: str, name: str) -> None:
-    """Let the parameter `name` be the one called `owner`, where both are there still."""
-    parameters = dict(root.named_parameters())
-    if owner in parameters and name in parameters:
-        path, _, leaf = name.rpartition(".")
-        setattr(root.get_submodule(path), leaf, parameters[owner])
-
-
-def indices(prepared: PreparedModule) -> dict[str, Tensor]:
-    """The buffers of the user's that hold no floating-point numbers: where channels go, may be."""
-    gates = (FilterGate, ChannelGate)
-    return {
-        full_name(path, name): buffer
-        for path, module in prepared.named_modules()
-        if not isinstance(module, gates)
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer.dim() and not buffer.is_floating_point()
-    }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dspfx.energies import check_moments, energies_of
 from dspfx.errors import BudgetError, DataError
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gated import GatedLayer, gated_layers
 from dspfx.passes.values import BoolArray, FloatArray
 from dspfx.wrappers import unwrapped
 

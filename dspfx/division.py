@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dspfx.calls import Calls, has_weight
 from dspfx.errors import PrepareError, TraceError
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.inputs import Call
 from dspfx.module import PreparedModule
 from dspfx.passes.trace import copy_model

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dspfx.blueprint import named_tensors
 from dspfx.errors import NarrowError
+from dspfx.tensors import named_tensors
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import DataError, PrepareError
-from dspfx.filters import filters_first, structural_groups
-from dspfx.gates import GatedLayer
+from dspfx.filters import energy, filters_first, structural_groups
+from dspfx.gated import GatedLayer
 from dspfx.parametrised import weight_of
 from dspfx.passes.values import FloatArray
-from dspfx.penalty import energy
 from dspfx.wrappers import unwrapped
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from dspfx.archive import replacing
+from dspfx.atomic_write import replacing
 from dspfx.deployable import check_deployable
 from dspfx.errors import ExportError, PrepareError
 from dspfx.group_conv import GroupConv2d, GroupConvRun

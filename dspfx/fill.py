@@ -6,12 +6,11 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor, nn
 
-from dspfx.blueprint import named_tensors
 from dspfx.branches import Branches
 from dspfx.errors import LoadError
 from dspfx.gates import ChannelGate, FilterGate
 from dspfx.parts import compact_parts_of, full_name
-from dspfx.save import aliases
+from dspfx.tensors import aliases, named_tensors
 
 
 def fill(

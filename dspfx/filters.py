@@ -50,3 +50,10 @@ def as_weight(layer: nn.Module, filters: Tensor, groups: int | None = None) -> T
     groups = structural_groups(layer) if groups is None else groups
     split = filters.reshape(groups, count // groups, channels, *taps)
     return split.transpose(1, 2).reshape(groups * channels, count // groups, *taps)
+
+
+def energy(weight: Tensor, other: Tensor | None = None) -> Tensor:
+    """`[O, C]`: `sum_k weight * other` of `[O, C, *taps]`, `other` being `weight` if left out."""
+    other = weight if other is None else other
+    product = weight * other
+    return product.reshape(*product.shape[:2], -1).sum(2)

@@ -27,12 +27,11 @@ from torch import Tensor, nn
 from dspfx.budget import Budget, PruneReport, check_budget
 from dspfx.collapse import REMEDY, suspects
 from dspfx.errors import DspfxWarning, LearnError
-from dspfx.lookahead import trained_parameters
 from dspfx.masks import get_masks
 from dspfx.module import PreparedModule
 from dspfx.prune import prune
 from dspfx.resumed import check_kind, check_settings
-from dspfx.wrappers import unwrapped
+from dspfx.wrappers import trained_parameters, unwrapped
 
 PROGRESS = ("epoch", "step_in_epoch", "cycle", "best_score", "best_epoch", "history")
 

@@ -21,7 +21,7 @@ from torch.fx.node import Node
 from dspfx.compile import compile
 from dspfx.convert import convert
 from dspfx.filters import TRANSPOSED
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.gating import analyse_prepared, fitting_inputs
 from dspfx.group_conv import GroupConvRun
 from dspfx.masks import set_masks

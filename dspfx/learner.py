@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import LearnError
-from dspfx.filters import filters_first, spread
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.filters import energy, filters_first, spread
+from dspfx.gated import GatedLayer, gated_layers
 from dspfx.learner_checks import (
     check_generator,
     check_layers,
     check_learner_settings,
     check_optimizer,
 )
-from dspfx.lookahead import Buffers, looking_ahead, trained_parameters, trial_steps
+from dspfx.lookahead import Buffers, looking_ahead, trial_steps
 from dspfx.losses import BatchTask, Losses
 from dspfx.parametrised import is_computed
-from dspfx.penalty import LayerPenalty, energy
+from dspfx.penalty import LayerPenalty
 from dspfx.processes import Processes
 from dspfx.resumed import check_kind, check_settings
-from dspfx.wrappers import plain_optimizer, unwrapped
+from dspfx.wrappers import plain_optimizer, trained_parameters, unwrapped
 
 BLOCK = 2**18  # elements of the matrices [O, C] that are worked on at a time
 SETTINGS = ("strength", "total_steps", "temperature", "logits_lr", "logits_every")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import LearnError
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gated import GatedLayer, gated_layers
 from dspfx.parametrised import REMOVE
 from dspfx.parts import narrow_parts_of
 from dspfx.processes import Processes

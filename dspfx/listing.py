@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx.node import Node, map_arg
 
 from dspfx.branches import Branches
-from dspfx.gates import GatedLayer
+from dspfx.gated import GatedLayer
 
 _SCRIPT = re.compile(r" *#.*|___torch_mangle_\d+\.")  # files, and numbers of the process
 _LEFT_OUT = re.compile(r"device\([^)]*\)| at 0x[0-9a-f]+")

@@ -28,28 +28,28 @@ from dspfx.blueprint import (
     listings,
     mask_of,
     named_rules,
-    named_tensors,
 )
 from dspfx.compaction import checked, plan_of
 from dspfx.config import PrepareConfig
-from dspfx.convert import emit_compact, exchanged, indices
 from dspfx.division import copied, exchange
+from dspfx.emit_compact import emit_compact, indices
 from dspfx.errors import DspfxError, LoadError, PrepareError, TraceError
 from dspfx.fill import fill, matching
-from dspfx.gates import GATED, gated_layers
+from dspfx.gated import GATED, gated_layers
 from dspfx.gating import Task, analyse_prepared, fitting_inputs, gate
 from dspfx.inputs import Call, fresh, parameter_dtype_and_device
 from dspfx.kept import buffers_kept
 from dspfx.listing import structure
 from dspfx.modes import put_all
 from dspfx.module import CompactModule, PreparedModule
-from dspfx.parts import compact_parts_of, parts_of
+from dspfx.parts import compact_parts_of, exchanged, parts_of
 from dspfx.passes.operators import Key, Rule
 from dspfx.rebuilt import plain_copy
 from dspfx.records import from_json
 from dspfx.save import ORIGINAL, Plan
 from dspfx.settings import other_setting, settings
 from dspfx.stored_inputs import DTYPES, from_plain
+from dspfx.tensors import named_tensors
 
 LARGER = 16  # times the size of the model that its file may have at most
 ROOM = 2**26  # bytes that it may have besides

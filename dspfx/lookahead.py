@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dspfx.gates import ChannelGate, FilterGate
 from dspfx.passes.randomness import generators_among, generators_kept
+from dspfx.wrappers import trained_parameters
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public names
 
@@ -83,11 +84,6 @@ def trial_steps(optimizer: torch.optim.Optimizer, weights: Collection[Tensor]) -
 def one_at_a_time(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step of each parameter by itself is a step of all."""
     return type(optimizer).__module__.startswith("torch.optim.")
-
-
-def trained_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:
-    """The parameters that `optimizer` trains at present."""
-    return {p for group in optimizer.param_groups for p in group["params"]}
 
 
 def _trial_step(optimizer: torch.optim.Optimizer, only: Tensor | None) -> None:

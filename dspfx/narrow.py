@@ -20,19 +20,19 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from dspfx.blueprint import named_tensors
-from dspfx.convert import exchanged
 from dspfx.elements import Elements, elements, numbered
 from dspfx.errors import NarrowError
 from dspfx.gating import fitting_inputs
-from dspfx.masks import present_liveness
 from dspfx.module import NarrowModule, PreparedModule
-from dspfx.parts import Part, parts_of, tensors_outside
-from dspfx.passes.compact import Compacted, compact
+from dspfx.parts import Part, exchanged, parts_of, tensors_outside
+from dspfx.passes.compact import compact
+from dspfx.passes.compacted import Compacted
 from dspfx.passes.cost_model import CPU, CostModel
 from dspfx.passes.plan import plan
 from dspfx.passes.training_graph import training_graph
 from dspfx.passes.verify import verify as verify_equal
+from dspfx.present import present_liveness
+from dspfx.tensors import named_tensors
 from dspfx.trainable import copied_modules, make_trainable
 from dspfx.weighted import is_weighted
 from dspfx.wrappers import unwrapped

@@ -6,15 +6,16 @@ children are `PreparedModule`s; every verb works on all of them together. A mode
 whole is its own only part, with an empty name.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from dspfx.blueprint import named_tensors
 from dspfx.errors import ConvertError
-from dspfx.module import CompactModule, NarrowModule, PreparedModule
+from dspfx.module import CompactModule, NarrowModule, PreparedModule, TwoModeModule
+from dspfx.tensors import named_tensors
 from dspfx.wrappers import unwrapped
 
 
@@ -88,3 +89,10 @@ def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, A
             yield name, module
             if not name:
                 return
+
+
+def exchanged(model: nn.Module, parts: Mapping[PreparedModule, TwoModeModule]) -> nn.Module:
+    """A copy of `model` in which every part is taken for another form of it."""
+    copies: dict[int, Any] = {id(part): form for part, form in parts.items()}
+    twin: nn.Module = copy.deepcopy(model, copies)
+    return twin

@@ -28,16 +28,9 @@ import torch
 from torch import Tensor
 
 from dspfx.filters import structural_groups
-from dspfx.gates import GatedLayer
+from dspfx.gated import GatedLayer
 
 REFERENCE_INPUT = 16384  # elements of the 16 x 32 x 32 input that kappa is relative to
-
-
-def energy(weight: Tensor, other: Tensor | None = None) -> Tensor:
-    """`[O, C]`: `sum_k weight * other` of `[O, C, *taps]`, `other` being `weight` if left out."""
-    other = weight if other is None else other
-    product = weight * other
-    return product.reshape(*product.shape[:2], -1).sum(2)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dspfx.calls import calls_of
 from dspfx.config import PrepareConfig, matching
 from dspfx.division import Division, copied, gated_in, hides_most
 from dspfx.errors import PrepareError, TraceError
-from dspfx.gates import GATED
+from dspfx.gated import GATED
 from dspfx.gating import Task, gate
 from dspfx.inputs import Call, choose_inputs, of_few_samples, samples_of
 from dspfx.module import PreparedModule

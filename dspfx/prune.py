@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dspfx.budget import Budget, PruneReport
 from dspfx.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gated import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
 from dspfx.parts import Part, parts_of

@@ -23,13 +23,13 @@ from torch.fx.node import Node
 from dspfx.budget import Budget, PruneReport
 from dspfx.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
 from dspfx.gating import analyse_prepared
-from dspfx.masks import current_reads
 from dspfx.module import PreparedModule
 from dspfx.parametrised import weight_of
 from dspfx.parts import Part, parts_of
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.pins import pinned_classes
 from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix, any_along
+from dspfx.present import current_reads
 from dspfx.search import prune_to
 
 LEAST = (

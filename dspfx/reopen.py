@@ -7,7 +7,7 @@ unless it was pruned before: it costs nothing, and is worth something.
 
 import numpy as np
 
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.module import PreparedModule
 from dspfx.passes.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.plan import CompactionPlan, LayerPlan

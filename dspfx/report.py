@@ -4,17 +4,14 @@ Everything there is to show is in a `Report`, plain data: the text, the page and
 drawn from it, and nothing else is looked at.
 """
 
-import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from dspfx.compile import CompileReport
 from dspfx.inputs import parameter_dtype_and_device
-from dspfx.masks import arranged_masks, present_liveness
 from dspfx.module import PreparedModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.passes.cost import Cost, together
@@ -22,8 +19,9 @@ from dspfx.passes.cost_model import CPU
 from dspfx.passes.emitted import broken_ties
 from dspfx.passes.grouped_masks import GroupedMask
 from dspfx.passes.plan import plan
-from dspfx.passes.summary import NOT_PRUNABLE, LayerSummary, Summary, summarise
-from dspfx.passes.values import Declined
+from dspfx.passes.summary import NOT_PRUNABLE, Summary, summarise
+from dspfx.present import arranged_masks, present_liveness
+from dspfx.report_data import ReportData
 from dspfx.report_text import text_of
 from dspfx.wrappers import unwrapped
 
@@ -32,7 +30,7 @@ Noted = tuple[Part, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(ReportData):
     """The layers of a model, what they cost and what they would cost dense; `str` is a table.
 
     Attributes:
@@ -50,52 +48,8 @@ class Report:
         parameter_bytes: that each of them takes.
     """
 
-    model: str
-    layers: tuple[LayerSummary, ...]
-    masks: tuple[GroupedMask, ...] = field(repr=False)
-    before: Cost
-    after: Cost
-    emitted: Cost
-    gated_before: Cost
-    gated_after: Cost
-    declined: tuple[Declined, ...]
-    notes: tuple[str, ...]
-    gathers: int
-    prepared: bool
-    dtype: str
-    parameter_bytes: int
-
     def __str__(self) -> str:
         return text_of(self)
-
-    def to_rows(self) -> list[dict[str, Any]]:
-        """A dict of plain values for each layer; a data frame takes the list as it is."""
-        return [_row(layer) for layer in self.layers]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the masks, which `dspfx.get_masks` has, as plain values.
-
-        MACs are multiply-accumulates of one sample, `bytes` what the parameters take.
-        """
-        emitted = None if self.prepared else asdict(self.emitted)
-        return {
-            "model": self.model,
-            "prepared": self.prepared,
-            "dtype": self.dtype,
-            "before": self._sized(self.before),
-            "after": self._sized(self.after),
-            "emitted": emitted,
-            "gated_before": asdict(self.gated_before),
-            "gated_after": asdict(self.gated_after),
-            "gathers": None if self.prepared else self.gathers,
-            "layers": self.to_rows(),
-            "declined": [asdict(declined) for declined in self.declined],
-            "notes": list(self.notes),
-        }
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
     def to_html(
         self, path: str | os.PathLike[str], *, measured: CompileReport | None = None
@@ -115,13 +69,6 @@ class Report:
         from dspfx.report_page import write_page  # noqa: PLC0415
 
         write_page(self, path, measured)
-
-    def bytes_of(self, cost: Cost) -> int:
-        """What the parameters of `cost` take."""
-        return cost.parameters * self.parameter_bytes
-
-    def _sized(self, cost: Cost) -> dict[str, int]:
-        return {**asdict(cost), "bytes": self.bytes_of(cost)}
 
 
 def report(model: nn.Module) -> Report:
@@ -201,23 +148,3 @@ def _total(costs: Iterable[tuple[str, Cost]]) -> Cost:
     calls = list(costs)
     parameters = {name: cost.parameters for name, cost in calls}
     return Cost(sum(cost.macs for _, cost in calls), sum(parameters.values()))
-
-
-def _row(layer: LayerSummary) -> dict[str, Any]:
-    return {
-        "layer": layer.name,
-        "gated": layer.gated,
-        "filters_before": layer.filters[0],
-        "filters_after": layer.filters[1],
-        "inputs_before": layer.inputs[0],
-        "inputs_of_groups": list(layer.inputs[1]),
-        "macs_before": layer.before.macs,
-        "macs_after": layer.after.macs,
-        "macs_emitted": layer.emitted.macs,
-        "parameters_before": layer.before.parameters,
-        "parameters_after": layer.after.parameters,
-        "free_filters": layer.free,
-        "coupled": list(layer.coupled),
-        "why_not": layer.why_not or None,
-        "pin": None if layer.pin is None else str(layer.pin),
-    }

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from dspfx.archive import replacing
+from dspfx.atomic_write import replacing
 from dspfx.compile import CompileReport
 from dspfx.errors import PlotError
+from dspfx.figure import figure_of
 from dspfx.passes.summary import LayerSummary
-from dspfx.plot import figure_of
-from dspfx.report import Report
+from dspfx.report_data import ReportData
 from dspfx.report_text import reasons, totals_of
 from dspfx.units import change, share, short
 
@@ -33,7 +33,7 @@ class Picture:
 
 
 def write_page(
-    report: Report, path: str | os.PathLike[str], measured: CompileReport | None
+    report: ReportData, path: str | os.PathLike[str], measured: CompileReport | None
 ) -> None:
     """See `Report.to_html`."""
     page = page_of(report, measured)
@@ -41,7 +41,7 @@ def write_page(
         temporary.write_text(page, encoding="utf-8")
 
 
-def page_of(report: Report, measured: CompileReport | None) -> str:
+def page_of(report: ReportData, measured: CompileReport | None) -> str:
     """The page as text. Whatever comes from the model is escaped.
 
     Raises:
@@ -65,7 +65,7 @@ def page_of(report: Report, measured: CompileReport | None) -> str:
     )
 
 
-def _picture(report: Report) -> Picture:
+def _picture(report: ReportData) -> Picture:
     figure = figure_of(report)
     width, height = (round(72 * POINT * inches) for inches in figure.get_size_inches())
     written = io.BytesIO()

@@ -2,22 +2,19 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from dspfx.passes.summary import LayerSummary
+from dspfx.report_data import ReportData
 from dspfx.units import change, mebibytes, share, short, shortened
-
-if TYPE_CHECKING:
-    from dspfx.report import Report
 
 WIDTH = 100
 GAP = 2  # between the columns of a table
 INPUTS, COUPLED, REASON = 26, 19, 30
 
 
-def text_of(report: "Report") -> str:
+def text_of(report: ReportData) -> str:
     """The table of layers, what could be pruned if the model is prepared, totals and reasons."""
     totals = tabulate(
         totals_of(report),
@@ -38,7 +35,7 @@ def text_of(report: "Report") -> str:
     )
 
 
-def totals_of(report: "Report") -> list[tuple[str, str, str, str]]:
+def totals_of(report: ReportData) -> list[tuple[str, str, str, str]]:
     """What is counted, before, after and kept, in the usual units."""
     before, after = report.before, report.after
     sizes = mebibytes(report.bytes_of(before)), mebibytes(report.bytes_of(after))
@@ -65,7 +62,7 @@ def reasons(layer: LayerSummary, *, in_full: bool = True) -> str:
     return "; ".join(found)
 
 
-def _layers(report: "Report") -> str:
+def _layers(report: ReportData) -> str:
     header = ("layer", "filters", "groups", "inputs of each group", "MACs before", "after")
     rows = [
         (
@@ -81,7 +78,7 @@ def _layers(report: "Report") -> str:
     return _table(header, rows, right=2)
 
 
-def _possible(report: "Report") -> str:
+def _possible(report: ReportData) -> str:
     """What of every layer could be pruned, with what it is coupled, and why not."""
     header = ("layer", "gated", "free filters", "coupled with", "why not")
     rows = [

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.archive import FORMAT, Archive, write
-from dspfx.blueprint import Blueprint, blueprint, named_tensors, with_arguments
+from dspfx.blueprint import Blueprint, blueprint, with_arguments
 from dspfx.errors import SaveError
 from dspfx.listing import structure
 from dspfx.module import CompactModule
 from dspfx.parts import compact_parts_of, full_name, parts_of
 from dspfx.records import to_json
 from dspfx.settings import Settings, settings
+from dspfx.tensors import aliases, named_tensors
 from dspfx.wrappers import unwrapped
 
 ORIGINAL = "original/"  # before the names of tensors that only the module before `convert` has
@@ -92,13 +93,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         parts=_parts(model),
     )
     write(Path(path), Archive(to_json(plan), tensors))
-
-
-def aliases(model: nn.Module) -> dict[str, str]:
-    """The further names of the parameters and buffers of `model`, each with the first one."""
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(t), name) for name, t in named_tensors(model).items()}
-    return {name: own for name, own in names.items() if name != own}
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ from dspfx.budget import Budget, PruneReport, check_budget
 from dspfx.collapse import in_words, weak_layers
 from dspfx.errors import BudgetError
 from dspfx.latency import LatencyTable, measured_fraction
-from dspfx.masks import apply_reads
 from dspfx.module import PreparedModule
 from dspfx.parts import Part, full_name
 from dspfx.passes.cost import Cost, layer_costs, together, total
@@ -25,6 +24,7 @@ from dspfx.passes.emitted import broken_ties, emitted_total
 from dspfx.passes.liveness import Liveness
 from dspfx.passes.plan import CompactionPlan, plan
 from dspfx.passes.values import ChannelAnalysis, Mix
+from dspfx.present import apply_reads
 from dspfx.processes import Processes
 from dspfx.reopen import reopened
 

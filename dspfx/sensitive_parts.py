@@ -11,13 +11,14 @@ import numpy as np
 from torch.fx.node import Node
 
 from dspfx.budget import Budget
-from dspfx.gates import FilterGate, gated_layers
+from dspfx.gated import gated_layers
+from dspfx.gates import FilterGate
 from dspfx.latency import LatencyTable
-from dspfx.masks import present_liveness
 from dspfx.module import PreparedModule
 from dspfx.parts import Part
 from dspfx.passes.liveness import Liveness, liveness
 from dspfx.passes.values import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
+from dspfx.present import present_liveness
 from dspfx.prune import PrunableLayer
 from dspfx.prune_channels import classes_gone, removable, sides, width_of, without
 from dspfx.sensitivity import Sensitivity

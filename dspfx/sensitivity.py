@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.filters import filters_first, structural_groups
-from dspfx.gates import GatedLayer
+from dspfx.gated import GatedLayer
 from dspfx.gating import analyse_prepared
 from dspfx.module import PreparedModule
 from dspfx.passes.values import IntArray, Mix

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dspfx.gates import GatedLayer
+from dspfx.gated import GatedLayer
 
 Settings = dict[str, dict[str, str]]
 """By the name of a module, and of an attribute."""

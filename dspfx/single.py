@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dspfx.errors import PrepareError
-from dspfx.gates import GATED
+from dspfx.gated import GATED
 
 INSIDE = "gated"  # the name of the layer in the module around it
 

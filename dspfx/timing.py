@@ -2,13 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import Tensor
-
-from dspfx.group_conv import GroupConvRun
 
 Name = TypeVar("Name")
 
@@ -67,15 +64,3 @@ def _seconds(call: Callable[[], object], count: int) -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return (time.perf_counter() - start) / count
-
-
-def layer_medians(runs: Sequence[GroupConvRun], inputs: Sequence[Tensor]) -> list[list[float]]:
-    """Of each of `runs` the median seconds of every layer by the kernel's own clock, in turns."""
-    times: list[list[list[float]]] = [[] for _ in runs]
-    for _ in range(WARM_UP_CALLS + ROUNDS):
-        for run, own in zip(runs, times, strict=True):
-            own.append(run.seconds(*inputs).tolist())
-    return [
-        [statistics.median(layer) for layer in zip(*own[WARM_UP_CALLS:], strict=True)]
-        for own in times
-    ]

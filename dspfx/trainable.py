@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from dspfx.blueprint import named_tensors
 from dspfx.elements import Elements
 from dspfx.errors import NarrowError
 from dspfx.filters import filters_first
-from dspfx.gates import GATED, FilterGate
-from dspfx.passes.compact import Compacted
+from dspfx.gated import GATED
+from dspfx.gates import FilterGate
+from dspfx.passes.compacted import Compacted
+from dspfx.tensors import named_tensors
 
 Origins = dict[str, Elements]
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dspfx.blueprint import named_tensors
 from dspfx.errors import NarrowError
 from dspfx.module import NarrowModule, PreparedModule
 from dspfx.parts import Part, narrow_parts_of, parts_of, tensors_outside
+from dspfx.tensors import named_tensors
 from dspfx.wrappers import unwrapped
 
 Written = Iterator[tuple[Tensor, Tensor]]  # a tensor of the prepared model, and its new values

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -72,3 +73,8 @@ def check_whole(model: nn.Module, optimizer: Optimizer) -> None:
             "a ZeroRedundancyOptimizer has no state to look ahead with; use the optimizer that it "
             "shards"
         )
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> set[Tensor]:
+    """The parameters that `optimizer` trains at present."""
+    return {p for group in optimizer.param_groups for p in group["params"]}

@@ -11,10 +11,8 @@
 6. Calls of one module that are planned alike call one module again.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,12 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 
-from dspfx.filters import filters_first
-from dspfx.gates import ChannelGate, GatedLayer
-from dspfx.parametrised import make_plain
+from dspfx.gates import ChannelGate
 from dspfx.passes import operators
+from dspfx.passes.compacted import Compacted
+from dspfx.passes.cutting import (
+    bytes_of,
+    constant_dim,
+    device_of,
+    folded_weight,
+    is_whole,
+    private_copy,
+    remove_unused,
+)
 from dspfx.passes.emission import emit
-from dspfx.passes.plan import CompactionPlan, LayerPlan, Order
+from dspfx.passes.plan import CompactionPlan, Order
 from dspfx.passes.values import (
     ChannelAnalysis,
     Channelwise,
@@ -47,24 +53,6 @@ from dspfx.passes.values import (
 from dspfx.weighted import is_weighted
 
 _MOVES = operators.RELAYOUTS | operators.MOVEMENT
-
-
-@dataclass(frozen=True)
-class Compacted:
-    """A compact graph over its own modules.
-
-    Attributes:
-        root: holds the modules and buffers that the graph names.
-        graph: the graph.
-        nodes: for every original node, the compact node that stands for it.
-        computed: the buffers that hold no elements of the source's tensors, and the nodes that
-            compute what they hold.
-    """
-
-    root: nn.Module
-    graph: fx.Graph
-    nodes: dict[Node, Node] = field(repr=False)
-    computed: dict[str, Node] = field(repr=False)
 
 
 def compact(source: fx.GraphModule, analysis: ChannelAnalysis, plan: CompactionPlan) -> Compacted:
@@ -93,11 +81,11 @@ class _Emitter:
         self.computed: set[Node] = set()
         self.computed_buffers: dict[str, Node] = {}
         self.interpreter = fx.Interpreter(source)
-        self.device = _device(source)
+        self.device = device_of(source)
 
     def finish(self) -> Compacted:
         fx.GraphModule(self.root, self.graph)  # purity of calls is asked of the owner
-        _remove_unused(self.graph, self.root)
+        remove_unused(self.graph, self.root)
         self.graph.lint()
         alive = set(self.graph.nodes)
         folded = {old for old, layer in self.plan.layers.items() if layer.norm is not None}
@@ -204,7 +192,7 @@ class _Emitter:
         if wanted is None:
             return self.env[node]  # type: ignore[no-any-return]
         whole = self.constants[node]
-        dim = _constant_dim(self.analysis, self.plan, node, whole)
+        dim = constant_dim(self.analysis, self.plan, node, whole)
         cut = whole.index_select(dim, torch.from_numpy(wanted).to(whole.device))
         return self._constant_buffer(node, f"_{node.name}", cut)
 
@@ -253,10 +241,10 @@ class _Emitter:
         operators.tolerate_strides(new)
         if node.op == "call_module":
             name = str(node.target)
-            kept = None if wanted is None or _is_whole(wanted, channels) else wanted
+            kept = None if wanted is None or is_whole(wanted, channels) else wanted
             module = self.source.get_submodule(name)
             key = module, None if kept is None else kept.tobytes()
-            new.target = self._module(name, key, lambda: _private(module, kept, channels))
+            new.target = self._module(name, key, lambda: private_copy(module, kept, channels))
         return new
 
     def _layer(self, node: Node, op: Mix) -> Node:
@@ -266,11 +254,11 @@ class _Emitter:
         computed = self._constant(node.args[1]) if is_weighted(layer) else None  # type: ignore[arg-type]
 
         def make() -> nn.Module:
-            weight, bias = _folded(self.source, layer, plan, computed)
+            weight, bias = folded_weight(self.source, layer, plan, computed)
             stored = plan.lowering, plan.filters, plan.inputs
             return emit(layer, weight, bias, *stored, op.structural_groups)
 
-        key = layer, plan.key, None if computed is None else _bytes(computed)
+        key = layer, plan.key, None if computed is None else bytes_of(computed)
         size = operators.output_size(node, layer)
         sizes = () if size is None else (map_arg(size, self.env.__getitem__),)
         return self.graph.call_module(self._module(op.layer, key, make), (x, *sizes))
@@ -354,99 +342,3 @@ class _Emitter:
 
     def _buffer(self, name: str, value: Tensor) -> Node:
         return self.graph.get_attr(self._put(f"_{name}", value))
-
-
-def _private(module: nn.Module, kept: Order, channels: int) -> nn.Module:
-    """A frozen copy, of whose `channels` only those `kept` are left."""
-    own = copy.deepcopy(module)
-    make_plain(own)
-    if kept is not None and len(kept):
-        _cut(own, kept, channels)
-    if operators.is_torchs(own) and hasattr(own, "inplace"):
-        setattr(own, "inplace", False)  # noqa: B010 (activations do not declare it)
-    for parameter in own.parameters():
-        parameter.detach_()
-    return own
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _is_whole(wanted: IntArray, channels: int) -> bool:
-    return np.array_equal(wanted, np.arange(channels))
-
-
-def _cut(module: nn.Module, wanted: IntArray, channels: int) -> None:
-    """Keep the `wanted` channels of a channelwise module's parameters and buffers."""
-    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers())}
-    for name, tensor in tensors.items():
-        if tensor.dim() and len(tensor) == channels:
-            kept = tensor.detach()[torch.from_numpy(wanted).to(tensor.device)].clone()
-            own = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
-            setattr(module, name, own)
-    for count in ("num_features", "num_parameters", "in_channels", "out_channels", "groups"):
-        if getattr(module, count, None) == channels:
-            setattr(module, count, len(wanted))
-
-
-def _folded(
-    source: fx.GraphModule, layer: Any, plan: LayerPlan, computed: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Masked weight `[O, C/S, *taps]` and bias `[O]` of a layer, its batch norm folded in.
-
-    The weight is `computed` where that is given.
-
-    y = (conv(x) + b - mean) * scale + beta, with scale = gamma / sqrt(var + eps), is the
-    convolution by W * scale plus (b - mean) * scale + beta.
-    """
-    weight, bias = layer.weight if computed is None else computed, layer.bias
-    if isinstance(layer, GatedLayer):
-        weight, bias = layer.masked(weight)
-    weight = filters_first(layer, weight.detach())
-    if plan.norm is None:
-        return weight, None if bias is None else bias.detach()
-    norm: Any = source.get_submodule(str(plan.norm.target))
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    affine = norm.weight is not None
-    if affine:
-        scale = scale * norm.weight.detach()
-    shift = -norm.running_mean if bias is None else bias.detach() - norm.running_mean
-    shift = shift * scale + (norm.bias.detach() if affine else 0.0)
-    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
-
-
-def _constant_dim(
-    analysis: ChannelAnalysis, plan: CompactionPlan, node: Node, whole: Tensor
-) -> int:
-    """The dimension of a directly used parameter that its one elementwise reader cuts."""
-    for reader, op in analysis.ops.items():
-        if isinstance(op, Elementwise) and node in op.operands and reader in plan.order:
-            value = analysis.values[reader]
-            assert value.dim is not None
-            return value.dim - len(value.shape) + whole.dim()
-    raise AssertionError(f"{node} is cut but has no elementwise reader")
-
-
-def _device(root: nn.Module) -> torch.device:
-    return next((t.device for t in (*root.parameters(), *root.buffers())), torch.device("cpu"))
-
-
-def _remove_unused(graph: fx.Graph, root: nn.Module) -> None:
-    """Drop nodes nobody reads, and then the modules and buffers no node names."""
-    operators.remove_dead_code(graph)
-    named = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    _prune_tree(root, "", named)
-
-
-def _prune_tree(module: nn.Module, prefix: str, named: set[str]) -> bool:
-    """Remove from `module` what is not named; whether anything is left of it."""
-    if prefix[:-1] in named:
-        return True
-    for name, child in list(module.named_children()):
-        if not _prune_tree(child, f"{prefix}{name}.", named):
-            delattr(module, name)
-    for name in [*dict(module.named_parameters(recurse=False)), *module._buffers]:
-        if f"{prefix}{name}" not in named:
-            delattr(module, name)
-    return any(True for _ in module.children()) or bool(module._buffers) or bool(module._parameters)

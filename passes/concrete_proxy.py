@@ -8,7 +8,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from torch.fx import Proxy
 from dspfx.passes.frames import unpacks
 from dspfx.statements import set_item
 from dspfx.trees import map_leaves
-
-if TYPE_CHECKING:
-    from dspfx.passes.concrete_tracer import ConcreteTracer
 
 PLAIN = int | float | str | bool | None  # values that an input can be compared with
 
@@ -39,7 +36,7 @@ class ConcreteProxy(Proxy):
     """A proxy with the value it had in this run."""
 
     concrete: Any
-    tracer: "ConcreteTracer"
+    tracer: Any  # a `ConcreteTracer`, which is made of proxies and so defined after them
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node", "concrete"):

@@ -17,10 +17,11 @@ from torch.fx import Proxy
 from torch.fx.node import Node
 from torch.nn.utils import parametrize
 
-from dspfx.gates import ChannelGate, GatedLayer
+from dspfx.gated import GatedLayer
+from dspfx.gates import ChannelGate
 from dspfx.inputs import fresh
 from dspfx.passes import operators
-from dspfx.passes.aliases import WRITTEN, WRITTEN_INPUT, Aliases, StaleValueError
+from dspfx.passes.aliases import WRITTEN, WRITTEN_INPUT, Aliases
 from dspfx.passes.answers import Answers, is_given, is_item, takes_out
 from dspfx.passes.buffers import Buffers, write_back
 from dspfx.passes.concrete_proxy import PLAIN, ConcreteProxy, value_of
@@ -30,19 +31,12 @@ from dspfx.passes.int_calls import ints_traced
 from dspfx.passes.own_gradients import OwnGradients
 from dspfx.passes.patched import patched
 from dspfx.passes.randomness import drawn_so_far, generators_kept, generators_of
+from dspfx.passes.refusals import UntraceableError, blamed
 from dspfx.passes.unrecorded import Unrecorded
 from dspfx.passes.writes import Arguments, nodes_in
 from dspfx.trees import construction, map_leaves
 
 LINE = "line of source"  # a key of `Node.meta`
-
-
-class UntraceableError(Exception):
-    """Tracing failed in `module` (empty: in the root), after `node`, for `reason`."""
-
-    def __init__(self, module: str, node: str, reason: str) -> None:
-        super().__init__(reason)
-        self.module, self.node, self.reason = module, node, reason
 
 
 class ConcreteTracer(fx.Tracer):
@@ -100,7 +94,7 @@ class ConcreteTracer(fx.Tracer):
             nodes = list(self.graph.nodes) if hasattr(self, "graph") else []
             last = nodes[-1].name if nodes else ""
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            module = _blamed(error, self.failed_in) or ""
+            module = blamed(error, self.failed_in) or ""
             raise UntraceableError(module, last, reason[:300]) from error
         finally:
             assigned = buffers.take_back()
@@ -298,7 +292,7 @@ class ConcreteTracer(fx.Tracer):
             return result
         except Exception as error:
             if self.failed_in is None:
-                self.failed_in = _blamed(error, self.path_of_module(m))
+                self.failed_in = blamed(error, self.path_of_module(m))
             raise
 
     @contextmanager
@@ -346,8 +340,3 @@ class ConcreteTracer(fx.Tracer):
                 return target(*args, **kwargs)
 
         return self._as_leaf(make, (args, kwargs))
-
-
-def _blamed(error: Exception, module: str | None) -> str | None:
-    """Whose code is to be left untraced: of what overwrote a stale value, else of `module`."""
-    return error.module if isinstance(error, StaleValueError) else module

@@ -5,14 +5,11 @@ makes it before the call, and code that reads it later reads it as the call has 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspfx.passes.aliases import WRITTEN
 from dspfx.passes.concrete_proxy import ConcreteProxy
 from dspfx.trees import leaves
-
-if TYPE_CHECKING:
-    from dspfx.passes.concrete_tracer import ConcreteTracer
 
 
 class Handed:
@@ -45,7 +42,7 @@ class Handed:
 
     def hand_back(self, leaf: ConcreteProxy, args: tuple[Any, ...]) -> None:
         """Let what code has handed to `leaf`, its `args`, hold what is left in it now."""
-        tracer: ConcreteTracer = leaf.tracer
+        tracer: Any = leaf.tracer
         for place, same in self._left.items():
             own: Any = args[place]
             with tracer.graph.inserting_before(leaf.node):

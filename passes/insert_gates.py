@@ -15,7 +15,8 @@ import torch
 from torch import fx, nn
 from torch.fx.node import Node
 
-from dspfx.gates import GATED, ChannelGate, FilterGate
+from dspfx.gated import GATED
+from dspfx.gates import ChannelGate, FilterGate
 from dspfx.parametrised import kind_of
 from dspfx.passes.values import ChannelAnalysis, Channelwise, Mix, Source
 

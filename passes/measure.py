@@ -8,8 +8,9 @@ import contextlib
 import copy
 import json
 import os
+import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from dspfx.branches import Branches
 from dspfx.caches import as_file_name, cache_folder, processor
 from dspfx.group_conv import GroupConv2d, GroupConvRun
-from dspfx.timing import layer_medians, medians
+from dspfx.timing import ROUNDS as LAYER_ROUNDS
+from dspfx.timing import WARM_UP_CALLS, medians
 
 ROUNDS = 7
 WARM_UP = 0.005
@@ -149,3 +151,15 @@ class _Packed(nn.Module):
 
 def _is_plain(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def layer_medians(runs: Sequence[GroupConvRun], inputs: Sequence[Tensor]) -> list[list[float]]:
+    """Of each of `runs` the median seconds of every layer by the kernel's own clock, in turns."""
+    times: list[list[list[float]]] = [[] for _ in runs]
+    for _ in range(WARM_UP_CALLS + LAYER_ROUNDS):
+        for run, own in zip(runs, times, strict=True):
+            own.append(run.seconds(*inputs).tolist())
+    return [
+        [statistics.median(layer) for layer in zip(*own[WARM_UP_CALLS:], strict=True)]
+        for own in times
+    ]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from dspfx.gates import LAYERS, ChannelGate
+from dspfx.gated import LAYERS
+from dspfx.gates import ChannelGate
 from dspfx.passes import operators
 from dspfx.passes.movement import Move
 from dspfx.passes.values import Constant, Op, Query, Value

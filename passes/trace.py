@@ -28,10 +28,11 @@ from dspfx.errors import TraceError
 from dspfx.kept import state_kept
 from dspfx.parametrised import why_computed
 from dspfx.passes.aliases import WRITTEN, WRITTEN_INPUT
-from dspfx.passes.concrete_tracer import LINE, ConcreteTracer, UntraceableError
+from dspfx.passes.concrete_tracer import LINE, ConcreteTracer
 from dspfx.passes.int_calls import only_calls_int
 from dspfx.passes.lift import lift
 from dspfx.passes.operators import overwritten
+from dspfx.passes.refusals import UntraceableError
 from dspfx.statements import as_left_by
 
 _CONSTANT = "_tensor_constant"  # how fx names the tensors that it makes attributes of

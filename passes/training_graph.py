@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import Node, map_arg
 
-from dspfx.passes.compact import Compacted
+from dspfx.passes.compacted import Compacted
 
 FLAG = "training"
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dspfx.group_conv import GroupConvRun
-from dspfx.timing import layer_medians
+from dspfx.passes.measure import layer_medians
 
 Choice = Mapping[str, tuple[int, ...]]
 

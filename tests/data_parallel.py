@@ -26,7 +26,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import dspfx
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.processes import Processes
 
 STEPS = 3

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.trees import leaves, structure
 
 

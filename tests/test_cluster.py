@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx.cluster import _improved
-from dspfx.filters import as_weight, filters_first
-from dspfx.gates import gated_layers
-from dspfx.penalty import energy
+from dspfx.filters import as_weight, energy, filters_first
+from dspfx.gated import gated_layers
 from helpers import unchanged
 
 GROUPS = 3

@@ -5,7 +5,7 @@ from torch import nn
 
 import dspfx
 from dspfx.collapse import MOST_NAMES, in_words, suspects, weak_layers_of
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.models import CifarResNet
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx.filters import as_weight, filters_first
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from helpers import assert_equal
 
 

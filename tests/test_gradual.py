@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 import dspfx
 from dspfx import Budget
 from dspfx.filters import spread, structural_groups
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gated import GatedLayer, gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.latency import SHARES, LatencyTable
 from dspfx.parts import parts_of

@@ -20,7 +20,7 @@ from test_penalty import central_difference, plain_penalty
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gated import GatedLayer, gated_layers
 from helpers import unchanged
 
 X = torch.randn(6, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

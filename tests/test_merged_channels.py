@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.passes.values import Merge, Restored
 from helpers import assert_equal, macs, random_masks, randomise

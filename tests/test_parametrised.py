@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 
 import dspfx
 from dspfx.filters import spread
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise, unchanged
 
 Wrap = Callable[[nn.Module], nn.Module]

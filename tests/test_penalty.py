@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.penalty import LayerPenalty, energy
+from dspfx.filters import energy
+from dspfx.penalty import LayerPenalty
 
 
 def plain_penalty(weight: Tensor, p: Tensor, kappa: float, structural: int = 1) -> float:

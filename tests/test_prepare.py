@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import PrepareConfig
-from dspfx.gates import ChannelGate, FilterGate, gated_layers
+from dspfx.gated import gated_layers
+from dspfx.gates import ChannelGate, FilterGate
 from helpers import assert_equal, random_masks, unchanged
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 import dspfx
 from dspfx.errors import PrepareError
 from dspfx.filters import spread
-from dspfx.gates import GatedLayer, gated_layers
+from dspfx.gated import GatedLayer, gated_layers
 from dspfx.passes.cost_model import CPU
 from helpers import assert_equal, macs
 from random_networks import BY_VALUE, SMOOTH, MaskRecipe, mask_recipes, networks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import Budget
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.gating import analyse_prepared
 from dspfx.passes.droppable import droppable_layers
 from dspfx.passes.measure import Measured

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import dspfx
 from benchmarks.step import extra_memory
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.lookahead import one_at_a_time
 from helpers import unchanged
 

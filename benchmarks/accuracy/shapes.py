@@ -14,7 +14,7 @@ from torch import nn
 
 import dspfx
 from benchmarks.accuracy.scenarios import IMAGE, Scenario
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.models import CifarResNet
 
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dspfx.archive import replacing
+from dspfx.atomic_write import replacing
 from dspfx.errors import DspfxWarning, RecipeError
 from dspfx.models import CifarResNet
 from dspfx.recipe.libraries import (

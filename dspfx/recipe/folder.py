@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dspfx.archive import replacing
+from dspfx.atomic_write import replacing
 from dspfx.errors import RecipeError
 from dspfx.recipe.settings import Recipe
 from dspfx.records import to_json

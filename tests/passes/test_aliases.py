@@ -12,7 +12,7 @@ from test_properties import COUNT, EXAMPLES
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gates import gated_layers
+from dspfx.gated import gated_layers
 from dspfx.module import PreparedModule
 from helpers import assert_equal, random_masks, randomise
 
