@@ -23,7 +23,7 @@ import typer
 from tabulate import tabulate
 
 import dspfx
-from dspfx.models import CifarResNet
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "busy.md"
 BATCHES, KEPT = (1, 8), 0.36

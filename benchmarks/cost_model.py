@@ -20,10 +20,10 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from dspfx.passes.cost_model import CPU, CostModel, Geometry
-from dspfx.passes.lowering import Lowering, describe, forms
-from dspfx.passes.measure import Measured
-from dspfx.passes.relower import sites
+from dspfx.passes.lowering.cost_model import CPU, CostModel, Geometry
+from dspfx.passes.lowering.forms import Lowering, describe, forms
+from dspfx.passes.lowering.measure import Measured
+from dspfx.passes.lowering.sites import sites
 
 # channels, filters, size of the image, taps along a side
 SHAPES = (

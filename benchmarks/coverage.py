@@ -29,10 +29,10 @@ from tqdm import tqdm
 import dspfx
 from benchmarks.examination import examined, relative_difference
 from benchmarks.zoo import Case, build, example_inputs, timm_cases, torchvision_cases
-from dspfx.gated import gated_layers
-from dspfx.gating import analyse_prepared
-from dspfx.parts import compact_parts_of, parts_of
-from dspfx.passes.droppable import droppable_layers
+from dspfx.layers.gated import gated_layers
+from dspfx.model.gating import analyse_prepared
+from dspfx.model.parts import compact_parts_of, parts_of
+from dspfx.passes.analysis.droppable import droppable_layers
 
 GROUPS, KEEP, DROP = 3, 0.5, 0.2
 CONVOLUTION = torch.ops.aten.convolution

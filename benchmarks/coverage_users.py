@@ -48,7 +48,7 @@ from benchmarks.users_page import (
 )
 from benchmarks.users_zoo import build, inputs_of, users_cases
 from benchmarks.zoo import Case
-from dspfx.trees import leaves, map_leaves
+from dspfx.utils.pytree import leaves, map_leaves
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "coverage_users.md"
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.zoo import Case
-from dspfx.trees import leaves
+from dspfx.utils.pytree import leaves
 
 T = TypeVar("T")
 

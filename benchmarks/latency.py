@@ -39,7 +39,7 @@ from tqdm import tqdm
 import dspfx
 from benchmarks.reference import DEFAULT_FOLDER, find, load
 from dspfx.compile import CompileReport
-from dspfx.timing import medians
+from dspfx.utils.timing import medians
 
 ROUNDS = 15
 SETTLE = 0.03

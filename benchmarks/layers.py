@@ -20,14 +20,14 @@ from torch import Tensor, fx, nn
 import dspfx
 from benchmarks.latency import cases
 from benchmarks.reference import DEFAULT_FOLDER
-from dspfx import native
-from dspfx.group_conv import GroupConv2d, GroupConvRun
-from dspfx.passes.fuse import fuse
-from dspfx.passes.lowering import dense
-from dspfx.passes.measure import Measured
-from dspfx.passes.relower import Site, relowered, sites
-from dspfx.passes.runs import join_runs
-from dspfx.passes.winograd import choose, measured_choice
+from dspfx.layers import native
+from dspfx.layers.group_conv import GroupConv2d, GroupConvRun
+from dspfx.passes.lowering.forms import dense
+from dspfx.passes.lowering.fuse import fuse
+from dspfx.passes.lowering.measure import Measured
+from dspfx.passes.lowering.runs import join_runs
+from dspfx.passes.lowering.sites import Site, relowered, sites
+from dspfx.passes.lowering.winograd import choose, measured_choice
 
 BATCH = 8
 ROUNDS = 31

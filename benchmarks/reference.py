@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dspfx
 from dspfx.errors import DataError
-from dspfx.models import CifarResNet
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "reference"
 # the authors gate neither; the stem reads the image and is never gated

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dspfx
-from dspfx.models import CifarResNet
-from dspfx.timing import medians
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
+from dspfx.utils.timing import medians
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 

@@ -5,14 +5,9 @@ prepared = dspfx.prepare(model)      # a traced copy with group gates
 compact = dspfx.convert(prepared)    # the same function, smaller and faster, verified
 """
 
-from dspfx.budget import Budget, PruneReport
-from dspfx.checkpoint import load_checkpoint, save_checkpoint
-from dspfx.cluster import cluster_groups
 from dspfx.compile import compile
 from dspfx.compress import Compressed, compress
-from dspfx.config import PrepareConfig
 from dspfx.convert import convert
-from dspfx.distill import distillation_loss
 from dspfx.errors import (
     BudgetError,
     CheckpointError,
@@ -34,24 +29,29 @@ from dspfx.errors import (
     TraceError,
 )
 from dspfx.export import export
-from dspfx.finetune import CyclicFinetune
-from dspfx.gradual import GradualPruning
-from dspfx.graph import channel_graph
-from dspfx.learner import GroupLearner
-from dspfx.load import load
-from dspfx.masks import get_masks, set_masks
-from dspfx.module import CompactModule, NarrowModule, PreparedModule
-from dspfx.moments import input_moments
-from dspfx.narrow import narrow
-from dspfx.passes.cost_model import FEWEST_WEIGHTS, CostModel
-from dspfx.plot import plot
+from dspfx.model.config import PrepareConfig
+from dspfx.model.module import CompactModule, NarrowModule, PreparedModule
+from dspfx.passes.lowering.cost_model import FEWEST_WEIGHTS, CostModel
 from dspfx.prepare import prepare
-from dspfx.prune import prune
-from dspfx.prune_channels import prune_channels
-from dspfx.recalibrate import recalibrate
-from dspfx.report import Report, report
-from dspfx.save import save
-from dspfx.widen import widen
+from dspfx.pruning.budget import Budget, PruneReport
+from dspfx.pruning.gradual import GradualPruning
+from dspfx.pruning.masks import get_masks, set_masks
+from dspfx.pruning.prune import prune
+from dspfx.pruning.prune_channels import prune_channels
+from dspfx.reporting.channel_graph import channel_graph
+from dspfx.reporting.plot import plot
+from dspfx.reporting.report import Report, report
+from dspfx.storage.checkpoint import load_checkpoint, save_checkpoint
+from dspfx.storage.load import load
+from dspfx.storage.save import save
+from dspfx.training.distill import distillation_loss
+from dspfx.training.finetune import CyclicFinetune
+from dspfx.training.groups.cluster import cluster_groups
+from dspfx.training.groups.learner import GroupLearner
+from dspfx.training.moments import input_moments
+from dspfx.training.narrow.narrow import narrow
+from dspfx.training.narrow.widen import widen
+from dspfx.training.recalibrate import recalibrate
 
 __all__ = [
     "FEWEST_WEIGHTS",

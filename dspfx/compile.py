@@ -22,21 +22,21 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from dspfx.deployable import check_deployable
 from dspfx.errors import CompileError
-from dspfx.gating import fitting_inputs
-from dspfx.group_conv import GroupConvRun
-from dspfx.inputs import Call, as_inputs, check_accepted, fresh
-from dspfx.parts import compact_parts_of
-from dspfx.passes.classifier import join_classifiers
-from dspfx.passes.cost_model import CPU
-from dspfx.passes.fuse import fuse
-from dspfx.passes.lowering import Lowering, dense, describe, forms
-from dspfx.passes.measure import Measured, can_be_packed
-from dspfx.passes.relower import Site, relowered, sites
-from dspfx.passes.runs import join_runs
-from dspfx.passes.winograd import choose, measured_choice
-from dspfx.timing import medians
+from dspfx.layers.group_conv import GroupConvRun
+from dspfx.model.deployable import check_deployable
+from dspfx.model.gating import fitting_inputs
+from dspfx.model.parts import compact_parts_of
+from dspfx.passes.lowering.classifier import join_classifiers
+from dspfx.passes.lowering.cost_model import CPU
+from dspfx.passes.lowering.forms import Lowering, dense, describe, forms
+from dspfx.passes.lowering.fuse import fuse
+from dspfx.passes.lowering.measure import Measured, can_be_packed
+from dspfx.passes.lowering.runs import join_runs
+from dspfx.passes.lowering.sites import Site, relowered, sites
+from dspfx.passes.lowering.winograd import choose, measured_choice
+from dspfx.passes.sandbox.calls import Call, as_inputs, check_accepted, fresh
+from dspfx.utils.timing import medians
 
 MOST_FORMS = 6
 ROUNDS = 15

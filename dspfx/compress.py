@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from dspfx.budget import Budget
-from dspfx.cluster import cluster_groups
-from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.errors import DataError, LearnError
-from dspfx.gradual import GradualPruning
-from dspfx.inputs import Call, of_few_samples, parameter_dtype_and_device
-from dspfx.passes.randomness import drawing_anew
+from dspfx.model.config import PrepareConfig
+from dspfx.model.rebuilt import plain_copy
+from dspfx.passes.sandbox.calls import Call, of_few_samples, parameter_dtype_and_device
+from dspfx.passes.sandbox.randomness import drawing_anew
 from dspfx.prepare import prepare
-from dspfx.rebuilt import plain_copy
-from dspfx.report import Report, report
-from dspfx.trees import map_leaves
+from dspfx.pruning.budget import Budget
+from dspfx.pruning.gradual import GradualPruning
+from dspfx.reporting.report import Report, report
+from dspfx.training.groups.cluster import cluster_groups
+from dspfx.utils.pytree import map_leaves
 
 Loss = Callable[[nn.Module, Any], Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

@@ -6,21 +6,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dspfx.blueprint import blueprint
-from dspfx.compaction import compaction
-from dspfx.emit_compact import emit_compact
-from dspfx.gating import fitting_inputs
-from dspfx.listing import structure
-from dspfx.modes import put_all
-from dspfx.module import CompactModule, PreparedModule
-from dspfx.parts import compact_parts_of, exchanged, parts_of
-from dspfx.passes.cost_model import CPU, CostModel
-from dspfx.passes.plan import plan
-from dspfx.passes.summary import count_gathers, summarise
-from dspfx.passes.verify import verify as verify_equal
-from dspfx.present import present_liveness
-from dspfx.whole import check_whole
-from dspfx.wrappers import unwrapped
+from dspfx.model.emit import emit_compact
+from dspfx.model.gating import fitting_inputs
+from dspfx.model.liveness import present_liveness
+from dspfx.model.modes import put_all
+from dspfx.model.module import CompactModule, PreparedModule
+from dspfx.model.parts import compact_parts_of, exchanged, parts_of
+from dspfx.model.whole import check_whole
+from dspfx.passes.lowering.cost_model import CPU, CostModel
+from dspfx.passes.transforms.plan import plan
+from dspfx.passes.transforms.summary import count_gathers, summarise
+from dspfx.passes.transforms.verify import verify as verify_equal
+from dspfx.storage.blueprint import blueprint
+from dspfx.storage.listing import structure
+from dspfx.storage.plan_record import compaction
+from dspfx.utils.wrappers import unwrapped
 
 
 def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel = CPU) -> nn.Module:

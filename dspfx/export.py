@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from dspfx.atomic_write import replacing
-from dspfx.deployable import check_deployable
 from dspfx.errors import ExportError, PrepareError
-from dspfx.group_conv import GroupConv2d, GroupConvRun
-from dspfx.inputs import Call, choose_inputs
-from dspfx.trees import map_leaves
+from dspfx.layers.group_conv import GroupConv2d, GroupConvRun
+from dspfx.model.deployable import check_deployable
+from dspfx.passes.sandbox.calls import Call, choose_inputs
+from dspfx.utils.atomic_write import replacing
+from dspfx.utils.pytree import map_leaves
 
 Format = Literal["onnx", "export", "aoti"]
 SUFFIXES: Mapping[str, Format] = {".onnx": "onnx", ".aoti.pt2": "aoti", ".pt2": "export"}

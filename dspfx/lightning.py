@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dspfx.errors import LearnError
-from dspfx.learner import GroupLearner
+from dspfx.training.groups.learner import GroupLearner
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from dspfx.calls import calls_of
-from dspfx.config import PrepareConfig, matching
-from dspfx.division import Division, copied, gated_in, hides_most
 from dspfx.errors import PrepareError, TraceError
-from dspfx.gated import GATED
-from dspfx.gating import Task, gate
-from dspfx.inputs import Call, choose_inputs, of_few_samples, samples_of
-from dspfx.module import PreparedModule
-from dspfx.parts import parts_of
-from dspfx.rebuilt import check_written, forms_inside, plain_copy
-from dspfx.whole import Whole
+from dspfx.layers.gated import GATED
+from dspfx.model.calls import calls_of
+from dspfx.model.config import PrepareConfig, matching
+from dspfx.model.division import Division, copied, gated_in, hides_most
+from dspfx.model.gating import Task, gate
+from dspfx.model.module import PreparedModule
+from dspfx.model.parts import parts_of
+from dspfx.model.rebuilt import check_written, forms_inside, plain_copy
+from dspfx.model.whole import Whole
+from dspfx.passes.sandbox.calls import Call, choose_inputs, of_few_samples, samples_of
 
 
 def prepare(

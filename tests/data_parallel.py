@@ -26,8 +26,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import dspfx
-from dspfx.gated import gated_layers
-from dspfx.processes import Processes
+from dspfx.layers.gated import gated_layers
+from dspfx.utils.distributed import Processes
 
 STEPS = 3
 SETTINGS = {"strength": 0.3, "total_steps": 8, "temperature": 0.5, "logits_lr": 0.1}
@@ -419,8 +419,8 @@ def case_latency() -> Any:
         return float(site.weight.count_nonzero()) ** (1 + rank)
 
     with (
-        mock.patch("dspfx.latency._fastest", seconds),
-        mock.patch("dspfx.search.measured_fraction", return_value=0.5 + rank),
+        mock.patch("dspfx.pruning.latency._fastest", seconds),
+        mock.patch("dspfx.pruning.search.measured_fraction", return_value=0.5 + rank),
     ):
         ddp = wrap(plain())
         report = dspfx.prune(ddp, dspfx.Budget(latency=0.5))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dspfx.gated import gated_layers
-from dspfx.trees import leaves, structure
+from dspfx.layers.gated import gated_layers
+from dspfx.utils.pytree import leaves, structure
 
 
 def assert_equal(expected: Any, actual: Any, tolerance: float = 1e-9) -> None:

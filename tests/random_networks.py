@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from dspfx import PreparedModule
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import randomise
 from random_positions import ALIKE, Along, FromLast, Tokens
 

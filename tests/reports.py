@@ -7,7 +7,7 @@ from models import MODELS, C2f
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.passes.grouped_masks import GroupedMask, MaskGroup
+from dspfx.passes.transforms.grouped_masks import GroupedMask, MaskGroup
 from helpers import random_masks, randomise
 
 

@@ -10,14 +10,14 @@ import torchvision
 from torch import nn
 
 import dspfx
-from dspfx.models import CifarResNet
-from dspfx.recipe.architectures import (
+from dspfx.recipe.networks.architectures import (
     Architecture,
     input_channels,
     read_weights,
     start_from,
 )
-from dspfx.recipe.libraries import Preprocessing, preprocessing_of
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
+from dspfx.recipe.networks.libraries import Preprocessing, preprocessing_of
 
 
 def build(name: str, classes: int = 5, channels: int = 3) -> nn.Module:
@@ -32,7 +32,7 @@ def build(name: str, classes: int = 5, channels: int = 3) -> nn.Module:
         ("torchvision/shufflenet_v2_x0_5", 3),
         ("timm/mobilenetv3_small_050", 1),
         ("mobilenetv3_small_050", 1),
-        ("dspfx.models:CifarResNet", 3),
+        ("dspfx.recipe.networks.cifar_resnet:CifarResNet", 3),
     ],
 )
 def test_names(name: str, channels: int) -> None:
@@ -45,7 +45,7 @@ def test_names(name: str, channels: int) -> None:
     ("name", "expected"),
     [
         ("cifar-resnet20", Preprocessing(32, 37)),
-        ("dspfx.models:CifarResNet", Preprocessing()),
+        ("dspfx.recipe.networks.cifar_resnet:CifarResNet", Preprocessing()),
         ("resnet18", Preprocessing()),
         ("inception_v3", Preprocessing(299, 342)),
         ("efficientnet_b4", Preprocessing(380, 384, "bicubic")),

@@ -10,7 +10,7 @@ from models import MODELS, TiedAutoencoder
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, leaves, random_masks, randomise, unchanged
 
 # the layers that have gates; all others read the inputs or come last

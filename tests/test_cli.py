@@ -17,13 +17,13 @@ import torch
 from typer.testing import CliRunner
 
 import dspfx
-from dspfx import cli
+from dspfx.commands import app as cli
 from dspfx.commands import bench as bench_command
 from dspfx.commands.session import Session
 from dspfx.commands.train import PHASES, _base, changed, gentler
-from dspfx.models import CifarResNet
 from dspfx.recipe import Recipe, Schedule, Speed, preset
-from dspfx.recipe.architectures import Architecture
+from dspfx.recipe.networks.architectures import Architecture
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 SMALL = "--classes 10 --channels 1 --image-size 16"
 TINY = (
@@ -163,7 +163,7 @@ def test_debug_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatch) 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("dspfx.commands.subjects.open_subject", broken)
+    monkeypatch.setattr("dspfx.commands.targets.open_subject", broken)
     code, _, err = invoke("inspect", "resnet18")
     assert code == 1
     assert err == "error: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"
@@ -245,7 +245,7 @@ def test_prune_writes_what_it_says(saved: Path, tmp_path: Path, passes: int) -> 
     assert found["pruned"]["achieved"] <= 0.6
     assert found["accuracy"].keys() == {"dense", "pruned", "recalibrated"}
     compact = dspfx.load(path, Architecture.beside(path).build())
-    data = dspfx.data.load("digits")
+    data = dspfx.recipe.images.datasets.load("digits")
     with torch.no_grad():
         right = (compact(data.test_x).argmax(1) == data.test_y).float().mean()
     assert float(right) == pytest.approx(found["accuracy"]["recalibrated"])
@@ -386,7 +386,7 @@ def test_warnings_are_lines_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.warn("mind the gap", dspfx.DspfxWarning, stacklevel=2)
         raise dspfx.RecipeError("and the step")
 
-    monkeypatch.setattr("dspfx.commands.subjects.open_subject", warns)
+    monkeypatch.setattr("dspfx.commands.targets.open_subject", warns)
     code, out, err = invoke("inspect", "resnet18")
     assert (code, out) == (1, "")
     assert err == "warning: mind the gap\nerror: and the step\n"
@@ -394,7 +394,7 @@ def test_warnings_are_lines_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a_model_of_mine.py").write_text(
-        "from dspfx.models import CifarResNet\n"
+        "from dspfx.recipe.networks.cifar_resnet import CifarResNet\n"
         "def net(num_classes):\n"
         "    print('constructed')\n"
         "    return CifarResNet(8, classes=num_classes)\n"

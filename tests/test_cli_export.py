@@ -9,9 +9,9 @@ import torch
 from test_cli import SMALL, TINY, invoke, saved
 
 import dspfx
-from dspfx.models import CifarResNet
 from dspfx.recipe import Recipe
-from dspfx.recipe.architectures import Architecture
+from dspfx.recipe.networks.architectures import Architecture
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 from helpers import assert_equal
 
 __all__ = ["saved"]  # a fixture
@@ -50,7 +50,7 @@ def test_train_on_digits_to_a_file_of_the_accuracy_that_the_report_says(trained:
     stated = json.loads((trained / "run" / "report.json").read_text())
     path = trained / "model.onnx"
     assert result["file"] == str(path)
-    data = dspfx.data.load("digits")
+    data = dspfx.recipe.images.datasets.load("digits")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (answers,) = session.run(None, {session.get_inputs()[0].name: data.test_x.numpy()})
     right = int((torch.from_numpy(answers).argmax(1) == data.test_y).sum())

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.cluster import _improved
-from dspfx.filters import as_weight, energy, filters_first
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
+from dspfx.layers.weights import as_weight, energy, filters_first
+from dspfx.training.groups.cluster import _improved
 from helpers import unchanged
 
 GROUPS = 3

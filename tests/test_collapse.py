@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 import dspfx
-from dspfx.collapse import MOST_NAMES, in_words, suspects, weak_layers_of
-from dspfx.gated import gated_layers
-from dspfx.models import CifarResNet
+from dspfx.layers.gated import gated_layers
+from dspfx.pruning.weak_layers import MOST_NAMES, in_words, suspects, weak_layers_of
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 
 def network() -> nn.Module:

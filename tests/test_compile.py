@@ -10,9 +10,9 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 import dspfx
-from dspfx.branches import Branches
 from dspfx.compile import AS_IT_IS, Compiled
-from dspfx.group_conv import GroupConvRun
+from dspfx.layers.branches import Branches
+from dspfx.layers.group_conv import GroupConvRun
 from helpers import assert_equal, random_masks, randomise
 
 compile_module = __import__("sys").modules["dspfx.compile"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import PrepareConfig
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

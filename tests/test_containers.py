@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 SIZES = ((2, 3, 16, 16), (4, 3, 12, 20))

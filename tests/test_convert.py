@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import dspfx
-from dspfx.passes import compact as compact_pass
-from dspfx.passes.plan import LayerPlan
+from dspfx.passes.transforms import compact as compact_pass
+from dspfx.passes.transforms.plan import LayerPlan
 from helpers import assert_equal, macs, random_masks, randomise, unchanged
 
 
@@ -306,7 +306,7 @@ def test_a_wrong_plan_is_caught_and_located(monkeypatch: pytest.MonkeyPatch) -> 
         randomise(torchvision.models.resnet18(weights=None)), torch.randn(2, 3, 32, 32)
     )
     dspfx.set_masks(prepared, random_masks(prepared))
-    folded = compact_pass._folded
+    folded = compact_pass.folded_weight
 
     def wrong(source: Any, layer: Any, plan: LayerPlan, *rest: Any) -> tuple[Tensor, Any]:
         weight, bias = folded(source, layer, plan, *rest)
@@ -314,7 +314,7 @@ def test_a_wrong_plan_is_caught_and_located(monkeypatch: pytest.MonkeyPatch) -> 
             bias[0] += 1
         return weight, bias
 
-    monkeypatch.setattr(compact_pass, "_folded", wrong)
+    monkeypatch.setattr(compact_pass, "folded_weight", wrong)
     with pytest.raises(dspfx.EquivalenceError, match="first at call_module 'layer2_1_bn1'"):
         dspfx.convert(prepared)
     dspfx.convert(prepared, verify=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dspfx
 from dspfx import Budget
 from dspfx.errors import BudgetError
-from dspfx.passes.cost_model import CPU
+from dspfx.passes.lowering.cost_model import CPU
 from helpers import assert_equal, macs, random_masks, randomise
 from random_networks import MaskRecipe, mask_recipes, networks
 

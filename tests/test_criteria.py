@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import dspfx
 from dspfx import Budget
 from dspfx.errors import BudgetError, DataError
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

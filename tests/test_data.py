@@ -14,7 +14,7 @@ import torch
 from torchvision.datasets import CIFAR10
 
 import dspfx
-from dspfx.data import DEBIAN_FASHION_MNIST, augment, batches, load, read_idx
+from dspfx.recipe.images.datasets import DEBIAN_FASHION_MNIST, augment, batches, load, read_idx
 
 
 def test_digits() -> None:

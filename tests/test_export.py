@@ -16,8 +16,8 @@ from test_save import Small, pruned
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.group_conv import GroupConvRun, group_conv_like
-from dspfx.trees import leaves
+from dspfx.layers.group_conv import GroupConvRun, group_conv_like
+from dspfx.utils.pytree import leaves
 from helpers import assert_equal, random_masks, randomise, unchanged
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.filters import as_weight, filters_first
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
+from dspfx.layers.weights import as_weight, filters_first
 from helpers import assert_equal
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import dspfx
-from dspfx.passes.summary import NOT_PRUNABLE
+from dspfx.passes.transforms.summary import NOT_PRUNABLE
 
 IMAGE = torch.randn(2, 3, 8, 8)
 TOKENS = torch.randn(2, 5, 16)

@@ -15,18 +15,18 @@ from torch._dynamo.testing import CompileCounter
 
 import dspfx
 from dspfx import Budget
-from dspfx.filters import spread, structural_groups
-from dspfx.gated import GatedLayer, gated_layers
-from dspfx.gating import analyse_prepared
-from dspfx.latency import SHARES, LatencyTable
-from dspfx.parts import parts_of
-from dspfx.passes.cost import layer_costs, total
-from dspfx.passes.values import ChannelAnalysis, Mix
-from dspfx.processes import Processes
-from dspfx.search import prune_to
-from dspfx.sensitive_parts import sensitive_parts
-from dspfx.sensitivity import Sensitivity
-from dspfx.trees import leaves
+from dspfx.layers.gated import GatedLayer, gated_layers
+from dspfx.layers.weights import spread, structural_groups
+from dspfx.model.gating import analyse_prepared
+from dspfx.model.parts import parts_of
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
+from dspfx.passes.analysis.cost import layer_costs, total
+from dspfx.pruning.latency import SHARES, LatencyTable
+from dspfx.pruning.ranking import sensitive_parts
+from dspfx.pruning.search import prune_to
+from dspfx.pruning.sensitivity import Sensitivity
+from dspfx.utils.distributed import Processes
+from dspfx.utils.pytree import leaves
 from helpers import assert_equal, randomise, unchanged
 from random_networks import networks
 
@@ -262,7 +262,7 @@ def layers_take(monkeypatch: pytest.MonkeyPatch, a_mac: dict[str, float]) -> Non
             for name, whole in macs.items()
         }
 
-    monkeypatch.setattr(dspfx.latency, "_times", times)
+    monkeypatch.setattr(dspfx.pruning.latency, "_times", times)
 
 
 def pruned_to(budget: Budget) -> dspfx.PreparedModule:
@@ -445,7 +445,7 @@ def test_measuring_leaves_the_random_numbers_of_the_user_alone() -> None:
 
 def test_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    monkeypatch.setattr(dspfx.latency, "_times", lambda *_: measured.append(1) or {})
+    monkeypatch.setattr(dspfx.pruning.latency, "_times", lambda *_: measured.append(1) or {})
     dspfx.GradualPruning(layers(), Budget(latency=0.4), total_steps=10)
     assert len(measured) == 1
 
@@ -459,7 +459,7 @@ def test_a_resumed_run_knows_the_times_of_the_first(monkeypatch: pytest.MonkeyPa
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
     assert resumed.tables[0].times == first.tables[0].times
     assert resumed.tables[0].predict() == first.tables[0].predict()
-    monkeypatch.setattr(dspfx.latency, "_times", lambda *_: {"stem": (1.0,) * len(SHARES)})
+    monkeypatch.setattr(dspfx.pruning.latency, "_times", lambda *_: {"stem": (1.0,) * len(SHARES)})
     with pytest.raises(dspfx.LearnError, match="another model"):
         dspfx.GradualPruning(layers(), Budget(latency=0.4), total_steps=10).load_state_dict(
             first.state_dict()

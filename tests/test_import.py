@@ -6,7 +6,7 @@ import sys
 
 from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
-from dspfx.passes import operators
+from dspfx.passes.analysis import operators
 
 # whole packages, and parts of torch that `import torch` itself leaves out
 HEAVY = {

@@ -20,7 +20,7 @@ from test_penalty import central_difference, plain_penalty
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import GatedLayer, gated_layers
+from dspfx.layers.gated import GatedLayer, gated_layers
 from helpers import unchanged
 
 X = torch.randn(6, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -362,7 +362,7 @@ def test_channels_are_worked_on_in_blocks(kind: Any, monkeypatch: pytest.MonkeyP
     model = nn.Sequential(nn.Conv2d(2, 8, 1), kind(8, 4, 2, groups=2), nn.Flatten())
     models = [dspfx.prepare(copy.deepcopy(model).double(), X).train() for _ in range(2)]
     for prepared, block in zip(models, (2**20, 4 * 3), strict=True):
-        monkeypatch.setattr("dspfx.learner.BLOCK", block)
+        monkeypatch.setattr("dspfx.training.groups.learner.BLOCK", block)
         learner = learner_of(prepared, sgd)
         for _ in range(2):
             learner.step(lambda m=prepared: m(X).square().mean())

@@ -8,9 +8,9 @@ from test_cli import invoke
 
 import dspfx
 from dspfx.recipe import Recipe
-from dspfx.recipe.architectures import Architecture
-from dspfx.recipe.libraries import library_of, preprocessing_of
-from dspfx.recipe.sources import open_source
+from dspfx.recipe.images.sources import open_source
+from dspfx.recipe.networks.architectures import Architecture
+from dspfx.recipe.networks.libraries import library_of, preprocessing_of
 
 
 @pytest.mark.parametrize(

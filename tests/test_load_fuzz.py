@@ -20,7 +20,7 @@ from test_save import Small, pruned
 from torch import Tensor, nn
 
 import dspfx
-from dspfx import archive
+from dspfx.storage import container as archive
 from helpers import unchanged
 
 COUNT = int(os.environ.get("DSPFX_MUTATIONS", "200"))

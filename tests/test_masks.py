@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, unchanged
 
 

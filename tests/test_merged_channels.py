@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
-from dspfx.gating import analyse_prepared
-from dspfx.passes.values import Merge, Restored
+from dspfx.layers.gated import gated_layers
+from dspfx.model.gating import analyse_prepared
+from dspfx.passes.analysis.channel_ops import Merge, Restored
 from helpers import assert_equal, macs, random_masks, randomise
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 import dspfx
 from benchmarks.reference import DEFAULT_FOLDER, NOT_GATED, load
-from dspfx.models import CifarResNet
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 from helpers import assert_equal, macs
 
 NAMES = ("resnet20_g2", "resnet20_g4", "resnet56_g2")

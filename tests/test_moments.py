@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import Budget
-from dspfx.filters import spread, structural_groups
-from dspfx.gated import GatedLayer, gated_layers
+from dspfx.layers.gated import GatedLayer, gated_layers
+from dspfx.layers.weights import spread, structural_groups
 from helpers import assert_equal, randomise, unchanged
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 + 1

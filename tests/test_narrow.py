@@ -15,7 +15,7 @@ from test_properties import COST_MODELS, COUNT, EXAMPLES, inputs, prepare
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.tensors import named_tensors
+from dspfx.model.tensors import named_tensors
 from helpers import assert_equal, random_masks, randomise, unchanged
 from random_networks import MaskRecipe, Mirrored, Twice, mask_recipes, networks
 

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dspfx
-from dspfx import native
 from dspfx.compile import FROM_CPP, Compiled
 from dspfx.errors import EquivalenceError
-from dspfx.group_conv import (
+from dspfx.layers import native
+from dspfx.layers.group_conv import (
     Added,
     FilterGroup,
     GroupConv2d,
@@ -32,10 +32,10 @@ from dspfx.group_conv import (
     group_conv_like,
     pool_numbers,
 )
-from dspfx.passes.classifier import join_classifiers
-from dspfx.passes.fuse import fuse
-from dspfx.passes.relower import relowered, sites
-from dspfx.passes.runs import join_runs
+from dspfx.passes.lowering.classifier import join_classifiers
+from dspfx.passes.lowering.fuse import fuse
+from dspfx.passes.lowering.runs import join_runs
+from dspfx.passes.lowering.sites import relowered, sites
 from helpers import assert_equal
 
 X = torch.empty(0)  # instead of a weight that is not drawn yet
@@ -313,7 +313,7 @@ def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
 ABSENT = """
 import torch
 from torch import nn
-from dspfx.group_conv import Added, GroupConvRun
+from dspfx.layers.group_conv import Added, GroupConvRun
 from test_native import layer
 torch.set_num_threads(4)
 own, convs = zip(*(layer(nn.Conv2d(8, 8, 3, padding=1), 3, seed) for seed in range(3)))
@@ -546,7 +546,7 @@ import warnings
 import torch
 from torch import nn
 import dspfx
-from dspfx import native
+from dspfx.layers import native
 from dspfx.errors import EquivalenceError
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -575,7 +575,9 @@ def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
 
 
 def test_processes_that_build_at_once_do_not_meet(tmp_path: Path) -> None:
-    program = "from dspfx import native; assert native.built(); print(native.filters_in_a_block())"
+    program = (
+        "from dspfx.layers import native; assert native.built(); print(native.filters_in_a_block())"
+    )
     quick = f"{os.environ.get('DSPFX_NATIVE_FLAGS', '')} -O0"  # to build, not to run
     environment = {**os.environ, "DSPFX_CACHE_DIR": str(tmp_path), "DSPFX_NATIVE_FLAGS": quick}
     command = [sys.executable, "-c", program]

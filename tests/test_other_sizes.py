@@ -11,8 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.passes.agreement import SizeFacts
-from dspfx.passes.sizes import MOST_TRIALS, Shapes, other_sizes, resized, shapes_of, sizes_to_prove
+from dspfx.passes.analysis.agreement import SizeFacts
+from dspfx.passes.sandbox.sizes import (
+    MOST_TRIALS,
+    Shapes,
+    other_sizes,
+    resized,
+    shapes_of,
+    sizes_to_prove,
+)
 from helpers import assert_equal, random_masks, randomise
 from random_positions import SingleHead
 

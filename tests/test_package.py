@@ -122,10 +122,12 @@ def test_the_wheel_holds_the_package_alone(built: Path) -> None:
     assert notes == {
         *("LICENSE", "METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt")
     }
-    package = re.compile(r"(dspfx|passes)/.*\.(py|html)|dspfx/native/.*\.(cpp|h)|dspfx/py\.typed")
+    kernel = r"dspfx/layers/native/.*\.(cpp|h)"
+    package = re.compile(rf"(dspfx|passes)/.*\.(py|html)|{kernel}|dspfx/py\.typed")
     expected = {name for name in sources() if package.fullmatch(name)}
     assert names == {re.sub("^passes/", "dspfx/passes/", name) for name in expected}
-    assert {"dspfx/native/group_conv.cpp", "dspfx/passes/channels.py", "dspfx/py.typed"} <= names
+    assert {"dspfx/layers/native/group_conv.cpp", "dspfx/py.typed"} <= names
+    assert "dspfx/passes/analysis/channels.py" in names
 
 
 def test_the_sdist_holds_all_sources(built: Path) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import dspfx
-from dspfx.filters import spread
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
+from dspfx.layers.weights import spread
 from helpers import assert_equal, random_masks, randomise, unchanged
 
 Wrap = Callable[[nn.Module], nn.Module]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.filters import energy
-from dspfx.penalty import LayerPenalty
+from dspfx.layers.weights import energy
+from dspfx.training.groups.penalty import LayerPenalty
 
 
 def plain_penalty(weight: Tensor, p: Tensor, kappa: float, structural: int = 1) -> float:

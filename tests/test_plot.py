@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.panels import GONE, PALETTE, PIXELS, UNREAD, raster
-from dspfx.passes.grouped_masks import GroupedMask, MaskGroup
-from dspfx.passes.relower import sites
+from dspfx.passes.lowering.sites import sites
+from dspfx.passes.transforms.grouped_masks import GroupedMask, MaskGroup
+from dspfx.reporting.panels import GONE, PALETTE, PIXELS, UNREAD, raster
 from helpers import random_masks
 from reports import in_parts, many_layers, pruned
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import PrepareConfig
-from dspfx.gated import gated_layers
-from dspfx.gates import ChannelGate, FilterGate
+from dspfx.layers.gated import gated_layers
+from dspfx.layers.gates import ChannelGate, FilterGate
 from helpers import assert_equal, random_masks, unchanged
 
 

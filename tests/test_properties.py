@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 
 import dspfx
 from dspfx.errors import PrepareError
-from dspfx.filters import spread
-from dspfx.gated import GatedLayer, gated_layers
-from dspfx.passes.cost_model import CPU
+from dspfx.layers.gated import GatedLayer, gated_layers
+from dspfx.layers.weights import spread
+from dspfx.passes.lowering.cost_model import CPU
 from helpers import assert_equal, macs
 from random_networks import BY_VALUE, SMOOTH, MaskRecipe, mask_recipes, networks
 from random_positions import LENGTH, sequences

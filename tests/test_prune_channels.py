@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx import Budget
-from dspfx.gated import gated_layers
-from dspfx.passes.values import Mix
-from dspfx.present import present_liveness
+from dspfx.layers.gated import gated_layers
+from dspfx.model.liveness import present_liveness
+from dspfx.passes.analysis.channel_ops import Mix
 from helpers import assert_equal, macs, randomise, unchanged
 from random_networks import networks
 

@@ -19,14 +19,14 @@ from torch import nn
 from torchvision.utils import save_image
 
 import dspfx
-from dspfx.models import CifarResNet
 from dspfx.recipe import PRESETS, Machine, Outcome, Recipe, Schedule, preset, run, training
-from dspfx.recipe.architectures import Architecture
 from dspfx.recipe.comparison import compare
 from dspfx.recipe.folder import RunFolder
-from dspfx.recipe.networks import classification_loss, logits_of
-from dspfx.recipe.sources import open_source
-from dspfx.records import from_json, to_json
+from dspfx.recipe.images.sources import open_source
+from dspfx.recipe.networks.architectures import Architecture
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
+from dspfx.recipe.networks.outputs import classification_loss, logits_of
+from dspfx.utils.typed_json import from_json, to_json
 
 # 90 images in batches of 32: three steps an epoch
 TINY = Recipe(
@@ -106,7 +106,7 @@ def test_the_model_can_be_loaded(whole: tuple[Path, Outcome]) -> None:
     assert architecture == Architecture("cifar-resnet8", 10, 1, 16)
     compact = dspfx.load(path, architecture.build())
     right = 0
-    data = dspfx.data.load("digits")
+    data = dspfx.recipe.images.datasets.load("digits")
     with torch.no_grad():
         right = int((compact(data.test_x).argmax(1) == data.test_y).sum())
     assert right == round(whole[1].compact * 360)
@@ -266,9 +266,9 @@ def test_a_share_of_the_time_is_kept(
 ) -> None:
     times = iter([{}] * 2 + [{"stage_1_0_conv_a": (1e-3,) * 5}] * 9)  # at first like MACs
     monkeypatch.setattr(
-        dspfx.latency, "_times", lambda *_: next(times) if method == "gradual" else {}
+        dspfx.pruning.latency, "_times", lambda *_: next(times) if method == "gradual" else {}
     )
-    monkeypatch.setattr(dspfx.search, "measured_fraction", lambda _: 0.5)
+    monkeypatch.setattr(dspfx.pruning.search, "measured_fraction", lambda _: 0.5)
     recipe = dataclasses.replace(
         TINY, method=method, keep_latency=0.6, keep_macs=0.1, prune_more=0.0
     )
@@ -336,7 +336,7 @@ def test_a_run_goes_on_with_the_images_it_began_with_only(tmp_path: Path) -> Non
 def test_distillation_bfloat16_and_grey_images_in_colour(tmp_path: Path) -> None:
     recipe = dataclasses.replace(
         TINY,
-        model="dspfx.models:CifarResNet",
+        model="dspfx.recipe.networks.cifar_resnet:CifarResNet",
         data="digits",
         distill=True,
         precision="bfloat16",
@@ -346,7 +346,7 @@ def test_distillation_bfloat16_and_grey_images_in_colour(tmp_path: Path) -> None
         cycles=1,
         tune=Schedule(1, 0.05),
     )
-    factory = "dspfx.recipe.architectures.Architecture._imported"
+    factory = "dspfx.recipe.networks.architectures.Architecture._imported"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factory, lambda self: CifarResNet(8, in_channels=3))
         outcome = run(recipe, tmp_path, machine=Machine("cpu"))

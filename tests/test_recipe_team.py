@@ -13,8 +13,8 @@ import torch
 
 import dspfx
 from dspfx.recipe import Recipe
-from dspfx.recipe.architectures import Architecture
 from dspfx.recipe.folder import RunFolder
+from dspfx.recipe.networks.architectures import Architecture
 from dspfx.recipe.team import Team, team
 from dspfx.recipe.training import Training
 
@@ -94,7 +94,7 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     phases = [json.loads(line).get("phase", "-") for line in lines]
     assert phases == ["dense", "-", "learn", "-", "tune"]
     assert result["masked"] == result["compact"]
-    path, data = tmp_path / "run" / "model.safetensors", dspfx.data.load("digits")
+    path, data = tmp_path / "run" / "model.safetensors", dspfx.recipe.images.datasets.load("digits")
     compact = dspfx.load(path, Architecture.beside(path).build())
     with torch.no_grad():  # all were asked about the network that is in the file
         right = (compact(data.test_x).argmax(1) == data.test_y).sum()

@@ -21,11 +21,11 @@ from torch import nn
 import browser
 import dspfx
 from dspfx.compile import CompileReport, LayerChoice
-from dspfx.panels import PALETTE
-from dspfx.passes.cost import Cost
-from dspfx.passes.values import Declined
-from dspfx.report_text import WIDTH
-from dspfx.units import mebibytes, share, short, shortened
+from dspfx.passes.analysis.channel_ops import Declined
+from dspfx.passes.analysis.cost import Cost
+from dspfx.reporting.panels import PALETTE
+from dspfx.reporting.text import WIDTH
+from dspfx.utils.formatting import mebibytes, share, short, shortened
 from helpers import macs, random_masks, randomise
 from reports import in_parts, many_layers, pruned
 

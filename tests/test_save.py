@@ -22,9 +22,10 @@ from test_properties import COST_MODELS, inputs, prepare
 from torch import Tensor, nn
 
 import dspfx
-from dspfx import archive, stored_inputs
-from dspfx.passes.lowering import dense
-from dspfx.passes.relower import relowered, sites
+from dspfx.passes.lowering.forms import dense
+from dspfx.passes.lowering.sites import relowered, sites
+from dspfx.storage import container as archive
+from dspfx.storage import example_inputs as stored_inputs
 from helpers import assert_equal, random_masks, randomise, unchanged
 from random_networks import MaskRecipe, mask_recipes, networks
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, macs, randomise
 
 

@@ -13,8 +13,8 @@ from torchvision.utils import save_image
 
 import dspfx
 from dspfx.recipe import Recipe, Schedule
-from dspfx.recipe.seeds import generator_of, seed_of
-from dspfx.recipe.sources import in_batches, open_source
+from dspfx.recipe.images.seeds import generator_of, seed_of
+from dspfx.recipe.images.sources import in_batches, open_source
 
 DIGITS = Recipe(images=200, validation=0.25)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dspfx
-from dspfx.models import CifarResNet
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 

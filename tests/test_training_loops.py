@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import dspfx
 from benchmarks.step import extra_memory
-from dspfx.gated import gated_layers
-from dspfx.lookahead import one_at_a_time
+from dspfx.layers.gated import gated_layers
+from dspfx.training.groups.lookahead import one_at_a_time
 from helpers import unchanged
 
 MAKERS = pytest.mark.parametrize("make", [sgd, adamw])
@@ -542,7 +542,7 @@ def test_extra_memory_of_many_layers(make: Any, kernel: int) -> None:
 
 def test_extra_memory_of_one_layer_that_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the weight, and one of the optimizer's state; matrices `[O, C]` come in blocks."""
-    monkeypatch.setattr("dspfx.learner.BLOCK", 2**10)
+    monkeypatch.setattr("dspfx.training.groups.learner.BLOCK", 2**10)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 128), nn.Tanh(), nn.Linear(128, 256), nn.Linear(256, 2))
     x = torch.randn(2, 3)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 X = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

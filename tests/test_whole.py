@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 IMAGES = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.manual_seed(0))

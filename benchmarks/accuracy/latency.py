@@ -19,7 +19,7 @@ from benchmarks.accuracy.runs import DENSE
 from benchmarks.accuracy.scenarios import SCENARIOS
 from benchmarks.accuracy.shapes import rebuilt
 from benchmarks.latency import SETTLE, onnx_bytes, onnx_runtime, openvino_runtime
-from dspfx.timing import medians
+from dspfx.utils.timing import medians
 
 LATENCY = Path(results.RESULTS).with_name("accuracy_latency.json")
 ROUNDS = 15

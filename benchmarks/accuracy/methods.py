@@ -29,8 +29,8 @@ from benchmarks.accuracy.protocol import (
     train,
 )
 from benchmarks.accuracy.scenarios import IMAGE, Scenario
-from dspfx.filters import energy, filters_first
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
+from dspfx.layers.weights import energy, filters_first
 
 SPARSE_LEARNING = 5e-4  # what Torch-Pruning's authors reproduce their CIFAR results with
 RATIOS = [step / 16 for step in range(1, 17)]  # of channels, that are tried before bisection

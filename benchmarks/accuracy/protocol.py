@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import dspfx
 from benchmarks.accuracy.graphed import Graphed
-from dspfx.data import DEBIAN_FASHION_MNIST, batches, read_idx
+from dspfx.recipe.images.datasets import DEBIAN_FASHION_MNIST, batches, read_idx
 
 BATCH = 128
 SHIFT = 2

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from benchmarks.accuracy.protocol import Schedule
-from dspfx.models import CifarResNet
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 
 @dataclass(frozen=True)

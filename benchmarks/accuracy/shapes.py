@@ -14,8 +14,8 @@ from torch import nn
 
 import dspfx
 from benchmarks.accuracy.scenarios import IMAGE, Scenario
-from dspfx.gated import gated_layers
-from dspfx.models import CifarResNet
+from dspfx.layers.gated import gated_layers
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 
 def shape_of(model: nn.Module) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import dspfx
-from dspfx.data import load
-from dspfx.models import CifarResNet
+from dspfx.recipe.images.datasets import load
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 EPOCHS = 3
 

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import dspfx
-from dspfx.data import load
 from dspfx.lightning import GroupLearning
-from dspfx.models import CifarResNet
+from dspfx.recipe.images.datasets import load
+from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
 EPOCHS = 3
 

@@ -4,18 +4,18 @@ from typing import Annotated
 
 import typer
 
-from dspfx.budget import Budget
-from dspfx.cluster import cluster_groups
-from dspfx.commands import subjects
-from dspfx.commands.effects import refuse
+from dspfx.commands import targets as subjects
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
-from dspfx.config import PrepareConfig
+from dspfx.commands.unused_options import refuse
 from dspfx.convert import convert
+from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
-from dspfx.prune import prune
+from dspfx.pruning.budget import Budget
+from dspfx.pruning.prune import prune
 from dspfx.recipe.speed import ROUNDS, speed
 from dspfx.recipe.team import device_of
-from dspfx.records import to_json
+from dspfx.training.groups.cluster import cluster_groups
+from dspfx.utils.typed_json import to_json
 
 
 def bench(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dspfx.commands import subjects
+from dspfx.commands import targets as subjects
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.commands.train import changed
 from dspfx.recipe.presets import preset

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from dspfx.commands import subjects
+from dspfx.commands import targets as subjects
 from dspfx.commands.files import check_writable, write, written
 from dspfx.commands.session import AsJson, Debug, session
 from dspfx.errors import RecipeError
 from dspfx.export import SUFFIXES
-from dspfx.report import report
+from dspfx.reporting.report import report
 
 
 def export(

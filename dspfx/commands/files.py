@@ -4,11 +4,11 @@ from pathlib import Path
 
 from torch import nn
 
-from dspfx.commands.subjects import Subject
+from dspfx.commands.targets import Subject
 from dspfx.errors import ExportError
 from dspfx.export import SUFFIXES, export
-from dspfx.report import Report
-from dspfx.save import save
+from dspfx.reporting.report import Report
+from dspfx.storage.save import save
 
 OWN = ".safetensors"
 BOTH = (OWN, *SUFFIXES)

@@ -5,11 +5,11 @@ from typing import Annotated
 import torch
 import typer
 
-from dspfx.commands import subjects
+from dspfx.commands import targets as subjects
 from dspfx.commands.session import AsJson, Debug, session
-from dspfx.config import PrepareConfig
+from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
-from dspfx.report import report
+from dspfx.reporting.report import report
 
 
 def inspect(

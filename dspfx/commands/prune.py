@@ -10,26 +10,26 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dspfx.budget import Budget, PruneReport
-from dspfx.cluster import cluster_groups
-from dspfx.commands import subjects
-from dspfx.commands.effects import refuse
+from dspfx.commands import targets as subjects
 from dspfx.commands.files import OWN, check_writable, write, written
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
-from dspfx.config import PrepareConfig
+from dspfx.commands.unused_options import refuse
 from dspfx.convert import convert
 from dspfx.errors import BudgetError
 from dspfx.export import SUFFIXES
-from dspfx.gradual import GradualPruning
+from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
-from dspfx.prune import prune as prune_to
-from dspfx.prune_channels import prune_channels
-from dspfx.recalibrate import recalibrate
-from dspfx.recipe.networks import check, classification_loss, right_answers
+from dspfx.pruning.budget import Budget, PruneReport
+from dspfx.pruning.gradual import GradualPruning
+from dspfx.pruning.prune import prune as prune_to
+from dspfx.pruning.prune_channels import prune_channels
+from dspfx.recipe.images.sources import Source, in_batches, open_source
+from dspfx.recipe.networks.outputs import check, classification_loss, right_answers
 from dspfx.recipe.settings import Recipe
-from dspfx.recipe.sources import Source, in_batches, open_source
-from dspfx.records import to_json
-from dspfx.report import report
+from dspfx.reporting.report import report
+from dspfx.training.groups.cluster import cluster_groups
+from dspfx.training.recalibrate import recalibrate
+from dspfx.utils.typed_json import to_json
 
 BATCH, SAMPLE = 64, 32  # images to recalibrate with, and to ask for gradients, at a time
 IMAGES, PASSES = 1024, 40

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from dspfx.commands.effects import check_effects
 from dspfx.commands.files import check_writable, write, written
 from dspfx.commands.session import AsJson, Debug, Session, Threads, say, session
-from dspfx.commands.subjects import open_subject
-from dspfx.data import LOADERS
+from dspfx.commands.targets import open_subject
+from dspfx.commands.unused_options import check_effects
 from dspfx.errors import RecipeError
 from dspfx.export import SUFFIXES
 from dspfx.recipe.folder import RunFolder
+from dspfx.recipe.images.datasets import LOADERS
 from dspfx.recipe.presets import PRESETS, preset
 from dspfx.recipe.run import Machine
 from dspfx.recipe.run import run as run_recipe

@@ -1,12 +1,13 @@
 """The whole road from a dense network to a compact one, in a folder, resumable.
 
-from dspfx.recipe import preset, run
+from dspfx.recipe import preset
+from dspfx.recipe import run
 outcome = run(preset("digits"), Path("runs/digits"), say=print)
 
 `dspfx train` is the same from the command line.
 """
 
-from dspfx.recipe.architectures import Architecture
+from dspfx.recipe.networks.architectures import Architecture
 from dspfx.recipe.outcome import Outcome
 from dspfx.recipe.presets import PRESETS, preset
 from dspfx.recipe.run import Machine, run

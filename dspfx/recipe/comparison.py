@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dspfx.recipe.networks import evaluating, logits_of
+from dspfx.recipe.networks.outputs import evaluating, logits_of
 
 
 @dataclass

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from dspfx.atomic_write import replacing
 from dspfx.errors import RecipeError
 from dspfx.recipe.settings import Recipe
-from dspfx.records import to_json
+from dspfx.utils.atomic_write import replacing
+from dspfx.utils.typed_json import to_json
 
 
 class RunFolder:

@@ -6,8 +6,8 @@ from typing import Any
 from tabulate import tabulate
 
 from dspfx.recipe.speed import Speed
-from dspfx.records import to_json
-from dspfx.report import Report
+from dspfx.reporting.report import Report
+from dspfx.utils.typed_json import to_json
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspfx.distill import distillation_loss
-from dspfx.finetune import CyclicFinetune
-from dspfx.gradual import GradualPruning
-from dspfx.learner import GroupLearner
-from dspfx.recipe.networks import classification_loss, logits_of
+from dspfx.pruning.gradual import GradualPruning
+from dspfx.recipe.networks.outputs import classification_loss, logits_of
 from dspfx.recipe.settings import Recipe, Schedule
 from dspfx.recipe.team import Team
+from dspfx.training.distill import distillation_loss
+from dspfx.training.finetune import CyclicFinetune
+from dspfx.training.groups.learner import GroupLearner
 
 MOMENTUM = 0.9
 

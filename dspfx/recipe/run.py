@@ -8,30 +8,35 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dspfx.budget import PruneReport
-from dspfx.checkpoint import load_checkpoint, save_checkpoint
-from dspfx.cluster import cluster_groups
-from dspfx.collapse import in_words, weak_layers_of
-from dspfx.config import PrepareConfig
 from dspfx.convert import convert
 from dspfx.errors import NarrowError, PlotError, RecipeError
-from dspfx.narrow import narrow
+from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
-from dspfx.prune import prune
-from dspfx.recalibrate import recalibrate
-from dspfx.recipe.architectures import Architecture, input_channels, read_weights, start_from
+from dspfx.pruning.budget import PruneReport
+from dspfx.pruning.prune import prune
+from dspfx.pruning.weak_layers import in_words, weak_layers_of
 from dspfx.recipe.comparison import compare
 from dspfx.recipe.folder import RunFolder
-from dspfx.recipe.networks import check
+from dspfx.recipe.images.sources import Source, in_batches, open_source
+from dspfx.recipe.networks.architectures import (
+    Architecture,
+    input_channels,
+    read_weights,
+    start_from,
+)
+from dspfx.recipe.networks.outputs import check
 from dspfx.recipe.outcome import Outcome
 from dspfx.recipe.phases import Dense, Learn, Prune, Tune, gradual_pruning
 from dspfx.recipe.settings import Recipe
-from dspfx.recipe.sources import Source, in_batches, open_source
 from dspfx.recipe.team import Team, team
 from dspfx.recipe.training import Training
-from dspfx.report import report
-from dspfx.save import save
-from dspfx.widen import widen
+from dspfx.reporting.report import report
+from dspfx.storage.checkpoint import load_checkpoint, save_checkpoint
+from dspfx.storage.save import save
+from dspfx.training.groups.cluster import cluster_groups
+from dspfx.training.narrow.narrow import narrow
+from dspfx.training.narrow.widen import widen
+from dspfx.training.recalibrate import recalibrate
 
 Say = Callable[[str], None]
 RECALIBRATED = 2_048  # images that batch norms are recalibrated with

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspfx.budget import Budget
-from dspfx.config import PrepareConfig
 from dspfx.errors import RecipeError
-from dspfx.records import from_json
+from dspfx.model.config import PrepareConfig
+from dspfx.pruning.budget import Budget
+from dspfx.utils.typed_json import from_json
 
 PRECISIONS = ("float32", "bfloat16")
 METHODS = ("gradual", "channels", "learned")
@@ -182,7 +182,7 @@ class Recipe:
 
     @staticmethod
     def of_json(value: Any, path: Path) -> "Recipe":
-        """What `dspfx.records.to_json` made `value` of, read from `path`.
+        """What `typed_json.to_json` made `value` of, read from `path`.
 
         Raises:
             RecipeError: it is something else.

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from dspfx.compile import compile
-from dspfx.timing import medians
+from dspfx.utils.timing import medians
 
 ROUNDS = 31
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dspfx.checkpoint import load_checkpoint, save_checkpoint
 from dspfx.errors import LearnError
 from dspfx.recipe.folder import RunFolder
-from dspfx.recipe.networks import autocast, right_answers
+from dspfx.recipe.images.seeds import generator_of, seed_of
+from dspfx.recipe.images.sources import Batch, Part, Source, in_batches
+from dspfx.recipe.networks.outputs import autocast, right_answers
 from dspfx.recipe.phases import Phase
-from dspfx.recipe.seeds import generator_of, seed_of
 from dspfx.recipe.settings import Recipe
-from dspfx.recipe.sources import Batch, Part, Source, in_batches
 from dspfx.recipe.team import Team
+from dspfx.storage.checkpoint import load_checkpoint, save_checkpoint
 
 NAMES = ("dense", "learn", "tune")
 TEST_BATCH = 256

@@ -12,8 +12,8 @@ from test_properties import COUNT, EXAMPLES
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
-from dspfx.module import PreparedModule
+from dspfx.layers.gated import gated_layers
+from dspfx.model.module import PreparedModule
 from helpers import assert_equal, random_masks, randomise
 
 

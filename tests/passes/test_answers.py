@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 X = torch.randn(5, 3, 10, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

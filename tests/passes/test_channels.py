@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import dspfx
-from dspfx.passes.channels import analyse
-from dspfx.passes.values import (
+from dspfx.passes.analysis.channel_ops import (
     ChannelAnalysis,
     Channelwise,
     Elementwise,
@@ -19,6 +18,7 @@ from dspfx.passes.values import (
     Op,
     Restored,
 )
+from dspfx.passes.analysis.channels import analyse
 from helpers import assert_equal, random_masks, randomise
 
 X = torch.randn(2, 6, 4, 5)

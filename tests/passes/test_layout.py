@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.branches import Branches
+from dspfx.layers.branches import Branches
 from helpers import assert_equal, randomise
 
 # makes every group worth a branch, and every gather too dear

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import GatedWeightedConv2d, gated_layers
+from dspfx.layers.gated import GatedWeightedConv2d, gated_layers
 from helpers import assert_equal, random_masks, randomise, unchanged
 
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dspfx.branches import Branches
-from dspfx.passes.emission import emit
-from dspfx.passes.lowering import (
+from dspfx.layers.branches import Branches
+from dspfx.passes.lowering.emit import emit
+from dspfx.passes.lowering.forms import (
     Group,
     Lowering,
     alike,
@@ -21,7 +21,7 @@ from dspfx.passes.lowering import (
     groups_of,
     written,
 )
-from dspfx.passes.relower import relowered, sites
+from dspfx.passes.lowering.sites import relowered, sites
 
 
 def group(filters: list[int], inputs: list[int]) -> Group:

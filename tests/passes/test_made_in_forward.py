@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 SIZES = ((2, 3, 8, 8), (3, 3, 6, 12))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dspfx.passes import measure
-from dspfx.passes.measure import Measured, signature
+from dspfx.passes.lowering import measure
+from dspfx.passes.lowering.measure import Measured, signature
 
 X = torch.randn(1, 4, 6, 6)
 CPU = torch.device("cpu")

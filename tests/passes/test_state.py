@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 X = torch.randn(3, 3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.gated import gated_layers
+from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 SIZES = ((2, 3, 8, 8), (4, 3, 12, 8))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.passes.trace import Traced, trace
+from dspfx.passes.tracing.trace import Traced, trace
 from helpers import assert_equal, random_masks, randomise
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from dspfx import native
-from dspfx.group_conv import GroupConvRun, group_conv_like
-from dspfx.passes.runs import join_runs
-from dspfx.passes.winograd import choose, measured_choice
+from dspfx.layers import native
+from dspfx.layers.group_conv import GroupConvRun, group_conv_like
+from dspfx.passes.lowering.runs import join_runs
+from dspfx.passes.lowering.winograd import choose, measured_choice
 from helpers import assert_equal
 
 X = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))

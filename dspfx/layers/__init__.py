@@ -1,0 +1,1 @@
+"""Modules that end up in a user's network, and their kernels."""

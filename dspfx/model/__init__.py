@@ -1,0 +1,1 @@
+"""Prepared, compact and narrow modules, and their present state."""

@@ -1,0 +1,44 @@
+"""A layer that is a part of a model by itself: a graph needs a module around what it calls."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dspfx.errors import PrepareError
+from dspfx.layers.gated import GATED
+
+INSIDE = "gated"  # the name of the layer in the module around it
+
+
+class Single(nn.Module):
+    """Calls a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.train(layer.training)
+        self.add_module(INSIDE, layer)
+
+    def forward(self, input: Tensor) -> Any:
+        """What the layer makes of `input`."""
+        return self.get_submodule(INSIDE)(input)
+
+
+def enclosed(module: nn.Module) -> nn.Module:
+    """`module`, in a `Single` if it is a layer.
+
+    Raises:
+        PrepareError: it is a parametrised layer, whose tensors have names of their own.
+    """
+    if not isinstance(module, tuple(GATED)):
+        return module
+    if parametrize.is_parametrized(module):
+        raise PrepareError("a parametrised layer is no part by itself")
+    return Single(module)
+
+
+def names_inside(names: Iterable[str], prefix: str) -> frozenset[str]:
+    """Those of `names` at or below the path `prefix`, as the part there knows them."""
+    below = {name[len(prefix) + 1 :] for name in names if name.startswith(f"{prefix}.")}
+    return frozenset(below | ({INSIDE} if prefix in names else set()))

@@ -1,0 +1,190 @@
+"""What a pass forward and backward leads to: whether a graph trains as the model does.
+
+A graph has what code did once. Code that does something else at the next step, or has another
+gradient than its operators, shows only where both run.
+
+A gradient that is zero in exact arithmetic, as that of a bias before a batch norm, is nothing but
+rounding errors in either. How large these are is measured: the model's own gradient is computed
+again with parameters that differ in their last bit.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.passes.sandbox.calls import Call, fresh, parameter_dtype_and_device
+from dspfx.passes.sandbox.randomness import drawing_anew
+from dspfx.passes.tracing.autograd import ZERO, positions
+from dspfx.passes.tracing.patches import checkpoints_run_once
+from dspfx.utils.pytree import leaves
+
+TOLERANCE = 1e-3  # of the largest number: what threads make of the order of sums is far less
+_SHAKEN = 3  # how often they are measured; the largest counts
+_NUDGE = 1e-3  # tells apart what starts equal, such as a network and its moving average
+
+_GRADIENT = "the gradient of "
+
+Results = dict[str, Tensor]  # by what they are
+
+
+def training_pass(module: nn.Module, call: Call) -> Results | None:
+    """What happens to a copy of `module` in training mode; None where it cannot train on `call`.
+
+    The outputs of two calls; the gradients, of a weighted sum of the first; what became of
+    parameters and buffers. But for outputs, there are two numbers of each tensor, see `_sketch`.
+    Neither `module` changes nor the arguments.
+    """
+    with _unseen(module):
+        try:
+            twin = _nudged(module)
+            twin.train(True)
+            before = _sketches(twin)
+            outputs = _outputs(twin, call)
+            gradients = _gradients(twin, outputs)
+            again = _outputs(twin, call)
+        except Exception:
+            return None
+        names = [name for name, _ in twin.named_parameters()]
+        results = {_GRADIENT + name: _sketch(gradients.get(name)) for name in names}
+        for calls, values in (("", outputs), (" of the second call", again)):
+            results |= {f"output {i}{calls}": _numbers(x.detach()) for i, x in enumerate(values)}
+        after = _sketches(twin)
+        return results | {what: after[what] - was for what, was in before.items() if what in after}
+
+
+def rounding_errors(module: nn.Module, call: Call) -> dict[str, float]:
+    """The norms of the errors that rounding makes in the gradients of `training_pass`, by name.
+
+    Measured, so about as large; of a `module` that trains on `call`. Nothing of either changes.
+    """
+    norms: dict[str, float] = {}
+    exact: dict[str, Tensor | None] = {}
+    for shake in range(1 + _SHAKEN):
+        with _unseen(module):
+            twin = _nudged(module)
+            if shake:
+                _shake(twin, shake)
+            twin.train(True)
+            found = _gradients(twin, _outputs(twin, call))
+        exact = exact or found
+        for name, gradient in found.items():
+            before = exact[name]
+            if gradient is not None and before is not None:
+                error = float((_numbers(gradient) - _numbers(before)).norm())
+                norms[_GRADIENT + name] = max(error, norms.get(_GRADIENT + name, 0.0))
+    return norms
+
+
+def difference(
+    expected: Results, actual: Results, errors: Mapping[str, float] | None = None
+) -> str | None:
+    """What is not the same in `actual`, the first of all; None if there is nothing.
+
+    Args:
+        expected, actual: of `training_pass`.
+        errors: of `rounding_errors`; gradients that both are nothing but these are the same.
+    """
+
+    def is_zero(name: str) -> bool:
+        most = ZERO * (errors or {}).get(name, 0.0)
+        both = [expected[name], actual.get(name)]
+        return most > 0 and all(x is not None and float(x[1]) <= most for x in both)
+
+    return next(
+        (
+            name
+            for name, value in expected.items()
+            if not _is_same(value, actual.get(name)) and not is_zero(name)
+        ),
+        None,
+    )
+
+
+@contextmanager
+def _unseen(module: nn.Module) -> Iterator[None]:
+    """As in training, but nothing that is global changes, and nothing is computed twice."""
+    _, device = parameter_dtype_and_device(module)
+    with (
+        drawing_anew(device),
+        checkpoints_run_once(),
+        warnings.catch_warnings(action="ignore"),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def _nudged(module: nn.Module) -> nn.Module:
+    """A copy with slightly other parameters."""
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for i, (_, p) in enumerate(twin.named_parameters()):
+            if p.is_floating_point():
+                steps = torch.linspace(-_NUDGE, _NUDGE, p.numel(), dtype=p.dtype, device=p.device)
+                p.add_((1 + i % 16 / 16) * steps.view(p.shape))
+    return twin
+
+
+def _shake(module: nn.Module, seed: int) -> None:
+    """Change the parameters of `module` by about their last bit."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.is_floating_point():
+                signs = torch.randint(-1, 2, p.shape, generator=generator).to(p)
+                p.mul_(1 + torch.finfo(p.dtype).eps * signs)
+
+
+def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor | None]:
+    """Those of a weighted sum of `outputs`, by the names of the parameters."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    total = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    for x in outputs:
+        if x.is_floating_point() and x.requires_grad:
+            total = total + _weighted(_numbers(x)).cpu()
+    found = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    return dict(zip(trained, found, strict=True))
+
+
+def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
+    given = call.map(fresh)
+    return [x for x in leaves(module(*given.args, **given.kwargs)) if isinstance(x, Tensor)]
+
+
+def _sketches(module: nn.Module) -> Results:
+    """Of everything that `module` owns."""
+    with torch.no_grad():
+        results = {f"the parameter {name}": _sketch(x) for name, x in module.named_parameters()}
+        return results | {f"the buffer {name}": _sketch(x) for name, x in module.named_buffers()}
+
+
+def _sketch(x: Tensor | None) -> Tensor:
+    """The weighted sum and the norm; zeros of nothing."""
+    if x is None:
+        return torch.zeros(2)
+    x = _numbers(x)
+    return torch.stack([_weighted(x), x.norm()]).cpu().double()
+
+
+def _weighted(x: Tensor) -> Tensor:
+    """A sum that knows where the summands are, and their signs."""
+    return torch.dot(x.flatten(), positions(x).flatten())
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """`x` as a dense tensor of float32 or float64."""
+    x = x.to_dense() if x.layout != torch.strided else x
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _is_same(expected: Tensor, actual: Tensor | None) -> bool:
+    if actual is None or expected.shape != actual.shape:
+        return False
+    expected, actual = expected.nan_to_num(), actual.nan_to_num()
+    error = (expected - actual).abs()
+    return not error.numel() or bool(error.max() <= TOLERANCE * expected.abs().max())

@@ -1,0 +1,252 @@
+"""The search for the smallest threshold whose masks are within a budget.
+
+The cost of a candidate follows from its masks: by liveness what they leave, and from the plan that
+`convert` would make of it what is emitted. A search takes no forward pass.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+from torch import fx, nn
+
+from dspfx.errors import BudgetError
+from dspfx.model.liveness import apply_reads
+from dspfx.model.module import PreparedModule
+from dspfx.model.parts import Part, full_name
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
+from dspfx.passes.analysis.cost import Cost, layer_costs, together, total
+from dspfx.passes.analysis.liveness import Liveness
+from dspfx.passes.lowering.cost_model import CPU
+from dspfx.passes.transforms.emitted import broken_ties, emitted_total
+from dspfx.passes.transforms.plan import CompactionPlan, plan
+from dspfx.pruning.budget import Budget, PruneReport, check_budget
+from dspfx.pruning.latency import LatencyTable, measured_fraction
+from dspfx.pruning.reopen import reopened
+from dspfx.pruning.weak_layers import in_words, weak_layers
+from dspfx.utils.distributed import Processes
+
+FINEST = 2.0**-40  # thresholds are not told apart any further
+CLOSE_ENOUGH = 0.005
+MOST_HOLDERS, LEAST_HELD = 4, 0.001  # that an error names, and what share they hold at least
+
+
+class PrunablePart(Protocol):
+    """A part of a model, of which the more is pruned the higher a threshold in [0, 1] is."""
+
+    @property
+    def module(self) -> PreparedModule:
+        """The part."""
+
+    @property
+    def analysis(self) -> ChannelAnalysis:
+        """Of its evaluation graph."""
+
+    @property
+    def name(self) -> str:
+        """Its own, in the model."""
+
+    @property
+    def resolution(self) -> float:
+        """What thresholds must be apart to make a difference; zero if that is not known."""
+
+    def liveness(self, threshold: float) -> Liveness:
+        """What is left alive at `threshold`."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Masks that might be set.
+
+    Attributes:
+        lives: what they leave alive in every part of the model.
+        cost: of what they leave, all parts together.
+        emitted: of what `convert` makes of it, the zeros that fill up its forms included.
+        budgeted: what of it the budget is of.
+        broken: which parameters are not shared any more.
+    """
+
+    lives: tuple[Liveness, ...]
+    cost: Cost
+    emitted: Cost
+    budgeted: float
+    broken: tuple[str, ...]
+
+
+class Emitted(NamedTuple):
+    """Of a part, see `Candidate`."""
+
+    cost: Cost
+    broken: tuple[str, ...]
+
+
+def prune_to(
+    prepared: nn.Module, parts: Sequence[PrunablePart], budget: Budget, hint: str
+) -> PruneReport:
+    """`prune_by` the times of layers, where they count; the result is measured then.
+
+    Raises:
+        BudgetError: the budget cannot be reached. Nothing is changed.
+    """
+    check_budget(budget)
+    processes = Processes.of(prepared)
+    report = prune_by(latency_tables(parts, budget, processes), parts, budget, hint)
+    if budget.latency is None:
+        return report
+    modules = [part.module for part in parts]
+    return replace(report, measured=processes.of_first(lambda: measured_fraction(modules)))
+
+
+def latency_tables(
+    parts: Iterable[Part | PrunablePart], budget: Budget, processes: Processes
+) -> list[LatencyTable]:
+    """The times of the layers of all `parts`; none where the budget does not ask for them."""
+    if budget.latency is None:
+        return []
+    return [LatencyTable.of(part.module, processes) for part in parts]
+
+
+def prune_by(
+    tables: Sequence[LatencyTable], parts: Sequence[PrunablePart], budget: Budget, hint: str
+) -> PruneReport:
+    """Mask `parts` by the smallest threshold that is within `budget`.
+
+    Args:
+        tables: of the parts, for a budget of latency.
+        parts: all of a model.
+        budget: what may remain.
+        hint: for an error, why no less than `{least}` can remain, and what to do about it.
+
+    Raises:
+        BudgetError: the budget cannot be reached. Nothing is changed.
+    """
+    before = together(total(part.analysis) for part in parts)
+    dense = budget.of(before, before, sum(table.predict() for table in tables))
+    with ExitStack() as stack:
+        views = [stack.enter_context(part.module.evaluation_view()) for part in parts]
+        search = _Search(parts, views, tables, budget, dense)
+        threshold, found = search.smallest(hint)
+        found = search.reopened(found) if threshold > 0 else found
+    for part, live in zip(parts, found.lives, strict=True):
+        apply_reads(part.module, part.analysis, live)
+    achieved, note = found.budgeted / dense, ""
+    if threshold > 0 and achieved < budget.fraction - CLOSE_ENOUGH:
+        note = "the next step up exceeds the budget: this is the closest below it"
+    weak = [
+        layer
+        for part, live in zip(parts, found.lives, strict=True)
+        for layer in weak_layers(part.name, part.analysis, live)
+    ]
+    return PruneReport(
+        *(budget.fraction, achieved, threshold, before, found.cost, found.emitted, note),
+        warnings=(*in_words(weak), *found.broken),
+    )
+
+
+def held_by_others(
+    parts: Sequence[PrunablePart], found: Candidate, budget: Budget, dense: float
+) -> str:
+    """Which layers without a gate hold most of what `found` leaves, as the end of a message."""
+    if budget.latency is not None:
+        return ""
+    held: dict[str, float] = defaultdict(float)
+    for part, live in zip(parts, found.lives, strict=True):
+        analysis = part.analysis
+        for node, cost in layer_costs(analysis, live).items():
+            op = analysis.ops[node]
+            if not (isinstance(op, Mix) and op.gated):
+                name = full_name(part.name, str(node.target))
+                held[name] += cost.macs if budget.macs is not None else cost.parameters
+        fixed = analysis.fixed.macs if budget.macs is not None else analysis.fixed.parameters
+        for node in fixed.keys() & live.kept.keys():
+            name = str(node.target) if node.op == "call_module" else node.name
+            held[full_name(part.name, name)] += fixed[node]
+    largest = sorted(held.items(), key=lambda item: -item[1])[:MOST_HOLDERS]
+    named = [f"{name} ({n / dense:.2%})" for name, n in largest if n >= LEAST_HELD * dense]
+    if not named:
+        return ""
+    return f". Layers that are not gated hold {sum(held.values()) / dense:.2%}: " + ", ".join(named)
+
+
+class _Search:
+    """For the smallest threshold within a budget; `dense` is what is budgeted of all there is."""
+
+    def __init__(
+        self,
+        parts: Sequence[PrunablePart],
+        views: Sequence[fx.GraphModule],
+        tables: Sequence[LatencyTable],
+        budget: Budget,
+        dense: float,
+    ) -> None:
+        self.parts, self.views, self.tables = parts, views, tables
+        self.budget, self.dense = budget, dense
+        self.plans: dict[tuple[int, bytes], Emitted] = {}  # of a part, by what is alive in it
+
+    def smallest(self, hint: str) -> tuple[float, Candidate]:
+        """The threshold, as closely as it is known to matter, and what it leaves.
+
+        Raises:
+            BudgetError: the budget cannot be reached.
+        """
+        limit = self.budget.fraction * self.dense
+        low, best = 0.0, self.candidate(0.0)
+        if best.budgeted <= limit:
+            return 0.0, best
+        high, best = 1.0, self.candidate(1.0)
+        if best.budgeted > limit:
+            least = best.budgeted / self.dense
+            raise BudgetError(
+                f"the budget of {self.budget.fraction:.2%} cannot be reached: "
+                + hint.format(least=least)
+                + held_by_others(self.parts, best, self.budget, self.dense)
+            )
+        resolution = max(min(part.resolution for part in self.parts), FINEST)
+        while high - low > resolution:
+            middle = (low + high) / 2
+            found = self.candidate(middle)
+            if found.budgeted <= limit:
+                high, best = middle, found
+            else:
+                low = middle
+            if best.budgeted > limit - CLOSE_ENOUGH / 50 * self.dense:
+                break
+        return high, best
+
+    def reopened(self, found: Candidate) -> Candidate:
+        """`found` with masks that leave out nothing that is emitted anyway, if that is counted."""
+        rounded = any(part.module.asked.round_to > 1 for part in self.parts)
+        if rounded or self.budget.count == "masks" or self.budget.latency is not None:
+            return found
+        more = self._candidate(
+            tuple(
+                reopened(part.module, part.analysis, live, self._plan(number, live))
+                for number, (part, live) in enumerate(zip(self.parts, found.lives, strict=True))
+            )
+        )
+        return more if more.budgeted <= self.budget.fraction * self.dense else found
+
+    def candidate(self, threshold: float) -> Candidate:
+        """What `threshold` leaves of all parts."""
+        return self._candidate(tuple(part.liveness(threshold) for part in self.parts))
+
+    def _candidate(self, lives: tuple[Liveness, ...]) -> Candidate:
+        costs = (total(p.analysis, live) for p, live in zip(self.parts, lives, strict=True))
+        planned = [self._emitted(number, live) for number, live in enumerate(lives)]
+        cost, emitted = together(costs), together(each.cost for each in planned)
+        seconds = sum(t.predict(live) for t, live in zip(self.tables, lives, strict=False))
+        ties = tuple(tie for each in planned for tie in each.broken)
+        return Candidate(lives, cost, emitted, self.budget.of(cost, emitted, seconds), ties)
+
+    def _emitted(self, number: int, live: Liveness) -> Emitted:
+        key = number, live.digest()
+        if key not in self.plans:
+            analysis, planned = self.parts[number].analysis, self._plan(number, live)
+            cost = emitted_total(analysis, live, planned)
+            self.plans[key] = Emitted(cost, broken_ties(analysis, planned))
+        return self.plans[key]
+
+    def _plan(self, number: int, live: Liveness) -> CompactionPlan:
+        return plan(self.views[number], self.parts[number].analysis, live, CPU)

@@ -1,0 +1,1 @@
+"""Images of folders and data sets."""

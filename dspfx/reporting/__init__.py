@@ -1,0 +1,1 @@
+"""Text, pages and pictures, all from plain data."""

@@ -1,0 +1,1 @@
+"""Files: what they hold, and how a model is built from them."""

@@ -1,0 +1,1 @@
+"""What a pruned network is trained with: fine-tuning, distillation, statistics."""

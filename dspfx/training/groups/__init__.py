@@ -1,0 +1,1 @@
+"""Learns groups of filters: the method of the paper."""

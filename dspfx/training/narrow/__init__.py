@@ -1,0 +1,1 @@
+"""Trains the living part of a prepared model."""

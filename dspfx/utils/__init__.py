@@ -1,0 +1,1 @@
+"""Knows no model: typed JSON, formatting, timing, processes, trees, caches."""

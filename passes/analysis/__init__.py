@@ -1,0 +1,1 @@
+"""What a graph does to channels."""

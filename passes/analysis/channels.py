@@ -1,0 +1,226 @@
+"""Which channels of which values are the same thing: the graph, run on labels.
+
+Every channel of every layer's output is given a number, an atom. The graph is then interpreted
+once with the example inputs; beside the real tensors, three facts are carried along:
+
+1. **Channel-producing layers** (convolution, linear) read the channels of their input and make
+   new atoms.
+2. **Channelwise operators** (norms, pooling, depthwise convolution) and **elementwise** ones pass
+   atoms on; atoms that meet in an elementwise operator are coupled, by union-find.
+3. **Data movement** is executed for real, on a tensor that numbers the elements of its inputs.
+   What comes out says which element went where; where whole channels moved, the operator is a
+   gather of channels or works on every channel alike, whatever its name.
+4. **Anything else** is opaque: it gets its inputs at full width and makes new atoms.
+
+Whether a zero channel stays zero is found by running the operator on zeros.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+
+from dspfx.layers.gated import LAYERS, GatedLayer
+from dspfx.layers.gates import ChannelGate
+from dspfx.passes.analysis import operators
+from dspfx.passes.analysis.agreement import SizeFacts
+from dspfx.passes.analysis.channel_ops import (
+    ChannelAnalysis,
+    Constant,
+    Declined,
+    Op,
+    Restored,
+    Source,
+    Value,
+    used,
+)
+from dspfx.passes.analysis.fixed import fixed
+from dspfx.passes.analysis.moves import move, opaque, parts
+from dspfx.passes.analysis.positions import operands_of
+from dspfx.passes.analysis.products import Products
+from dspfx.passes.analysis.queries import asked_of_inputs, size, size_or_nothing
+from dspfx.passes.analysis.rules import (
+    channelwise,
+    elementwise,
+    gate,
+    merge,
+    mix,
+    reduction,
+    relayout,
+)
+from dspfx.passes.analysis.state import State
+from dspfx.passes.sandbox.calls import Call, fresh, samples_of
+from dspfx.passes.sandbox.randomness import drawn_by_torch
+from dspfx.passes.sandbox.state import is_altered
+
+
+def analyse(
+    root: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    frozen: frozenset[str] = frozenset(),
+    rules: Mapping[operators.Key, operators.Rule] | None = None,
+    facts: SizeFacts | None = None,
+    whole: nn.Module | None = None,
+    samples: float | None = None,
+) -> ChannelAnalysis:
+    """Analyse the graph of `root`, which must be in evaluation mode, on example `inputs`.
+
+    Args:
+        root: only run, never changed.
+        inputs: positional inputs; a batch of two or more tells batch and channels apart.
+        frozen: names of the layers that keep all their filters and input channels.
+        rules: what is known of further operators; takes precedence.
+        facts: what is known of the same graph on inputs of other sizes.
+        whole: the module whose parameters are counted, if that has more than `root`.
+        samples: how many of the user's samples `inputs` are, which costs are divided by; see
+            `samples_of`, which is asked if it is None.
+    """
+    samples = samples or samples_of(Call(inputs))
+    analyser = _Analyser(root, frozen, rules or {}, facts or SizeFacts(), samples)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        analyser.run(*inputs)
+    found = analyser.result()
+    return replace(found, fixed=fixed(root, whole or root, found, analyser.state.macs))
+
+
+class _Analyser(fx.Interpreter):
+    def __init__(
+        self,
+        root: fx.GraphModule,
+        frozen: frozenset[str],
+        rules: Mapping[operators.Key, operators.Rule],
+        facts: SizeFacts,
+        samples: float,
+    ) -> None:
+        super().__init__(root)
+        self.state = State(self, root, frozen, rules, facts, samples)
+
+    def result(self) -> ChannelAnalysis:
+        classes = self.state.coupling.classes()
+        losable = np.ones(len(classes), bool)
+        losable[np.concatenate([np.zeros(0, np.int64), *self.state.born_whole])] = False
+        losable = np.isin(classes, classes[losable])
+        read = used(self.state.ops)
+        declined: list[Declined] = []
+        for node, op in self.state.ops.items():
+            if node in read and isinstance(op, Restored) and op.reason:
+                values = [self.state.values[o] for o in op.operands if o in self.state.values]
+                if any(losable[value.atoms].any() for value in values):
+                    declined.append(Declined(node.name, op.reason))
+        return ChannelAnalysis(self.state.ops, self.state.values, classes, tuple(declined))
+
+    def run_node(self, n: Node) -> Any:
+        before = drawn_by_torch()
+        with Products() as counted:
+            result = super().run_node(n)
+        self.state.macs[n] = int(counted.macs / self.state.samples)
+        self.state.draws = drawn_by_torch() != before
+        op = self._classify(n, result)
+        if op is not None and n in self.state.values and self.state.holds_positions(n):
+            del self.state.values[n]
+            op = (
+                op if isinstance(op, Source) else Restored(operands_of(n, self.state.ops), _BY_SIZE)
+            )
+        if op is not None:
+            self.state.ops[n] = op
+            if isinstance(result, Tensor) and n not in self.state.values:
+                self.state.new_atoms(n, result, self.state.likely_dim(n, op.operands, result))
+                self.state.born_whole.append(self.state.values[n].atoms)
+        return result
+
+    def _classify(self, node: Node, result: Any) -> Op | None:
+        if self._is_input(node):
+            if isinstance(result, Tensor):
+                return Source(())
+            self.state.containers.add(node)
+            return None
+        if node.op == "get_attr":
+            return self._constant(node, result)
+        operands = operands_of(node, self.state.ops)
+        if self._is_constant(node, result):
+            return self._constant(node, result)
+        if node.op == "output":
+            return Restored(operands, "")
+        if not operands:
+            return size_or_nothing(self.state, node, result)
+        if node.name in self.state.facts.dependent:
+            return Restored(operands, _BY_SIZE)
+        if self.state.draws:
+            return Restored(operands, _DRAWS)
+        if not isinstance(result, Tensor):
+            of_inputs = asked_of_inputs(self.state, operands, result)
+            return (
+                of_inputs or size(self.state, node, operands) or parts(self.state, node, operands)
+            )
+        if self._has_another_forward(node, result):
+            why = f"a hook, or a 'forward' of its own, changes what '{node.target}' computes"
+            return Restored(operands, why)
+        if operators.writes_input(node):
+            return Restored(operands, "it is written into an input of the model", effect=True)
+        rule = self._rule(node)
+        found = None if rule is None else rule(self.state, node, operands, result)
+        return found or opaque(self.state, node, operands)
+
+    def _rule(self, node: Node) -> "_Rule | None":
+        key = operators.key(node, self.state.root)
+        if key in self.state.rules:
+            return _TAUGHT.get(self.state.rules[key])
+        return next((rule for keys, rule in _RULES if key in keys), None)
+
+    def _is_input(self, node: Node) -> bool:
+        """Whether a node is an input of the model, or an item of a container that is."""
+        if node.target in (operator.getitem, getattr, "get"):
+            return isinstance(node.args[0], Node) and node.args[0] in self.state.containers
+        return node.op == "placeholder"
+
+    def _has_another_forward(self, node: Node, result: Tensor) -> bool:
+        """Whether a module that stays as it is gives something else than its class would."""
+        module = (
+            self.state.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        )
+        if module is None or isinstance(module, GatedLayer | torch.jit.ScriptModule):
+            return False
+        if not is_altered(module):
+            return False
+        args, kwargs = fresh(self.fetch_args_kwargs_from_env(node))
+        return not torch.equal(type(module).forward(module, *args, **kwargs), result)
+
+    def _is_constant(self, node: Node, result: Any) -> bool:
+        """Whether a node rearranges or reckons with parameters and buffers alone."""
+        known = operators.key(node, self.state.root) in operators.OF_CONSTANTS
+        inputs = node.all_input_nodes
+        reads_constants = all(isinstance(self.state.ops.get(n), Constant) for n in inputs)
+        return known and bool(inputs) and reads_constants and isinstance(result, Tensor)
+
+    def _constant(self, node: Node, result: Any) -> Op | None:
+        if not isinstance(result, Tensor):
+            return None
+        self.state.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
+        return Constant(())
+
+
+_DRAWS = "it draws random numbers in evaluation mode, one for every element"
+_BY_SIZE = "what it does to channels depends on the size of the inputs"
+
+_Rule = Callable[[State, Node, tuple[Node, ...], Tensor], Op | None]
+_RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
+    (LAYERS, mix),
+    (frozenset((ChannelGate,)), gate),
+    (operators.CHANNELWISE, channelwise),
+    (operators.REDUCTIONS, reduction),
+    (operators.PIXEL_SHUFFLES | operators.GLUS, merge),
+    (operators.RELAYOUTS, relayout),
+    (operators.ELEMENTWISE, elementwise),
+    (operators.MOVEMENT, move),
+)
+
+_TAUGHT: dict[operators.Rule, _Rule] = {
+    "elementwise": elementwise,
+    "channelwise": channelwise,
+    "movement": move,
+}

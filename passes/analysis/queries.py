@@ -1,0 +1,80 @@
+"""Rules of the channel analysis: sizes that are asked of tensors."""
+
+import operator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.fx.node import Node
+
+from dspfx.passes.analysis import operators
+from dspfx.passes.analysis.channel_ops import (
+    Op,
+    Query,
+    Restored,
+    Source,
+    Value,
+)
+from dspfx.passes.analysis.state import State
+from dspfx.utils.pytree import leaves
+
+
+def asked_of_inputs(a: State, operands: tuple[Node, ...], result: Any) -> Op | None:
+    """What is asked of inputs alone, whose channels are not the graph's to count."""
+    inputs = all(isinstance(a.ops[n], Source) for n in operands)
+    asked = inputs and not any(isinstance(leaf, Tensor) for leaf in leaves(result))
+    return Query(operands, None) if asked else None
+
+
+def size(a: State, node: Node, operands: tuple[Node, ...]) -> Op | None:
+    """A size of a tensor; a channel count becomes the constant that it always was."""
+    key = operators.key(node, a.root)
+    is_shape = key is getattr and node.args[1] in ("shape", "device", "dtype", "ndim")
+    if not (is_shape or key in operators.SIZES or key in ("get_device", "is_floating_point")):
+        return None
+    value = a.values.get(operands[0])
+    if value is None:
+        return Restored(operands, "")
+    asked = node.args[1] if key == "size" and len(node.args) > 1 else node.kwargs.get("dim")
+    if isinstance(asked, int) and value.shape:
+        on_channels = asked % len(value.shape) == value.dim
+        return Query(operands, value.shape[asked] if on_channels else None)
+    if key == "numel":
+        return Restored(operands, "")
+    if key == "size" or (key is getattr and node.args[1] == "shape"):
+        return whole_shape(a, node, operands, value)
+    return Query(operands, None)
+
+
+def whole_shape(a: State, node: Node, operands: tuple[Node, ...], value: Value) -> Op:
+    """A whole `size()` is fine as long as it is only taken apart, away from the channels.
+
+    Or if a transposed convolution is asked for it, which reads of it no channels.
+    """
+    for user in node.users:
+        if user.op == "call_module" and user.args[0] is not node:
+            layer = a.root.get_submodule(str(user.target))
+            if operators.output_size(user, layer) is node:
+                continue
+        taken = user.args[1] if user.target is operator.getitem else None
+        if isinstance(taken, int):
+            continue
+        dims = range(len(value.shape))[taken] if isinstance(taken, slice) else None
+        if dims is None or value.dim in dims:
+            return Restored(operands, "")
+    return Query(operands, None)
+
+
+def size_or_nothing(a: State, node: Node, result: Any) -> Op | None:
+    """An item of a `size()`: a constant where it counts channels."""
+    whole = node.args[0] if node.target is operator.getitem else None
+    query = a.ops.get(whole) if isinstance(whole, Node) else None
+    if isinstance(query, Query) and isinstance(node.args[1], int):
+        value, asked = a.values[query.operands[0]], a.ops[query.operands[0]]
+        if node.args[1] % len(value.shape) == value.dim and not isinstance(asked, Source):
+            return Query(query.operands, int(result))
+        return None
+    if isinstance(result, Tensor):
+        a.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
+        return Restored((), "")
+    return None

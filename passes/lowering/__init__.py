@@ -1,0 +1,1 @@
+"""Forms of layers, their costs, fusion, and runs of the own kernel."""

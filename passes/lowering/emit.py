@@ -1,0 +1,103 @@
+"""From a layer and the lowering chosen for it to the module that computes it.
+
+A part is one ordinary layer. Several parts, or one that does not read its input as it is, are put
+side by side by `Branches`.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dspfx.layers.branches import Branches
+from dspfx.layers.weights import TRANSPOSED, as_weight
+from dspfx.passes.analysis.channel_ops import IntArray
+from dspfx.passes.lowering.forms import Lowering, Part, written
+
+_PLAIN = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+
+
+def emit(
+    layer: Any,
+    weight: Tensor,
+    bias: Tensor | None,
+    lowering: Lowering,
+    filters: IntArray,
+    inputs: IntArray,
+    families: int = 1,
+) -> nn.Module:
+    """What computes `layer` as `lowering` says.
+
+    Args:
+        layer: a linear layer or a convolution, perhaps transposed; only read.
+        weight: `[O, C/S, *taps]`, zero where a filter does not read.
+        bias: `[O]`, or None.
+        lowering: counts filters and channels as they are stored.
+        filters: the number, in `weight`, of every filter stored.
+        inputs: the number, in the input of `layer`, of every channel stored.
+        families: S, the structural groups in which `weight` is stored.
+    """
+    layers = [_part(layer, part, weight, bias, filters, inputs, families) for part in lowering]
+    reads = [np.maximum(part.inputs.reshape(-1), 0) for part in lowering]
+    outputs = written(lowering)
+    order = np.argsort(outputs, kind="stable")[(outputs < 0).sum() :]
+    as_it_is = np.array_equal(reads[0], np.arange(len(inputs)))
+    if len(layers) == 1 and as_it_is and np.array_equal(order, np.arange(len(outputs))):
+        return layers[0]
+    return Branches(layers, reads, order, len(inputs))
+
+
+def _part(
+    layer: Any,
+    part: Part,
+    weight: Tensor,
+    bias: Tensor | None,
+    filters: IntArray,
+    inputs: IntArray,
+    families: int,
+) -> nn.Module:
+    """One grouped convolution, or a linear layer, of the filters and inputs of `part`."""
+    device, width = weight.device, weight.shape[1]
+    own = torch.from_numpy(filters[part.filters]).to(device)
+    # each filter's weights are stored from the first channel of its own structural group on
+    first = own // (len(weight) // families) * width
+    read = torch.from_numpy(inputs[part.inputs]).to(device)[:, None] - first[:, :, None]
+    real = torch.from_numpy(part.filters >= 0).to(device)
+    reads = torch.from_numpy(part.inputs >= 0).to(device)[:, None] & real[:, :, None]
+    reads = reads & (read >= 0) & (read < width)
+    cut = weight[own[:, :, None], read.clamp(0, width - 1)]
+    cut = torch.where(reads.reshape(*reads.shape, *[1] * (cut.dim() - 3)), cut, 0).flatten(0, 1)
+    bias = None if bias is None else torch.where(real, bias[own], 0).flatten()
+    return like(layer, as_weight(layer, cut, len(part.inputs)), bias, len(part.inputs))
+
+
+def like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
+    """A frozen layer of torch's own of the kind and settings of `layer`, with another weight.
+
+    Args:
+        layer: a linear layer or a convolution, perhaps transposed.
+        weight: in the form in which such a layer stores it.
+        bias: `[O]`, or None.
+        groups: of the convolution.
+    """
+    settings = [*_SETTINGS, *(["output_padding"] if isinstance(layer, TRANSPOSED) else [])]
+    count, reads = weight.shape[0], weight.shape[1]
+    if isinstance(layer, nn.Linear):
+        new: nn.Module = nn.Linear(reads, count, bias is not None, device="meta")
+    else:
+        how = {name: getattr(layer, name) for name in settings}
+        kind: Any = next(k for k in _PLAIN if isinstance(layer, k))
+        # transposed convolutions store [C, O/S, *taps]
+        sizes = (groups * reads, count)[:: -1 if isinstance(layer, TRANSPOSED) else 1]
+        new = kind(*sizes, **how, groups=groups, bias=bias is not None, device="meta")
+    if isinstance(layer, TRANSPOSED):
+        weight = weight.contiguous()  # a transposed view, which torch.export.save warns of
+    new._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        new._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return new

@@ -1,0 +1,1 @@
+"""Runs a user's code without leaving a trace: state, calls, sizes, randomness."""

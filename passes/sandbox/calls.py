@@ -1,0 +1,188 @@
+"""Example inputs: given or inferred, tried on the model, two samples where it takes two."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspfx.errors import DspfxError, PrepareError
+from dspfx.passes.sandbox.randomness import drawing_anew
+from dspfx.passes.sandbox.state import state_kept
+from dspfx.utils.pytree import leaves, map_leaves
+
+IMAGE_RANK = 3  # channels, rows and columns
+IMAGE_SIZES = (224, 32, 28, 64, 299)
+_SPATIAL: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, function: Callable[[Any], Any]) -> "Call":
+        """The same call with `function` applied to every leaf of its arguments."""
+        return Call(map_leaves(function, self.args), map_leaves(function, self.kwargs))
+
+    def by_name(self, root: nn.Module) -> dict[str, Any]:
+        """The arguments by the names in `root.forward`; `*` or `**` before a variadic one's."""
+        signature = inspect.signature(root.forward)
+        stars: dict[Any, str] = {
+            inspect.Parameter.VAR_POSITIONAL: "*",
+            inspect.Parameter.VAR_KEYWORD: "**",
+        }
+        bound = signature.bind(*self.args, **self.kwargs).arguments
+        return {stars.get(signature.parameters[k].kind, "") + k: v for k, v in bound.items()}
+
+
+def choose_inputs(root: nn.Module, given: Any) -> tuple[Call, tuple[str, ...]]:
+    """A call that `root` accepts, and notes on what was decided unasked.
+
+    A single sample is doubled if the model takes two, so that batch and channels cannot be
+    mistaken for each other. `root` is run in evaluation mode; modes and buffers are restored.
+
+    Raises:
+        PrepareError: the model does not accept `given`, or nothing can be inferred.
+    """
+    if given is None:
+        return _inferred(root)
+    call = given if isinstance(given, Call) else _as_call(root, given)
+    call = call.map(lambda x: x.detach() if isinstance(x, Tensor) else x)
+    check_accepted(root, call, PrepareError)
+    if any(_is_single(x) for x in leaves((call.args, call.kwargs))):
+        doubled = call.map(_two_samples)
+        call = doubled if _failure(root, doubled) is None else call
+    return call, ()
+
+
+def of_few_samples(root: nn.Module, call: Call) -> Call:
+    """The same call with two samples, or as it is if `root` does not accept that.
+
+    Raises:
+        PrepareError: it accepts neither.
+    """
+    few = call.map(lambda x: x[:2] if isinstance(x, Tensor) and x.dim() > 1 else x)
+    try:
+        return choose_inputs(root, few)[0]
+    except PrepareError:
+        return choose_inputs(root, call)[0]
+
+
+def check_accepted(root: nn.Module, call: Call, failure: type[DspfxError]) -> None:
+    """Raise `failure` if `root` does not accept `call`; nothing of either changes."""
+    error = _failure(root, call)
+    if error is not None:
+        raise failure(
+            f"the model does not accept the example inputs ({_shapes(call)}): {error}"
+        ) from error
+
+
+def as_inputs(given: Any) -> tuple[Any, ...]:
+    """Positional inputs from a tuple, or from a single one."""
+    return given if isinstance(given, tuple) else (given,)
+
+
+def samples_of(call: Call) -> int:
+    """How many samples `call` is of: the length of its first tensor, 1 without any.
+
+    Of a list of single images, as detectors take it, every one is a sample.
+    """
+    for argument in (*call.args, *call.kwargs.values()):
+        if isinstance(argument, list | tuple) and argument and all(map(_is_image, argument)):
+            return len(argument)
+        for leaf in leaves(argument):
+            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf):
+                return len(leaf)
+    return 1
+
+
+def _is_image(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dim() == IMAGE_RANK
+
+
+def fresh(inputs: Any) -> Any:
+    """`inputs` with copies of its tensors, which a model may overwrite."""
+    return map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+
+
+def parameter_dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Those of the first floating-point parameter or buffer; torch's default without any."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype, tensor.device
+    return torch.get_default_dtype(), torch.device("cpu")
+
+
+def _as_call(root: nn.Module, given: Any) -> Call:
+    """A dict gives arguments by name, unless the model takes a dict itself."""
+    if not isinstance(given, Mapping):
+        return Call(as_inputs(given))
+    try:
+        inspect.signature(root.forward).bind(**given)
+    except TypeError:
+        return Call((given,))
+    return Call(kwargs=dict(given))
+
+
+def _is_single(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() >= 2 and len(leaf) <= 1
+
+
+def _two_samples(leaf: Any) -> Any:
+    """Two samples of a tensor that has one, or none."""
+    if not _is_single(leaf):
+        return leaf
+    return torch.cat([leaf, leaf]) if len(leaf) else leaf.new_zeros(2, *leaf.shape[1:])
+
+
+def _inferred(root: nn.Module) -> tuple[Call, tuple[str, ...]]:
+    layer: Any = next((m for m in root.modules() if isinstance(m, (*_SPATIAL, nn.Linear))), None)
+    dtype, device = parameter_dtype_and_device(root)
+    shapes: list[tuple[int, ...]] = []
+    if isinstance(layer, nn.Linear):
+        shapes = [(2, layer.in_features)]
+    elif layer is not None:
+        rank = next(rank for kind, rank in _SPATIAL.items() if isinstance(layer, kind))
+        shapes = [(2, layer.in_channels, *[size] * rank) for size in IMAGE_SIZES]
+    for shape in shapes:
+        call = Call((torch.zeros(shape, dtype=dtype, device=device),))
+        if _failure(root, call) is None:
+            return call, (f"example inputs were inferred: one tensor of shape {shape}",)
+    raise PrepareError(
+        "no example inputs were given and none could be inferred from the first layer; pass "
+        "example_inputs=..., a tensor, a tuple of positional inputs or a dict of named ones"
+    )
+
+
+def evaluate(root: nn.Module, call: Call) -> Any:
+    """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments."""
+    return run(root, call)
+
+
+def run(root: nn.Module, call: Call, *, training: bool = False, gradients: bool = False) -> Any:
+    """What `root` computes, as `evaluate`, in either mode and with or without gradients."""
+    call = call.map(fresh)
+    _, device = parameter_dtype_and_device(root)
+    with torch.set_grad_enabled(gradients), state_kept(root), drawing_anew(device):
+        root.train(training)  # anybody's; it may return nothing
+        return root(*call.args, **call.kwargs)
+
+
+def _failure(root: nn.Module, call: Call) -> Exception | None:
+    try:
+        evaluate(root, call)
+    except Exception as error:
+        return error
+    return None
+
+
+def _shapes(call: Call) -> str:
+    return ", ".join(
+        str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        for x in leaves((call.args, call.kwargs))
+    )

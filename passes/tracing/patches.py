@@ -1,0 +1,169 @@
+"""What is exchanged while a model is traced, so that its code takes proxies for values."""
+
+import builtins
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.variable import VariableMeta
+from torch.fx import Proxy
+from torch.fx.node import map_aggregate
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointFunction
+
+from dspfx.passes.tracing.frames import is_machinery
+from dspfx.passes.tracing.proxy import ConcreteProxy
+
+# nothing in the arguments of these, sizes or types, tells fx of a proxy
+FACTORIES = (
+    *("arange", "zeros", "ones", "full", "empty", "linspace", "eye"),
+    *("tensor", "as_tensor", "finfo", "iinfo"),
+)
+# methods that do not tell fx of a proxy among their sizes, of a tensor that is none
+METHODS = ("expand", "roll", "new_zeros", "new_ones", "new_empty")
+# of numbers alone they are values too, but other ones in every call
+RANDOM = ("rand", "randn", "randint", "randperm", "normal")
+# what surrounds a checkpointed call that is not reentrant; torch has no public name for it
+_CHECKPOINTING = (
+    "_checkpoint_without_reentrant_generator_impl",
+    "_checkpoint_without_reentrant_generator",
+)
+_isinstance, _len, _records = isinstance, len, torch.is_grad_enabled
+_call_script: Any = torch.jit.ScriptFunction.__call__
+_IS_TENSOR, _SET_ATTRIBUTE = torch.is_tensor.__code__, nn.Module.__setattr__.__code__
+
+
+def patched(
+    call: Callable[..., Any],
+    call_method: Callable[..., Any],
+    training: bool,
+    recording: Callable[[], bool],
+) -> ExitStack:
+    """Exchange it, until the result is closed.
+
+    Args:
+        call: makes a traced call of a function.
+        call_method: makes a traced call of the method of a name.
+        training: whether the model is in training; else code that asks is told that there are no
+            gradients, as where the model is tried.
+        recording: whether calls are traced now.
+    """
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
+    stack.enter_context(mock.patch.object(builtins, "len", _length))
+    stack.enter_context(checkpoints_run_once())
+    stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inlined))
+    stack.enter_context(mock.patch.object(VariableMeta, "__call__", _variable))
+    if not training:
+        stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
+    stack.enter_context(factories_traced(call, recording))
+    for name in METHODS:
+        method = getattr(torch.Tensor, name)
+        noticing = _noticing(method, _by_name(name, call_method), lambda: False)
+        stack.enter_context(mock.patch.object(torch.Tensor, name, noticing))
+    return stack
+
+
+def factories_traced(call: Callable[..., Any], recording: Callable[[], bool]) -> ExitStack:
+    """Exchange the functions that make tensors of numbers alone; see `patched`."""
+    stack = ExitStack()
+    for name in FACTORIES + RANDOM:
+        record = recording if name in RANDOM else lambda: False
+        factory = _noticing(getattr(torch, name), call, record)
+        stack.enter_context(mock.patch.object(torch, name, factory))
+    return stack
+
+
+def _by_name(name: str, call_method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda _, *args, **kwargs: call_method(name, *args, **kwargs)
+
+
+def checkpoints_run_once() -> ExitStack:
+    """Let what is computed twice, to save memory, be computed once, until the result is closed."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _call_checkpointed))
+    for name in _CHECKPOINTING:
+        if hasattr(checkpoint, name):
+            stack.enter_context(mock.patch.object(checkpoint, name, _saves_everything))
+    return stack
+
+
+def _saves_everything(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+def _call_checkpointed(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+    """What is computed twice to save memory is traced once."""
+    return function(*args)
+
+
+def _inlined(script: Any, *args: Any, **kwargs: Any) -> Any:
+    """A scripted function of proxies is the function that was scripted.
+
+    Not so one that was traced, which does whatever that one did for its example.
+    """
+    traced = any(given.isCompleteTensor() for given in script.graph.inputs())
+    if traced or not _holds_a_proxy((args, kwargs)):
+        return _call_script(script, *args, **kwargs)
+    return script._torchdynamo_inline(*args, **kwargs)
+
+
+def _variable(kind: Any, data: Any = None, requires_grad: bool = False, **rest: Any) -> Any:
+    """`Variable(proxy)`: as of old, a tensor that no gradient goes back from."""
+    if not _holds_a_proxy(data):
+        return type.__call__(kind, data, requires_grad, **rest)
+    if requires_grad or rest:
+        raise TypeError("a Variable that requires gradients is made")
+    return data.detach()
+
+
+def _holds_a_proxy(given: Any) -> bool:
+    found = False
+
+    def look(value: Any) -> Any:
+        nonlocal found
+        found = found or _isinstance(value, Proxy)
+        return value
+
+    map_aggregate(given, look)
+    return found
+
+
+def _noticing(
+    factory: Callable[..., Any], call: Callable[..., Any], record: Callable[[], bool]
+) -> Callable[..., Any]:
+    """`factory`, a traced call if `record` says so or there is a proxy among its arguments."""
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        found = record() or _holds_a_proxy((args, kwargs))
+        return call(factory, *args, **kwargs) if found else factory(*args, **kwargs)
+
+    return create
+
+
+def _is_instance(item: Any, kinds: Any) -> bool:
+    """`isinstance`, to which a proxy is of the class of its value; but not for torch's own code."""
+    if type(item) is not ConcreteProxy:
+        return _isinstance(item, kinds)
+    frame = sys._getframe(1)
+    if frame.f_code is not _SET_ATTRIBUTE:  # which decides where the value goes
+        if is_machinery(frame) and frame.f_code is not _IS_TENSOR:
+            return _isinstance(item, kinds)
+        item.tracer.answers.insist_on_kind(item)
+    return _isinstance(item.concrete, kinds)
+
+
+def _length(item: Any) -> Any:
+    """`len`, which of a tensor is a size of it."""
+    if type(item) is not ConcreteProxy or not _isinstance(item.concrete, Tensor):
+        return _len(item)
+    return _len(item) if is_machinery(sys._getframe(1)) else item.size(0)
+
+
+def _is_grad_enabled() -> bool:
+    """Code that asks is told that there are no gradients."""
+    return is_machinery(sys._getframe(1)) and _records()

@@ -1,0 +1,1 @@
+"""Plans and emits the compact graph, and verifies it."""

@@ -1,0 +1,117 @@
+"""What is left of a module: its masked weight, its channels, and no parts that nobody names."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+
+from dspfx.layers.gated import GatedLayer
+from dspfx.layers.parametrised import make_plain
+from dspfx.layers.weights import filters_first
+from dspfx.passes.analysis import operators
+from dspfx.passes.analysis.channel_ops import (
+    ChannelAnalysis,
+    Elementwise,
+    IntArray,
+)
+from dspfx.passes.transforms.plan import CompactionPlan, LayerPlan, Order
+
+
+def private_copy(module: nn.Module, kept: Order, channels: int) -> nn.Module:
+    """A frozen copy, of whose `channels` only those `kept` are left."""
+    own = copy.deepcopy(module)
+    make_plain(own)
+    if kept is not None and len(kept):
+        _cut(own, kept, channels)
+    if operators.is_torchs(own) and hasattr(own, "inplace"):
+        setattr(own, "inplace", False)  # noqa: B010 (activations do not declare it)
+    for parameter in own.parameters():
+        parameter.detach_()
+    return own
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The elements of a tensor as bytes, to compare tensors by."""
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def is_whole(wanted: IntArray, channels: int) -> bool:
+    """Whether `wanted` is all channels in their order."""
+    return np.array_equal(wanted, np.arange(channels))
+
+
+def _cut(module: nn.Module, wanted: IntArray, channels: int) -> None:
+    """Keep the `wanted` channels of a channelwise module's parameters and buffers."""
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers())}
+    for name, tensor in tensors.items():
+        if tensor.dim() and len(tensor) == channels:
+            kept = tensor.detach()[torch.from_numpy(wanted).to(tensor.device)].clone()
+            own = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
+            setattr(module, name, own)
+    for count in ("num_features", "num_parameters", "in_channels", "out_channels", "groups"):
+        if getattr(module, count, None) == channels:
+            setattr(module, count, len(wanted))
+
+
+def folded_weight(
+    source: fx.GraphModule, layer: Any, plan: LayerPlan, computed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Masked weight `[O, C/S, *taps]` and bias `[O]` of a layer, its batch norm folded in.
+
+    The weight is `computed` where that is given.
+
+    y = (conv(x) + b - mean) * scale + beta, with scale = gamma / sqrt(var + eps), is the
+    convolution by W * scale plus (b - mean) * scale + beta.
+    """
+    weight, bias = layer.weight if computed is None else computed, layer.bias
+    if isinstance(layer, GatedLayer):
+        weight, bias = layer.masked(weight)
+    weight = filters_first(layer, weight.detach())
+    if plan.norm is None:
+        return weight, None if bias is None else bias.detach()
+    norm: Any = source.get_submodule(str(plan.norm.target))
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    affine = norm.weight is not None
+    if affine:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean if bias is None else bias.detach() - norm.running_mean
+    shift = shift * scale + (norm.bias.detach() if affine else 0.0)
+    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
+
+
+def constant_dim(analysis: ChannelAnalysis, plan: CompactionPlan, node: Node, whole: Tensor) -> int:
+    """The dimension of a directly used parameter that its one elementwise reader cuts."""
+    for reader, op in analysis.ops.items():
+        if isinstance(op, Elementwise) and node in op.operands and reader in plan.order:
+            value = analysis.values[reader]
+            assert value.dim is not None
+            return value.dim - len(value.shape) + whole.dim()
+    raise AssertionError(f"{node} is cut but has no elementwise reader")
+
+
+def device_of(root: nn.Module) -> torch.device:
+    """The device of a module's first tensor; the CPU without any."""
+    return next((t.device for t in (*root.parameters(), *root.buffers())), torch.device("cpu"))
+
+
+def remove_unused(graph: fx.Graph, root: nn.Module) -> None:
+    """Drop nodes nobody reads, and then the modules and buffers no node names."""
+    operators.remove_dead_code(graph)
+    named = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    _prune_tree(root, "", named)
+
+
+def _prune_tree(module: nn.Module, prefix: str, named: set[str]) -> bool:
+    """Remove from `module` what is not named; whether anything is left of it."""
+    if prefix[:-1] in named:
+        return True
+    for name, child in list(module.named_children()):
+        if not _prune_tree(child, f"{prefix}{name}.", named):
+            delattr(module, name)
+    for name in [*dict(module.named_parameters(recurse=False)), *module._buffers]:
+        if f"{prefix}{name}" not in named:
+            delattr(module, name)
+    return any(True for _ in module.children()) or bool(module._buffers) or bool(module._parameters)
