@@ -12,22 +12,7 @@ from dspfx.passes.transforms.summary import LayerSummary
 
 @dataclass(frozen=True)
 class ReportData:
-    """The layers of a model, what they cost and what they would cost dense; `str` is a table.
-
-    Attributes:
-        model: the name of its class.
-        layers: every call of a convolution or linear layer, in the order of execution.
-        masks: of the gated ones, in that order, see `GroupedMask`; `dspfx.plot` draws them.
-        before, after: cost of the whole model for one sample, dense and pruned.
-        emitted: of the forms that its layers are emitted in, zero weights included.
-        gated_before, gated_after: of its gated layers alone, the figure papers report.
-        declined: the nodes that keep their inputs at full width, and why.
-        notes: what was decided without being asked.
-        gathers: the index selections that a compact model makes in a call.
-        prepared: whether the table says what could be pruned, as it does of a prepared model.
-        dtype: of the parameters, for instance `float32`.
-        parameter_bytes: that each of them takes.
-    """
+    """The fields of `dspfx.Report`, which says what they are."""
 
     model: str
     layers: tuple[LayerSummary, ...]

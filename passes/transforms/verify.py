@@ -42,7 +42,7 @@ def verify(
     """The largest relative difference that compacting `masked` makes, on random inputs.
 
     The type in which it was found is given with it. The proof covers the size of `inputs` and, as
-    far as `masked` takes them, two of `sizes_to_prove`.
+    far as `masked` takes them, the `sizes_to_prove`.
 
     Args:
         masked: in evaluation mode; only read.
