@@ -38,9 +38,9 @@ def planted(structural: int = 1, kind: type[nn.Module] = nn.Conv2d) -> tuple[nn.
 
 
 def kept_energy(prepared: nn.Module, macs: float) -> float:
-    """The share of the energy of the gated weights that is left at a budget."""
+    """The share of the energy of the gated weights that is left at a budget of masks."""
     pruned = copy.deepcopy(prepared)
-    dspfx.prune(pruned, dspfx.Budget(macs=macs))
+    dspfx.prune(pruned, dspfx.Budget(macs=macs, count="masks"))
     layers = gated_layers(pruned).values()
     energies = [energy(filters_first(layer).detach()) for layer in layers]
     left = [(e * layer.gate.mask).sum() for e, layer in zip(energies, layers, strict=True)]
