@@ -396,7 +396,12 @@ def test_pruned_random_networks_are_converted(
     for step in range(3):
         prepared.zero_grad()
         x = inputs(model, step)
-        sum(out.sin().sum() for out in leaves(prepared(x))).backward()
+        try:
+            sum(out.sin().sum() for out in leaves(prepared(x))).backward()
+        except RuntimeError:  # what the model itself overwrites, too
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                sum(out.sin().sum() for out in leaves(model.train()(x))).backward()
+            return
         try:
             pruning.step()
         except dspfx.BudgetError:

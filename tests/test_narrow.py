@@ -15,6 +15,7 @@ from test_properties import COST_MODELS, COUNT, EXAMPLES, inputs, prepare
 from torch import Tensor, nn
 
 import dspfx
+from dspfx.layers.parametrised import is_computed
 from dspfx.model.tensors import named_tensors
 from helpers import assert_equal, random_masks, randomise, unchanged
 from random_networks import MaskRecipe, Mirrored, Twice, mask_recipes, networks
@@ -42,6 +43,8 @@ def test_a_step_is_that_of_the_masked_model(
             twice = any(isinstance(m, Twice | Mirrored) for m in model.modules())
             if twice and "used more than once" in str(error):
                 return  # different channels are dead in the two calls
+            if any(map(is_computed, model.modules())) and "computed from others" in str(error):
+                return  # a weight norm depends on weights that are masked
             raise
     assert_a_step_is_the_same(masked, narrow, inputs(model, 1))
     dspfx.widen(narrow, prepared)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import dspfx
 from dspfx.layers.gated import gated_layers
@@ -52,6 +53,30 @@ def images(size: int = 16, samples: int = 2) -> Tensor:
 
 def signals(size: int = 16, samples: int = 2) -> Tensor:
     return images(size, samples)[:, :, 0]
+
+
+class ChannelsLast(nn.Module):
+    """A single channel in the last dimension, and back in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc, self.last = nn.Conv2d(3, 1, 3), nn.Linear(1, 1), nn.Conv2d(1, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(F.max_pool2d(self.first(x), 4).permute(0, 2, 3, 1))
+        return self.last(x.relu().movedim(-1, 1))
+
+
+class Folded(nn.Module):
+    """A single channel after its positions, and split off by a reshape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc, self.last = nn.Conv2d(3, 1, 3), nn.Linear(1, 1), nn.Conv1d(1, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(F.max_pool2d(self.first(x), 4).flatten(2).transpose(1, 2))
+        return self.last(x.relu().swapaxes(1, 2))
 
 
 NETWORKS = [(Narrow, images, "widen"), (Decoder, signals, "up")]
@@ -176,3 +201,15 @@ def test_an_only_channel_is_known_wherever_it_is_moved() -> None:
     dspfx.set_masks(prepared, {"down": torch.zeros_like(down)})
     assert not dspfx.get_masks(prepared)["linear"].any()
     assert_same(prepared, images)
+
+
+@pytest.mark.parametrize("kind", [ChannelsLast, Folded])
+@pytest.mark.parametrize("size", [6, 10, 18])
+def test_a_single_channel_is_found_among_other_dimensions_of_size_1(
+    kind: type[nn.Module], size: int
+) -> None:
+    """Images of 6 pixels leave one position, so that every dimension has size 1."""
+    prepared = dspfx.prepare(randomise(kind().double(), 1).eval(), images(size))
+    dspfx.set_masks(prepared, {"fc": torch.zeros(1, 1, dtype=torch.bool)})
+    assert not prepared(images(size)).any()  # the last layer reads a dead channel
+    assert_equal(prepared.eval()(images(size)), dspfx.convert(prepared)(images(size)))

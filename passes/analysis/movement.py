@@ -100,10 +100,15 @@ class ElementIds:
         """Let the numbers of `node` be those that movement brought there."""
         self._moved[node] = moved
 
-    def move(self, moved: Tensor) -> Move:
-        """Read the numbers that came out of a movement operator."""
+    def move(self, moved: Tensor, likely: int | None = None) -> Move:
+        """Read the numbers that came out of a movement operator.
+
+        Args:
+            moved: the numbers.
+            likely: the dimension to look along first, if several could hold the channels.
+        """
         reader = _Reader(list(self._roots.values()), moved.long())
-        return reader.read()
+        return reader.read(likely)
 
 
 class _Reader:
@@ -134,13 +139,13 @@ class _Reader:
         self.channel = (ids - starts[number]).div_(stride, rounding_mode="floor")
         self.channel.remainder_(channels).add_(offset)
 
-    def read(self) -> Move:
+    def read(self, likely: int | None) -> Move:
         rank = self.ids.dim()
         nodes = tuple(r.node for r in self.roots)
         zeros_only = not bool((self.ids == PADDED_VALUE).any())
         if not self.ids.numel():
             rank = 0
-        for dim in self._likely_dims(rank):
+        for dim in self._likely_dims(rank, likely):
             channel = self._channels_along(dim)
             if channel is not None:
                 source, index = self._locate(channel)
@@ -150,8 +155,10 @@ class _Reader:
         none = np.zeros(0, np.int64)
         return Move(nodes, rank, None, none, none, False, None, zeros_only)
 
-    def _likely_dims(self, rank: int) -> list[int]:
+    def _likely_dims(self, rank: int, likely: int | None) -> list[int]:
         """All dimensions; first those where channels were, or could be if there is just one."""
+        if likely is not None:
+            return [likely, *(dim for dim in range(rank) if dim != likely)]
         before = [r.value.dim for r in self.roots if r.value.dim is not None]
         dims = [dim for dim in dict.fromkeys((*before, *range(rank))) if dim < rank]
         if [r.channels for r in self.roots] == [1]:

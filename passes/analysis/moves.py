@@ -29,7 +29,8 @@ def move(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op
     moved = run_on_ids(a, node, operands)
     if not isinstance(moved, Tensor) or moved.shape != result.shape:
         return None
-    move, why = a.ids.move(moved), "its result does not keep whole channels together"
+    move = a.ids.move(moved, where_a_second_would_lie(a, node, operands, result))
+    why = "its result does not keep whole channels together"
     if move.dim is not None and move.roots:
         source_dims = {a.values[root].dim for root in move.roots}
         only_channels = source_dims == {move.dim} and move.whole_channels
@@ -89,6 +90,30 @@ def parts(a: State, node: Node, operands: tuple[Node, ...]) -> Op:
     if is_construction(node.target):
         return Restored(operands, "")  # the reasons are those of whoever reads it
     return opaque(a, node, operands)
+
+
+def where_a_second_would_lie(
+    a: State, node: Node, operands: tuple[Node, ...], result: Tensor
+) -> int | None:
+    """The dimension that holds a single channel: the one that a second channel would enlarge.
+
+    The numbers of a single channel do not tell where other dimensions have size 1 as well.
+    """
+    value = a.values.get(operands[0])
+    if len(operands) != 1 or value is None or value.dim is None or value.channels != 1:
+        return None
+    shape = [2 if d == value.dim else n for d, n in enumerate(value.shape)]
+    doubled = torch.zeros(shape)
+    args = map_arg(node.args, lambda n: doubled if n is operands[0] else a.env[n])
+    kwargs = map_arg(node.kwargs, lambda n: doubled if n is operands[0] else a.env[n])
+    try:
+        found = a.call(node, args, kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        return None
+    if not isinstance(found, Tensor) or found.dim() != result.dim():
+        return None
+    larger = [d for d in range(found.dim()) if found.shape[d] != result.shape[d]]
+    return larger[0] if len(larger) == 1 else None
 
 
 def run_on_ids(a: State, node: Node, operands: tuple[Node, ...]) -> Any:
