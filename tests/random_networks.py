@@ -29,7 +29,7 @@ ACTIVATIONS = {
 }
 SMOOTH = ("silu", "leaky", "elu")  # zero for nothing but zero
 # steps after which values may be zero that no rule can know to be
-BY_VALUE = ("mix", "instance", "pixels", "along", "tokens")
+BY_VALUE = ("assigned", "opaque", "mix", "instance", "pixels", "along", "tokens")
 
 
 class ConvNorm(nn.Module):
@@ -416,7 +416,11 @@ def _split(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
 
 
 def _slice(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
-    return (Slice(c, draw(st.integers(1, c - 1)), draw(FLAG)), c, size) if c > 1 else None
+    return (Slice(c, draw(st.integers(1, c - 1)), False), c, size) if c > 1 else None
+
+
+def _assigned(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return (Slice(c, draw(st.integers(1, c - 1)), True), c, size) if c > 1 else None
 
 
 def _depthwise(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
@@ -516,7 +520,11 @@ def _tokens(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
 
 
 def _overwrites(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
-    return Overwrites(c, draw(st.sampled_from(["value", "given", "view"]))), c, size
+    return Overwrites(c, draw(st.sampled_from(["value", "given"]))), c, size
+
+
+def _opaque(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return Overwrites(c, "view"), c, size
 
 
 def _parametric(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
@@ -531,6 +539,7 @@ STEPS = {
     "concat": _concat,
     "split": _split,
     "slice": _slice,
+    "assigned": _assigned,
     "depthwise": _depthwise,
     "grouped": _grouped,
     "grouped chain": _grouped_chain,
@@ -550,6 +559,7 @@ STEPS = {
     "instance": _instance_norm,
     "prelu": _parametric,
     "overwrites": _overwrites,
+    "opaque": _opaque,
     "along": _along,
     "tokens": _tokens,
 }
