@@ -249,7 +249,8 @@ def test_no_more_goes_than_must(fraction: float) -> None:
     left = [macs((number + 0.5) * share) for number in range(round(1 / share) + 1)]
     limit = fraction * total(part.analysis).macs
     found = prune_to(prepared, [part], budget, "")
-    assert found.after.macs == max(count for count in left if count <= limit)
+    best = max(count for count in left if count <= limit)
+    assert best <= found.after.macs <= limit  # with what fits in besides
 
 
 def layers_take(monkeypatch: pytest.MonkeyPatch, a_mac: dict[str, float]) -> None:

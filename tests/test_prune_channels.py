@@ -203,3 +203,32 @@ def test_pruned_random_networks_are_converted(model: nn.Module, fraction: float)
         assert len(lists) <= getattr(layer, "groups", 1), name
     with torch.no_grad():
         assert_equal(prepared(x), dspfx.convert(prepared)(x))
+
+
+class NarrowStream(nn.Module):
+    """Eight blocks that write to and read from a narrow stream: a channel of it is 3 % of all."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, width, 3), nn.Conv2d(width, 3, 3)
+        self.inner = nn.ModuleList(nn.Conv2d(width, inner, 3, padding=1) for _ in range(8))
+        self.outer = nn.ModuleList(nn.Conv2d(inner, width, 3, padding=1) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            x = x + outer(inner(x).relu())
+        return self.last(x)
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("fraction", [0.5, 0.3])
+@pytest.mark.parametrize("width", [16, 12])
+def test_room_that_a_large_step_leaves_is_filled(kind: str, fraction: float, width: int) -> None:
+    x = torch.zeros(2, 3, 12, 12)
+    for seed in range(3):
+        prepared = dspfx.prepare(randomise(NarrowStream(width, 16), seed), x)
+        report = dspfx.prune_channels(prepared, dspfx.Budget(**{kind: fraction}))
+        assert fraction - 0.01 <= report.achieved <= fraction
+        compact = dspfx.convert(prepared)
+        assert dspfx.report(compact).emitted == report.emitted

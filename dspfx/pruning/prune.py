@@ -1,7 +1,7 @@
 """`prune`: one threshold for the whole network, found by bisection on costs alone."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -150,6 +150,14 @@ class _PrunablePart:
                 alive[op.layer] = live.live_inputs(node, op) | alive.get(op.layer, False)
         reads = {n: layer.reads(beta, round_to, alive[n]) for n, layer in self.layers.items()}
         return liveness(self.analysis, reads, round_to=round_to)
+
+    def last_to_go(self, beta: float) -> Sequence[int]:
+        """None: inputs of groups are small, and a threshold tells them apart."""
+        return ()
+
+    def sparing(self, stays: Sequence[int]) -> "_PrunablePart":
+        """See `PrunablePart`."""
+        return self
 
 
 def _prunable_layer(

@@ -13,8 +13,8 @@ This is the group magnitude of Fang, Ma, Song, Bi Mi, Wang, "DepGraph: Towards A
 Pruning", CVPR 2023, with layers made comparable one by one.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -129,6 +129,28 @@ class _ChannelPart:
             if isinstance(op, Mix) and op.gated:
                 reads[op.layer] = without(reads[op.layer], self.analysis, node, op, gone)
         return liveness(self.analysis, reads, round_to=round_to)
+
+    def last_to_go(self, threshold: float) -> Sequence[int]:
+        """See `PrunablePart`: coupling classes."""
+        return last_classes(self.lost, threshold)
+
+    def sparing(self, stays: Sequence[int]) -> "_ChannelPart":
+        """See `PrunablePart`."""
+        return replace(self, lost=staying(self.lost, stays))
+
+
+def last_classes(lost: FloatArray, threshold: float) -> Sequence[int]:
+    """The coupling classes that are gone at `threshold`, and were not before; the last first."""
+    gone = np.flatnonzero((lost > 0) & (lost <= threshold))
+    last: list[int] = gone[np.argsort(-lost[gone], kind="stable")].tolist()
+    return last
+
+
+def staying(lost: FloatArray, classes: Sequence[int]) -> FloatArray:
+    """`lost` where `classes` go at no threshold."""
+    changed = lost.copy()
+    changed[list(classes)] = np.inf
+    return changed
 
 
 def classes_gone(

@@ -20,7 +20,15 @@ from dspfx.passes.analysis.liveness import Liveness, liveness
 from dspfx.pruning.budget import Budget
 from dspfx.pruning.latency import LatencyTable
 from dspfx.pruning.prune import PrunableLayer
-from dspfx.pruning.prune_channels import classes_gone, removable, sides, width_of, without
+from dspfx.pruning.prune_channels import (
+    classes_gone,
+    last_classes,
+    removable,
+    sides,
+    staying,
+    width_of,
+    without,
+)
 from dspfx.pruning.sensitivity import Sensitivity
 
 Prices = Mapping[Node, float]  # of one filter that reads one channel
@@ -55,6 +63,14 @@ class SensitivePart:
             if isinstance(op, Mix) and op.gated:
                 reads[op.layer] = without(reads[op.layer], self.analysis, node, op, gone)
         return liveness(self.analysis, reads, round_to=round_to)
+
+    def last_to_go(self, threshold: float) -> Sequence[int]:
+        """See `PrunablePart`: coupling classes."""
+        return last_classes(self.lost, threshold)
+
+    def sparing(self, stays: Sequence[int]) -> "SensitivePart":
+        """See `PrunablePart`."""
+        return replace(self, lost=staying(self.lost, stays))
 
 
 def sensitive_parts(

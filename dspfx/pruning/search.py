@@ -30,6 +30,7 @@ from dspfx.utils.distributed import Processes
 
 FINEST = 2.0**-40  # thresholds are not told apart any further
 CLOSE_ENOUGH = 0.005
+MOST_FILLED = 64  # channels of a part that are tried to be kept after all
 MOST_HOLDERS, LEAST_HELD = 4, 0.001  # that an error names, and what share they hold at least
 
 
@@ -54,6 +55,12 @@ class PrunablePart(Protocol):
 
     def liveness(self, threshold: float) -> Liveness:
         """What is left alive at `threshold`."""
+
+    def last_to_go(self, threshold: float) -> Sequence[int]:
+        """What goes at `threshold` and could stay by itself, the most important first."""
+
+    def sparing(self, stays: Sequence[int]) -> "PrunablePart":
+        """The part with some of `last_to_go` that stays at every threshold."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def prune_by(
         views = [stack.enter_context(part.module.evaluation_view()) for part in parts]
         search = _Search(parts, views, tables, budget, dense)
         threshold, found = search.smallest(hint)
-        found = search.reopened(found) if threshold > 0 else found
+        found = search.reopened(search.filled(threshold, found)) if threshold > 0 else found
     for part, live in zip(parts, found.lives, strict=True):
         apply_reads(part.module, part.analysis, live)
     achieved, note = found.budgeted / dense, ""
@@ -214,6 +221,26 @@ class _Search:
             if best.budgeted > limit - CLOSE_ENOUGH / 50 * self.dense:
                 break
         return high, best
+
+    def filled(self, threshold: float, found: Candidate) -> Candidate:
+        """`found` with more of what went last, as far as the budget has room for it.
+
+        A channel of a residual stream that all layers share may be worth several percent: the
+        step that leaves it out falls short of the budget, and smaller ones before it fit in.
+        """
+        limit = self.budget.fraction * self.dense
+        for number, part in enumerate(self.parts):
+            spared: list[int] = []
+            for one in part.last_to_go(threshold)[:MOST_FILLED]:
+                if found.budgeted >= limit - CLOSE_ENOUGH / 5 * self.dense:
+                    return found
+                more = part.sparing([*spared, one])
+                lives = (*found.lives[:number], more.liveness(threshold))
+                trial = self._candidate((*lives, *found.lives[number + 1 :]))
+                if found.budgeted < trial.budgeted <= limit:
+                    found = trial
+                    spared.append(one)
+        return found
 
     def reopened(self, found: Candidate) -> Candidate:
         """`found` with masks that leave out nothing that is emitted anyway, if that is counted."""
