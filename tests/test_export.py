@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detector import IMAGES, Detector
 from models import CRNN, MODELS, C2f, Configurable, ListInput, Siamese
-from test_parts import IMAGES, Detector
-from test_save import Small, pruned
+from small import Small, pruned
 from torch import Tensor, nn
 
 import dspfx

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_save import Small
+from small import Small
 from torch import Tensor, nn
 
 import dspfx

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_save import Small, pruned
+from small import Small, pruned
 from torch import Tensor, nn
 
 import dspfx

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from unusual import RULES, Squash, Unusual
 
 import dspfx
 from dspfx import PrepareConfig
@@ -14,42 +15,6 @@ from dspfx.layers.gated import gated_layers
 from helpers import assert_equal, random_masks, randomise
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-class Squash(nn.Module):
-    """A user's own layer with a parameter for each channel, whose code cannot be traced."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.rand(c) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.isnan().any():
-            raise ValueError("NaN")
-        return torch.tanh(x * self.gain[:, None, None]).cumsum(-1)
-
-
-class Unusual(nn.Module):
-    """Operators that no table has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.a = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1)
-        self.squash = Squash(8)
-        self.b, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.special.expit(torch.sinc(self.a(self.stem(x))))
-        x = self.b(self.squash(x))
-        return self.head(torch.special.entr(x.abs()).mean((2, 3)))
-
-
-RULES: dict[Any, Any] = {
-    Squash: "channelwise",
-    torch.sinc: "elementwise",
-    torch.special.expit: "elementwise",
-    torch.special.entr: "elementwise",
-}
 
 
 def declined(model: nn.Module) -> set[str]:
@@ -154,7 +119,7 @@ def test_what_pins_a_layer_is_named_with_its_line_of_source() -> None:
     pin = layers["a"].pin
     assert pin is not None
     assert pin.reason == "sinc is not known to keep channels apart"
-    assert pin.line.startswith("test_config.py:")
+    assert pin.line.startswith("unusual.py:")
     assert pin.line.endswith("torch.special.expit(torch.sinc(self.a(self.stem(x))))")
     assert "0 of 8" in str(report)
     assert "".join(pin.line.split()) in "".join(str(report).split())  # wrapped

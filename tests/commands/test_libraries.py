@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import invoke
+from command_line import invoke
 
 import dspfx
 from dspfx.recipe import Recipe

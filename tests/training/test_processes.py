@@ -1,8 +1,5 @@
 """Several processes that train one model: equal among themselves, and to one with all the data."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,39 +7,13 @@ from typing import Any
 import data_parallel as work
 import pytest
 import torch
+from launch import torchrun
 from torch import Tensor, nn
 
 import dspfx
 from helpers import assert_equal
 
-TESTS = Path(__file__).parent
-TIMEOUT = 240  # seconds; what takes longer hangs
-
-
-def torchrun(*arguments: str, **more: Any) -> str:
-    """What two processes print; torchrun finds a free port by itself."""
-    return run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments, **more
-    )
-
-
-def run(*arguments: str, cwd: Path | None = None, **variables: str) -> str:
-    """What Python prints."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        printed, errors = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its workers
-        printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, printed[-2000:] + errors[-6000:]
-    return printed
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_learner import (
+from group_learning import (
     LR,
     SETTINGS,
     X,

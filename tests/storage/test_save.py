@@ -11,48 +11,26 @@ import pytest
 import timm
 import torch
 import torchvision
+from detector import IMAGES, Detector
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import MODELS, Detections
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_config import RULES, Squash, Unusual
-from test_parts import IMAGES, Detector
+from small import Small, X, pruned
 from test_properties import COST_MODELS, inputs, prepare
 from torch import Tensor, nn
+from unusual import RULES, Squash, Unusual
 
 import dspfx
 from dspfx.passes.lowering.forms import dense
 from dspfx.passes.lowering.sites import relowered, sites
 from dspfx.storage import container as archive
 from dspfx.storage import example_inputs as stored_inputs
-from helpers import assert_equal, random_masks, randomise, unchanged
+from helpers import assert_equal, randomise, unchanged
 from random_networks import MaskRecipe, mask_recipes, networks
 
-DATA = Path(__file__).parent / "data"
-X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
-
-
-class Small(nn.Module):
-    """A residual block behind a stem."""
-
-    def __init__(self, width: int = 8, mode: str = "zeros", act: type[nn.Module] = nn.ReLU) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), act())
-        self.a = nn.Conv2d(width, width, 3, padding=1, padding_mode=mode)
-        self.b = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm, self.head = nn.BatchNorm2d(width), nn.Linear(width, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.norm(self.b(torch.relu(self.a(x))))
-        return self.head(x.mean((2, 3)))
-
-
-def pruned(model: nn.Module, x: Any = X, **config: Any) -> nn.Module:
-    prepared = dspfx.prepare(randomise(model), x, config=dspfx.PrepareConfig(**config)).eval()
-    dspfx.set_masks(prepared, random_masks(prepared, drop=0.2))
-    return prepared
+DATA = Path(__file__).parents[1] / "data"
 
 
 def assert_same_state(a: nn.Module, b: nn.Module) -> None:

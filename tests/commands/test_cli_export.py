@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import SMALL, TINY, invoke, saved
+from command_line import SMALL, TINY, invoke, saved
 
 import dspfx
 from dspfx.recipe import Recipe

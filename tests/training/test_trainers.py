@@ -12,14 +12,14 @@ from unittest import mock
 import pytest
 import torch
 from data_parallel import SETTINGS, X, Y, normed, sgd, state
-from test_processes import run, torchrun
+from launch import run, torchrun
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dspfx
 from dspfx.recipe.networks.cifar_resnet import CifarResNet
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 # what the trainers warn of is theirs
 pytestmark = pytest.mark.filterwarnings("default")

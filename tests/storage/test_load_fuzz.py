@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_parts import IMAGES, Detector
-from test_save import Small, pruned
+from detector import IMAGES, Detector
+from small import Small, pruned
 from torch import Tensor, nn
 
 import dspfx

@@ -40,6 +40,8 @@ from helpers import assert_equal
 
 X = torch.empty(0)  # instead of a weight that is not drawn yet
 
+TESTS = Path(__file__).parents[1]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _built() -> None:
@@ -331,7 +333,7 @@ for batch in (0, 1, 3, 4, 5, 21, 22):
 @pytest.mark.parametrize("limit", [1, 3])
 def test_members_of_a_team_that_never_come(limit: int) -> None:
     """The others do their tasks."""
-    environment = os.environ | {"OMP_THREAD_LIMIT": str(limit)}
+    environment = os.environ | {"OMP_THREAD_LIMIT": str(limit), "PYTHONPATH": str(TESTS)}
     folder = Path(__file__).parent
     subprocess.run(
         [sys.executable, "-c", ABSENT], cwd=folder, env=environment, check=True, timeout=300
@@ -563,7 +565,12 @@ torch.testing.assert_close(own(x), expected(conv, x, None, "none"))
 def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_COMPILER],
-        env={**os.environ, "CXX": "/nowhere/c++", "DSPFX_CACHE_DIR": str(tmp_path)},
+        env={
+            **os.environ,
+            "CXX": "/nowhere/c++",
+            "DSPFX_CACHE_DIR": str(tmp_path),
+            "PYTHONPATH": str(TESTS),
+        },
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

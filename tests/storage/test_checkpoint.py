@@ -19,7 +19,7 @@ import dspfx
 from helpers import unchanged
 
 STEPS = 16
-SCRIPT = Path(__file__).with_name("resumable_run.py")
+SCRIPT = Path(__file__).parents[1] / "resumable_run.py"
 
 
 def start(folder: Path) -> subprocess.Popen:

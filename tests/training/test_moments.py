@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from test_parts import Detector
+from detector import Detector
 from torch import Tensor, nn
 
 import dspfx
