@@ -1,6 +1,7 @@
 """A layer that is a part of a model by itself: a graph needs a module around what it calls."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +37,24 @@ def enclosed(module: nn.Module) -> nn.Module:
     if parametrize.is_parametrized(module):
         raise PrepareError("a parametrised layer is no part by itself")
     return Single(module)
+
+
+@contextmanager
+def tensors_hidden(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Meanwhile those of `parts` that stand for a layer have no `weight` or `bias` of its name.
+
+    Once converted they have none, for their weights are smaller: no code around them may use it.
+    """
+    hidden = []
+    for part in parts:
+        if isinstance(part, tuple(GATED)):
+            hidden.append((part, dict(part._parameters)))
+            part._parameters.clear()
+    try:
+        yield
+    finally:
+        for part, parameters in hidden:
+            part._parameters.update(parameters)
 
 
 def names_inside(names: Iterable[str], prefix: str) -> frozenset[str]:

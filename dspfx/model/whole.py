@@ -19,6 +19,7 @@ from dspfx.errors import EquivalenceError
 from dspfx.model.gating import fitting
 from dspfx.model.modes import modes_kept, put_all
 from dspfx.model.parts import Part
+from dspfx.model.single import tensors_hidden
 from dspfx.model.training_check import difference, rounding_errors, training_pass
 from dspfx.passes.sandbox.calls import Call, evaluate, fresh, parameter_dtype_and_device
 from dspfx.passes.sandbox.randomness import drawing_anew
@@ -47,6 +48,7 @@ class Whole:
         with ExitStack() as hooks:
             for part in parts:
                 hooks.callback(part.register_forward_hook(note).remove)
+            hooks.enter_context(tensors_hidden(parts))
             try:
                 actual = evaluate(root, self.inputs)
             except Exception as error:

@@ -318,3 +318,61 @@ def test_exports_and_compiles_where_a_part_is_an_instance_of_its_class(tmp_path:
     program = torch.export.load(tmp_path / "model.pt2").module()
     assert_equal(compact(IMAGES.float()), program(IMAGES.float()), 1e-5)
     assert_equal(compact(IMAGES.float()), torch.compile(compact)(IMAGES.float()), 1e-5)
+
+
+class Reparametrised(nn.Module):
+    """Writes the weight of a layer each time before it calls it."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.learned, self.merged = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.learned(x)
+        self.merged.weight.data = self.learned.weight.data.clone()
+        self.merged.bias.data = self.learned.bias.data.clone()
+        return self.merged(x)
+
+
+class Weighed(nn.Module):
+    """Reads the weight of a layer that it calls."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() > 1e6:
+            raise ValueError
+        return self.conv(x) / self.conv.weight.abs().mean()
+
+
+class AroundLayers(nn.Module):
+    def __init__(self, inner: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 6, 3), nn.ModuleList(inner(6) for _ in range(2))
+        self.head = nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.abs().max() > 1e6:
+            raise ValueError
+        for layer in self.inner:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("inner", "layer"), [(Reparametrised, "merged"), (Weighed, "conv")])
+def test_layers_whose_weights_the_code_around_them_uses_are_no_parts(
+    inner: type[nn.Module], layer: str
+) -> None:
+    model = randomise(AroundLayers(inner)).double().eval()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64, generator=torch.manual_seed(0))
+    prepared = dspfx.prepare(model, x)
+    for block in prepared.inner:
+        assert type(block.get_submodule(layer)) is nn.Conv2d
+    assert list(gated_layers(prepared)) == ["head.0", "head.2"]
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
+    compact = dspfx.convert(prepared)
+    assert_equal(prepared(x), compact(x))
