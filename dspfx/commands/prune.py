@@ -3,20 +3,19 @@
 import itertools
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dspfx.commands import prune_options as options
 from dspfx.commands import targets as subjects
 from dspfx.commands.files import OWN, check_writable, write, written
-from dspfx.commands.session import AsJson, Debug, Threads, say, session
+from dspfx.commands.session import AsJson, Debug, Session, Threads, say, session
 from dspfx.commands.unused_options import refuse
 from dspfx.convert import convert
 from dspfx.errors import BudgetError
-from dspfx.export import SUFFIXES
 from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
 from dspfx.pruning.budget import Budget, PruneReport
@@ -31,74 +30,27 @@ from dspfx.training.groups.cluster import cluster_groups
 from dspfx.training.recalibrate import recalibrate
 from dspfx.utils.typed_json import to_json
 
-BATCH, SAMPLE = 64, 32  # images to recalibrate with, and to ask for gradients, at a time
-IMAGES, PASSES = 1024, 40
+BATCH = 64  # images to recalibrate with at a time
 
 
 def prune(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="cifar-resnetN, a name of torchvision or timm, or package.module:factory.",
-            show_default=False,
-        ),
-    ],
-    keep_macs: Annotated[float | None, typer.Option(help="Fraction of the MACs to keep.")] = None,
-    keep_params: Annotated[
-        float | None, typer.Option(help="Fraction of the parameters to keep instead.")
-    ] = None,
-    keep_latency: Annotated[
-        float | None,
-        typer.Option(help="Fraction of the time to keep instead; layers are measured."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help=f"File to write: .safetensors, or {', '.join(SUFFIXES)}, which run without "
-            "dspfx. MODEL-pruned.safetensors if left out.",
-        ),
-    ] = None,
+    model: options.Model,
+    keep_macs: options.KeepMacs = None,
+    keep_params: options.KeepParams = None,
+    keep_latency: options.KeepLatency = None,
+    output: options.Output = None,
     pretrained: subjects.Pretrained = False,
     weights: subjects.Weights = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Images whose loss decides what goes, batch norms are recalibrated on, and the "
-            "accuracy is measured with: digits, fashion-mnist, cifar10 or a folder with train and "
-            "val."
-        ),
-    ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(min=2, help=f"Training images to use of them; {IMAGES} if left out."),
-    ] = None,
-    passes: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help=f"Batches of {SAMPLE} whose gradients decide what goes; 0 for the weights alone, "
-            f"{PASSES} if left out.",
-        ),
-    ] = None,
+    data: options.Data = None,
+    images: options.Images = None,
+    passes: options.Passes = None,
     classes: subjects.Classes = None,
     channels: subjects.Channels = None,
     image_size: subjects.ImageSize = None,
-    groups: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=f"Per layer; {subjects.GROUPS} if left out, or none but whole channels for a file "
-            "that other programs run.",
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers to leave alone; more than once.")
-    ] = None,
-    round_to: Annotated[int, typer.Option(min=1, help="Keep widths to multiples of it.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the clustering.")] = 0,
+    groups: options.Groups = None,
+    ignore: options.Ignore = None,
+    round_to: options.RoundTo = 1,
+    seed: options.Seed = 0,
     threads: Threads = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -117,30 +69,21 @@ def prune(
         whole = groups is None and not path.name.endswith(OWN)  # is fast wherever it will run
         given = groups or subjects.GROUPS
         config = PrepareConfig(groups=given, ignore=tuple(ignore or ()), round_to=round_to)
-        source, asked = None, channels
         if data is None:
             refuse({"images": images, "passes": passes}, ["images", "passes"], "without --data")
+            source = None
         else:
             source = open_source(Recipe(model, data, image_size=image_size, validation=0.0))
-            classes, channels = classes or source.classes, channels or source.channels
-            image_size = source.image_size
-        subject = subjects.open_model(
+        subject, source = _opened(
             model,
+            source,
             classes=classes,
             channels=channels,
             image_size=image_size,
             pretrained=pretrained,
             weights=weights,
         )
-        subject.check_channels(asked)
-        if not (pretrained or weights or subject.architecture.runs_code):
-            say("warning: the weights are random; --pretrained or --weights FILE brings others")
-        example = subject.images(2)
-        if source is not None:
-            if source.channels != subject.architecture.channels:
-                source = source.coloured()
-            check(subject.dense, example, source.classes)
-        prepared = prepare(subject.dense, example, config=config)
+        prepared = prepare(subject.dense, subject.images(2), config=config)
         if whole:
             say("pruning whole channels, which other programs run fast; groups, too, by --groups")
         else:
@@ -149,21 +92,70 @@ def prune(
         if source is None:
             pruned = _by_weights(prepared, budget, whole)
         else:
-            images, passes = images or IMAGES, PASSES if passes is None else passes
-            some = source.numbers["train"][:images]
+            some = source.numbers["train"][: images or options.IMAGES]
+            count = options.PASSES if passes is None else passes
             accuracies["dense"] = _accuracy(subject.dense, source)
-            pruned = _pruned(prepared, budget, source, in_batches(some, SAMPLE), passes, whole)
+            pruned = _by_gradients(prepared, budget, source, some, count, whole)
             accuracies["pruned"] = _accuracy(prepared, source)
             recalibrate(prepared, source.batches("train", in_batches(some, BATCH)))
             accuracies["recalibrated"] = _accuracy(prepared, source)
         say(str(pruned))
-        compact = convert(prepared)
-        write(compact, path, subject)
-        found = report(compact)
-        lines = [f"test accuracy, {name}: {share:.2%}" for name, share in accuracies.items()]
-        text = "\n".join([str(found), *lines, written(path, found)])
-        plain: dict[str, Any] = {"file": str(path), "pruned": to_json(pruned)}
-        own.give(text, {**plain, "accuracy": accuracies, "report": found.to_dict()})
+        _give(own, path, subject, prepared, pruned, accuracies)
+
+
+def _opened(
+    model: str,
+    source: Source | None,
+    *,
+    classes: int | None,
+    channels: int | None,
+    image_size: int | None,
+    pretrained: bool,
+    weights: Path | None,
+) -> tuple[subjects.Subject, Source | None]:
+    """The dense network, and the images of `source` as it reads them.
+
+    Raises:
+        RecipeError: there is no such network, or it does not fit the images.
+    """
+    asked = channels
+    if source is not None:
+        classes, channels = classes or source.classes, channels or source.channels
+        image_size = source.image_size
+    subject = subjects.open_model(
+        model,
+        classes=classes,
+        channels=channels,
+        image_size=image_size,
+        pretrained=pretrained,
+        weights=weights,
+    )
+    subject.check_channels(asked)
+    if not (pretrained or weights or subject.architecture.runs_code):
+        say("warning: the weights are random; --pretrained or --weights FILE brings others")
+    if source is not None:
+        if source.channels != subject.architecture.channels:
+            source = source.coloured()
+        check(subject.dense, subject.images(2), source.classes)
+    return subject, source
+
+
+def _give(
+    own: Session,
+    path: Path,
+    subject: subjects.Subject,
+    prepared: nn.Module,
+    pruned: PruneReport,
+    accuracies: dict[str, float],
+) -> None:
+    """Convert, write the file at `path`, and give the report."""
+    compact = convert(prepared)
+    write(compact, path, subject)
+    found = report(compact)
+    lines = [f"test accuracy, {name}: {share:.2%}" for name, share in accuracies.items()]
+    text = "\n".join([str(found), *lines, written(path, found)])
+    plain: dict[str, Any] = {"file": str(path), "pruned": to_json(pruned)}
+    own.give(text, {**plain, "accuracy": accuracies, "report": found.to_dict()})
 
 
 def _usual_file(model: str) -> Path:
@@ -185,15 +177,18 @@ def _by_weights(prepared: nn.Module, budget: Budget, whole: bool) -> PruneReport
     return prune_to(prepared, budget, drop_filters=False)
 
 
-def _pruned(
+def _by_gradients(
     prepared: nn.Module,
     budget: Budget,
     source: Source,
-    batches: list[Tensor],
+    numbers: Tensor,
     passes: int,
     whole: bool,
 ) -> PruneReport:
-    """By the gradients of some batches, without a step of any optimizer; or by the weights."""
+    """By the gradients of the images `numbers`, without a step of any optimizer.
+
+    Without any `passes`, by the weights.
+    """
     if not passes:
         return _by_weights(prepared, budget, whole)
     pruning = GradualPruning(
@@ -205,7 +200,7 @@ def _pruned(
         prunings=math.ceil(passes / 2),
         groups=not whole,
     )
-    turns = list(itertools.islice(itertools.cycle(batches), passes))
+    turns = list(itertools.islice(itertools.cycle(in_batches(numbers, options.SAMPLE)), passes))
     prepared.train()
     for x, y in tqdm(source.batches("train", turns), "pruning", passes, disable=None, leave=False):
         prepared.zero_grad()

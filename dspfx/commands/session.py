@@ -9,6 +9,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -36,9 +37,23 @@ Debug = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads that torch uses.")]
 
 
+# what messages call settings in Python, and the options that set them here
+_OPTIONS = (
+    (re.compile(r"PrepareConfig\(ignore=\.\.\.\)"), "--ignore"),
+    (re.compile(r"\bignore=(?='|\")"), "--ignore "),
+)
+
+
 def say(text: str) -> None:
     """Tell the user, on stderr."""
-    typer.echo(text, err=True)
+    typer.echo(in_options(text), err=True)
+
+
+def in_options(text: str) -> str:
+    """`text` with the names of options where it has those of settings in Python."""
+    for setting, option in _OPTIONS:
+        text = setting.sub(option, text)
+    return text
 
 
 class Session:
@@ -73,7 +88,7 @@ class Session:
         """Print the result, once where several processes have it."""
         if self._result is not None and rank() == 0:
             text, plain = self._result
-            typer.echo(json.dumps(plain, indent=2) if self.as_json else text)
+            typer.echo(json.dumps(plain, indent=2) if self.as_json else in_options(text))
 
 
 @contextmanager
@@ -97,7 +112,7 @@ def session(*, debug: bool, as_json: bool, threads: int | None = None) -> Iterat
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split())
+        text = in_options(" ".join(str(error).split()))
         if not isinstance(error, DspfxError):
             text = f"unexpected {type(error).__name__}: {text} (--debug shows where)"
         if as_json and rank() == 0:

@@ -20,7 +20,7 @@ from dspfx.recipe.networks.architectures import (
     read_weights,
     start_from,
 )
-from dspfx.recipe.networks.libraries import preprocessing_of
+from dspfx.recipe.networks.libraries import library_of, preprocessing_of
 from dspfx.storage.load import load
 
 CLASSES, CHANNELS, GROUPS = 1000, 3, 4
@@ -191,14 +191,27 @@ def _file(named: str) -> Path | None:
         if run.model.is_file():
             return run.model
         if run.config.is_file():
-            raise RecipeError(f"the run in {named} has no model yet; go on with it (--resume)")
+            raise RecipeError(
+                f"the run in {named} has no model yet; to go on with it: dspfx train --resume "
+                f"--run-dir {named}"
+            )
+        try:
+            library_of(named)  # which may be called as a folder is
+        except RecipeError as error:
+            raise RecipeError(
+                f"there is no run of dspfx train in the folder {named}, and no model is called "
+                "like that"
+            ) from error
         return None
     if path.is_file():
         return path
     if path.suffix in FILES:
         raise RecipeError(f"there is no file {named}")
     if "/" in named and ":" not in named and not named.startswith(("torchvision/", "timm/")):
-        raise RecipeError(f"there is no file or folder {named}, and no model is called like that")
+        raise RecipeError(
+            f"there is no file or folder {named}, and no model is called like that; the runs of "
+            "dspfx train are folders such as runs/first"
+        )
     return None
 
 

@@ -3,165 +3,69 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from dspfx.commands import train_options as options
 from dspfx.commands.files import check_writable, write, written
 from dspfx.commands.session import AsJson, Debug, Session, Threads, say, session
 from dspfx.commands.targets import open_subject
 from dspfx.commands.unused_options import check_effects
 from dspfx.errors import RecipeError
 from dspfx.export import SUFFIXES
+from dspfx.recipe.epochs import Logger, loggers
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.images.datasets import LOADERS
-from dspfx.recipe.presets import PRESETS, preset
+from dspfx.recipe.presets import preset
 from dspfx.recipe.run import Machine
 from dspfx.recipe.run import run as run_recipe
-from dspfx.recipe.settings import PRECISIONS, Recipe
+from dspfx.recipe.settings import Recipe
 from dspfx.recipe.team import rank
 
 PHASES = ("dense", "learn", "tune")
 PARTS = ("epochs", "lr", "weight_decay")
 GENTLER = 0.1  # of the dense network's rate, where it has learned before
-MODEL, TRAINING, PRUNING, RUNNING = "Model and data", "Training", "Pruning", "Running"
-
-
-def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
 
 
 def train(
-    model: Annotated[
-        str | None,
-        _option(MODEL, "cifar-resnetN, a name of torchvision or timm, or package.module:factory."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        _option(MODEL, "digits, fashion-mnist, cifar10, or a folder with train and val in it."),
-    ] = None,
-    folder: Annotated[Path | None, _option(MODEL, "Where the files of the data are.")] = None,
-    pretrained: Annotated[
-        bool | None,
-        _option(
-            MODEL,
-            "Start from the pretrained weights that torchvision or timm offers.",
-            "--pretrained/--no-pretrained",
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None, _option(MODEL, "Start from the weights in this file (.safetensors, .pt).")
-    ] = None,
-    image_size: Annotated[int | None, _option(MODEL, "Resize images to so many pixels.")] = None,
-    images: Annotated[int | None, _option(MODEL, "Use only so many training images.")] = None,
-    validation: Annotated[
-        float | None,
-        _option(MODEL, "Share of the training images that chooses the best weights (default 0.1)."),
-    ] = None,
-    preset_name: Annotated[
-        str | None,
-        _option(TRAINING, f"Start from these settings: {', '.join(PRESETS)}.", "--preset"),
-    ] = None,
-    epochs_dense: Annotated[int | None, _option(TRAINING, "Before pruning; 0 for none.")] = None,
-    epochs_learn: Annotated[
-        int | None,
-        _option(
-            TRAINING, "Of gradual pruning, or group learning; 0 to cluster the weights instead."
-        ),
-    ] = None,
-    epochs_tune: Annotated[
-        int | None, _option(TRAINING, "Of fine-tuning; 0 to recalibrate batch norms instead.")
-    ] = None,
-    lr_dense: Annotated[
-        float | None,
-        _option(
-            TRAINING,
-            "Learning rate before pruning; where weights are given a tenth of the usual one.",
-        ),
-    ] = None,
-    lr_learn: Annotated[float | None, _option(TRAINING, "Learning rate in these epochs.")] = None,
-    lr_tune: Annotated[float | None, _option(TRAINING, "Learning rate of fine-tuning.")] = None,
-    weight_decay: Annotated[float | None, _option(TRAINING, "In all phases.")] = None,
-    cycles: Annotated[int | None, _option(TRAINING, "Of fine-tuning.")] = None,
-    batch: Annotated[int | None, _option(TRAINING, "Images in a step.")] = None,
-    precision: Annotated[str | None, _option(TRAINING, " or ".join(PRECISIONS) + ".")] = None,
-    distill: Annotated[
-        bool | None,
-        _option(TRAINING, "Fine-tune with the dense network's answers.", "--distill/--no-distill"),
-    ] = None,
-    temperature: Annotated[
-        float | None, _option(TRAINING, "Of the distillation (default 4).")
-    ] = None,
-    distill_weight: Annotated[
-        float | None,
-        _option(
-            TRAINING, "Of the dense network's answers, the labels' being 1 - it (default 0.9)."
-        ),
-    ] = None,
-    seed: Annotated[int | None, _option(TRAINING, "Of everything random (default 0).")] = None,
-    method: Annotated[
-        str | None,
-        _option(
-            PRUNING,
-            "gradual (default): channels and groups go while the network trains, by what the loss "
-            "says. channels: likewise, whole channels only. learned: groups are learned, then "
-            "pruned.",
-        ),
-    ] = None,
-    groups: Annotated[int | None, _option(PRUNING, "Per layer.")] = None,
-    keep_macs: Annotated[float | None, _option(PRUNING, "Fraction of the MACs to keep.")] = None,
-    keep_latency: Annotated[
-        float | None,
-        _option(PRUNING, "Fraction of the time to keep instead; layers are measured here."),
-    ] = None,
-    strength: Annotated[
-        float | None, _option(PRUNING, "Of the group learning (--method learned).")
-    ] = None,
-    logits_every: Annotated[
-        int | None,
-        _option(PRUNING, "Learn groups in every n-th step only, which is faster (default 1)."),
-    ] = None,
-    prune_more: Annotated[
-        float | None,
-        _option(
-            PRUNING,
-            "Of --method learned: fraction of the MACs that a cycle takes away (default 0.001).",
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        _option(PRUNING, "Layers to leave alone, such as '*.downsample.*'; more than once."),
-    ] = None,
-    run_dir: Annotated[
-        Path | None,
-        _option(
-            RUNNING,
-            "Folder of the run; runs/, the model if given, and the data or preset if left out.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        _option(
-            RUNNING,
-            f"Write the compact network to this file, too: {', '.join(SUFFIXES)}; the method is "
-            "channels then, if none is asked for.",
-            "--output",
-            "-o",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, _option(RUNNING, "Go on with the run in this folder.", "--resume")
-    ] = False,
-    device: Annotated[
-        str, _option(RUNNING, "cpu, cuda, or auto for a GPU if there is one (default auto).")
-    ] = "auto",
+    model: options.Model = None,
+    data: options.Data = None,
+    folder: options.Folder = None,
+    pretrained: options.Pretrained = None,
+    weights: options.Weights = None,
+    image_size: options.ImageSize = None,
+    images: options.Images = None,
+    validation: options.Validation = None,
+    preset_name: options.PresetName = None,
+    epochs_dense: options.EpochsDense = None,
+    epochs_learn: options.EpochsLearn = None,
+    epochs_tune: options.EpochsTune = None,
+    lr_dense: options.LrDense = None,
+    lr_learn: options.LrLearn = None,
+    lr_tune: options.LrTune = None,
+    weight_decay: options.WeightDecay = None,
+    cycles: options.Cycles = None,
+    batch: options.Batch = None,
+    precision: options.Precision = None,
+    distill: options.Distill = None,
+    temperature: options.Temperature = None,
+    distill_weight: options.DistillWeight = None,
+    seed: options.Seed = None,
+    method: options.Method = None,
+    groups: options.Groups = None,
+    keep_macs: options.KeepMacs = None,
+    keep_latency: options.KeepLatency = None,
+    strength: options.Strength = None,
+    logits_every: options.LogitsEvery = None,
+    prune_more: options.PruneMore = None,
+    ignore: options.Ignore = None,
+    run_dir: options.RunDir = None,
+    output: options.Output = None,
+    resume: options.Resume = False,
+    log: options.Log = None,
+    device: options.Device = options.DEVICE,
     threads: Threads = None,
-    workers: Annotated[
-        int, _option(RUNNING, "Processes that read image files (default 4).", min=0)
-    ] = 4,
-    checkpoint_minutes: Annotated[
-        float, _option(RUNNING, "Between checkpoints within an epoch (default 10).", min=0)
-    ] = 10.0,
+    workers: options.Workers = options.WORKERS,
+    checkpoint_minutes: options.CheckpointMinutes = options.CHECKPOINT_MINUTES,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -175,38 +79,86 @@ def train(
     with session(debug=debug, as_json=as_json, threads=threads) as own:
         if output is not None:
             check_writable(output, tuple(SUFFIXES))
-        if resume and preset_name is not None:
-            raise RecipeError("a run that goes on has its settings; leave out --preset")
-        if keep_macs is not None and keep_latency is not None:
-            raise RecipeError("give one of --keep-macs and --keep-latency")
-        if resume and run_dir is None and data is None:
-            raise RecipeError("say which run is to go on: --run-dir")
         path = run_dir or Path("runs") / _name(model, data, preset_name)
-        base = RunFolder(path).recipe() if resume else _base(preset_name, model, data)
-        if output is not None and not resume:
-            given = for_other_programs(base, given)
-        recipe = changed(base, given)
-        if resume and recipe != base:
-            raise RecipeError(
-                f"the run in {path} has other settings, see its config.json; leave these options "
-                "out, or begin another run"
-            )
-        if not resume:
-            check_effects(recipe, given)
-            recipe = gentler(recipe, given)
-        own.machine = [*(["--threads", str(threads)] if threads else []), "--device", device]
+        recipe = _resumed(given, path) if resume else _asked(given)
+        own.machine = of_this_machine(given)
         machine = Machine(device, workers, checkpoint_minutes)
-        _go(own, recipe, path, resume, machine, output)
+        logs = loggers(log.split(","), path) if log is not None and rank() == 0 else []
+        _go(own, recipe, path, resume, machine, logs, output)
+
+
+def _asked(given: dict[str, Any]) -> Recipe:
+    """The recipe of a new run with the options `given`.
+
+    Raises:
+        RecipeError: they contradict each other, one is missing, or one has no effect.
+    """
+    _check_one_budget(given)
+    base = _base(given.get("preset_name"), given.get("model"), given.get("data"))
+    if "output" in given:
+        given = for_other_programs(base, given)
+    recipe = changed(base, given)
+    check_effects(recipe, given)
+    return gentler(recipe, given)
+
+
+def _resumed(given: dict[str, Any], path: Path) -> Recipe:
+    """The recipe of the run in `path`, which the options `given` do not change.
+
+    Raises:
+        RecipeError: they do, or there is no run, or it is not said which.
+    """
+    if "preset_name" in given:
+        raise RecipeError("a run that goes on has its settings; leave out --preset")
+    _check_one_budget(given)
+    if "run_dir" not in given and "data" not in given:
+        raise RecipeError("say which run is to go on: --run-dir")
+    recipe = RunFolder(path).recipe()
+    if changed(recipe, given) != recipe:
+        raise RecipeError(
+            f"the run in {path} has other settings, see its config.json; leave these options "
+            "out, or begin another run"
+        )
+    return recipe
+
+
+def _check_one_budget(given: dict[str, Any]) -> None:
+    if "keep_macs" in given and "keep_latency" in given:
+        raise RecipeError("give one of --keep-macs and --keep-latency")
+
+
+def of_this_machine(given: dict[str, Any]) -> list[str]:
+    """The options `given` that no file of a run remembers, but for those that are defaults."""
+    usual = {
+        "threads": None,
+        "log": None,
+        "device": options.DEVICE,
+        "workers": options.WORKERS,
+        "checkpoint_minutes": options.CHECKPOINT_MINUTES,
+    }
+    changed = {name: given.get(name, value) for name, value in usual.items()}
+    words = [
+        (f"--{name.replace('_', '-')}", str(value))
+        for name, value in changed.items()
+        if value != usual[name]
+    ]
+    return [word for pair in words for word in pair]
 
 
 def _go(
-    own: Session, recipe: Recipe, path: Path, resume: bool, machine: Machine, output: Path | None
+    own: Session,
+    recipe: Recipe,
+    path: Path,
+    resume: bool,
+    machine: Machine,
+    logs: list[Logger],
+    output: Path | None,
 ) -> None:
     started = time.monotonic()
     own.folder = path
     if resume and rank() == 0:
         say(f"going on with the run in {path}")
-    outcome = run_recipe(recipe, path, resume=resume, machine=machine, say=say)
+    outcome = run_recipe(recipe, path, resume=resume, machine=machine, say=say, loggers=logs)
     seconds = time.monotonic() - started
     lines = [f"finished in {seconds:.0f} s; the compact network is in {outcome.model}"]
     plain: dict[str, Any] = {"run": str(path), "seconds": seconds, **outcome.to_dict()}

@@ -111,8 +111,7 @@ class PruneReport:
 
     def __str__(self) -> str:
         lines = [
-            f"kept {self.achieved:.2%} (budget {self.budget:.2%}) at threshold "
-            f"{self.threshold:.4f}",
+            f"kept {self.achieved:.2%} (budget {self.budget:.2%})",
             f"MACs {self.before.macs:,} -> {self.emitted.macs:,}, "
             f"parameters {self.before.parameters:,} -> {self.emitted.parameters:,}",
         ]

@@ -7,6 +7,7 @@ outcome = run(preset("digits"), Path("runs/digits"), say=print)
 `dspfx train` is the same from the command line.
 """
 
+from dspfx.recipe.epochs import Epoch, loggers
 from dspfx.recipe.networks.architectures import Architecture
 from dspfx.recipe.outcome import Outcome
 from dspfx.recipe.presets import PRESETS, preset
@@ -17,11 +18,13 @@ from dspfx.recipe.speed import Speed, speed
 __all__ = [
     "PRESETS",
     "Architecture",
+    "Epoch",
     "Machine",
     "Outcome",
     "Recipe",
     "Schedule",
     "Speed",
+    "loggers",
     "preset",
     "run",
     "speed",

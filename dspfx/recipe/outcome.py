@@ -1,5 +1,6 @@
 """What came out of a run."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -55,12 +56,23 @@ class Outcome:
         parts = [
             str(self.report),
             tabulate(accuracies, ("network", "test accuracy"), disable_numparse=True),
+            f"An accuracy on {self.test_images:,} images is uncertain by ±{self._uncertainty:.1f} "
+            "points (one standard error).",
             f"masked and compact: {self.equal_predictions} of {self.test_images} predictions "
             f"equal, outputs differ by at most {self.largest_difference:.1e}",
             *(f"warning: {warning}" for warning in self.warnings),
             *([] if self.speed is None else [str(self.speed)]),
         ]
         return "\n\n".join(parts)
+
+    @property
+    def _uncertainty(self) -> float:
+        """The standard error of the last accuracy in points, from the number of test images.
+
+        The share is Laplace's `(k + 1) / (n + 2)`: all of a few being right is no certainty.
+        """
+        share = (self.compact * self.test_images + 1) / (self.test_images + 2)
+        return 100 * math.sqrt(share * (1 - share) / self.test_images)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values."""

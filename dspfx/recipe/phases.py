@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dspfx.pruning.budget import PruneReport
 from dspfx.pruning.gradual import GradualPruning
 from dspfx.recipe.networks.outputs import classification_loss, logits_of
 from dspfx.recipe.settings import Recipe, Schedule
 from dspfx.recipe.team import Team
+from dspfx.reporting.report import report
 from dspfx.training.distill import distillation_loss
 from dspfx.training.finetune import CyclicFinetune
 from dspfx.training.groups.learner import GroupLearner
@@ -68,6 +70,10 @@ class Phase(ABC):
     def end_epoch(self, score: float | None) -> None:
         """Take note of the accuracy on the validation images; None if there are none."""
         return
+
+    def macs_left(self) -> float:
+        """The fraction of the dense network's MACs that its model has at present."""
+        return 1.0
 
     def _plain_step(
         self, loss: Callable[[], Tensor], before_update: Callable[[], object] = lambda: None
@@ -131,6 +137,10 @@ class Prune(Phase):
         """See `Phase.step`."""
         return self._plain_step(loss, before_update=self.pruning.step)
 
+    def macs_left(self) -> float:
+        """See `Phase.macs_left`."""
+        return macs_left(self.model, self.pruning.report)
+
 
 def gradual_pruning(recipe: Recipe, prepared: nn.Module, steps: int) -> GradualPruning:
     """What prunes in the second phase, which takes so many `steps`.
@@ -157,9 +167,11 @@ class Tune(Phase):
         teacher: nn.Module | None,
         initial_score: float | None,
         reference: float | None,
+        macs_left: float | None = None,
     ) -> None:
         super().__init__(recipe.tune, model, steps, team)
         self.recipe = recipe
+        self._macs_left = macs_left  # where nothing more is pruned
         self.teacher = teacher
         self.finetune = CyclicFinetune(
             model,
@@ -212,3 +224,15 @@ class Tune(Phase):
     def end_epoch(self, score: float | None) -> None:
         """See `Phase.end_epoch`."""
         self.finetune.end_epoch(score)
+
+    def macs_left(self) -> float:
+        """See `Phase.macs_left`."""
+        if self._macs_left is not None:
+            return self._macs_left
+        return macs_left(self.model, self.finetune.report)
+
+
+def macs_left(prepared: nn.Module, pruned: PruneReport | None = None) -> float:
+    """The fraction of the MACs that the masks leave, of which `pruned` tells if it is known."""
+    found = pruned or report(prepared)
+    return found.after.macs / found.before.macs

@@ -1,7 +1,7 @@
 """The whole road: train, prune, fine-tune, convert, save, report."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dspfx.pruning.budget import PruneReport
 from dspfx.pruning.prune import prune
 from dspfx.pruning.weak_layers import in_words, weak_layers_of
 from dspfx.recipe.comparison import compare
+from dspfx.recipe.epochs import Logger
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.images.sources import Source, in_batches, open_source
 from dspfx.recipe.networks.architectures import (
@@ -26,7 +27,7 @@ from dspfx.recipe.networks.architectures import (
 )
 from dspfx.recipe.networks.outputs import check
 from dspfx.recipe.outcome import Outcome
-from dspfx.recipe.phases import Dense, Learn, Prune, Tune, gradual_pruning
+from dspfx.recipe.phases import Dense, Learn, Prune, Tune, gradual_pruning, macs_left
 from dspfx.recipe.settings import Recipe
 from dspfx.recipe.team import Team, team
 from dspfx.recipe.training import Training
@@ -65,6 +66,7 @@ def run(
     resume: bool = False,
     machine: Machine | None = None,
     say: Say = lambda text: None,
+    loggers: Sequence[Logger] = (),
 ) -> Outcome:
     """Make a compact network by `recipe`, in `folder`, or go on with the run that is there.
 
@@ -76,7 +78,8 @@ def run(
         resume: go on from the last checkpoint; on a CPU, with the same number of threads, bit for
             bit.
         machine: how to compute it.
-        say: is told what is being done.
+        say: is told what is being done, and a line of every epoch.
+        loggers: functions that are called with every `Epoch` that is done, in the first process.
 
     Raises:
         RecipeError: `folder` holds a run and is not to be resumed, or holds none, or one of another
@@ -103,7 +106,12 @@ def run(
             files.begin(recipe, source.fingerprint)
         own.wait()
         training = Training(
-            recipe, files, source, own, checkpoint_minutes=machine.checkpoint_minutes
+            recipe,
+            files,
+            source,
+            own,
+            checkpoint_minutes=machine.checkpoint_minutes,
+            loggers=(lambda epoch: say(str(epoch)), *loggers),
         )
         if resume:
             training.find_place()
@@ -214,9 +222,10 @@ class _Steps:
             model.eval()
             teacher = model.requires_grad_(False)
         score = training.accuracy(prepared, "validation") if self.recipe.validation else None
-        doing, tuned = "pruning and fine-tuning", prepared
+        doing, tuned, left = "pruning and fine-tuning", prepared, None
         if self.recipe.gradual:  # nothing is pruned any more
-            doing, tuned = "fine-tuning", self._narrow(prepared)
+            left = macs_left(prepared)
+            doing, tuned = "fine-tuning", self._narrow(prepared, left)
             if not training.is_in("tune"):
                 found = prune(prepared, self.recipe.budget_of_tuning)
                 self._pruned(found, 0, prepared, training)
@@ -229,6 +238,7 @@ class _Steps:
             teacher=teacher,
             initial_score=score,
             reference=training.facts.get("dense_validation"),
+            macs_left=left,
         )
         told: PruneReport | None = None
 
@@ -245,10 +255,9 @@ class _Steps:
         if self.recipe.validation and tune.finetune.best_score is not None:
             training.facts["validation"] = tune.finetune.best_score
 
-    def _narrow(self, prepared: nn.Module) -> nn.Module:
-        """What is alive of it, if that trains faster and can be trained; else itself."""
-        left = report(prepared)
-        if left.after.macs > NARROW * left.before.macs:
+    def _narrow(self, prepared: nn.Module, left: float) -> nn.Module:
+        """What is alive of it, if that (the share `left`) trains faster and can be; else itself."""
+        if left > NARROW:
             return prepared
         try:
             return narrow(prepared)
@@ -259,8 +268,9 @@ class _Steps:
     def _pruned(
         self, found: PruneReport, cycle: int, prepared: nn.Module, training: Training
     ) -> None:
-        """Say and write down what one pruning did."""
-        self.say(str(found))
+        """Say and write down what one pruning did; what the outcome warns of is said there."""
+        later = in_words(weak_layers_of(prepared))
+        self.say(str(replace(found, warnings=tuple(w for w in found.warnings if w not in later))))
         accuracy = training.accuracy(prepared, "test")
         if cycle == 0:
             training.facts["pruned"] = accuracy

@@ -6,7 +6,7 @@ does not hold is drawn anew from the place where the run is, see `seeds`.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dspfx.errors import LearnError
+from dspfx.recipe.epochs import Epoch, Logger
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.images.seeds import generator_of, seed_of
 from dspfx.recipe.images.sources import Batch, Part, Source, in_batches
@@ -64,12 +65,14 @@ class Training:
         team: Team,
         *,
         checkpoint_minutes: float,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.source = source
         self.team = team
         self.between_checkpoints = 60 * checkpoint_minutes
+        self.loggers = loggers
         self.facts: dict[str, float] = {}
         self.place: Place | None = None
         self._saved = time.monotonic()
@@ -171,14 +174,46 @@ class Training:
         self.team.equalise(phase.model)
         score = self.accuracy(phase.model, "validation") if self.recipe.validation else None
         phase.end_epoch(score)
+        seconds = time.monotonic() - started
         self.folder.log(
             phase=phase.name,
             epoch=place.epoch + 1,
             loss=loss,
             validation=score,
             lr=rate,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(seconds, 3),
         )
+        if self.team.first and self.loggers:
+            each = seconds * phase.steps / (phase.steps - first)
+            self._tell(phase, place.epoch + 1, loss, score, rate, seconds, each)
+
+    def _tell(
+        self,
+        phase: Phase,
+        number: int,
+        loss: float,
+        score: float | None,
+        rate: float,
+        seconds: float,
+        each: float,
+    ) -> None:
+        """Tell all loggers of an epoch; `each` is how many seconds a whole one takes."""
+        epochs = [getattr(self.recipe, name).epochs for name in NAMES]
+        done = sum(epochs[: NAMES.index(phase.name)]) + number
+        epoch = Epoch(
+            phase=phase.name,
+            number=number,
+            epochs=phase.schedule.epochs,
+            done=done,
+            loss=loss,
+            accuracy=score,
+            macs=phase.macs_left(),
+            learning_rate=rate,
+            seconds=seconds,
+            remaining=(sum(epochs) - done) * each,
+        )
+        for log in self.loggers:
+            log(epoch)
 
     def _closure(self, phase: Phase, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
         def loss() -> Tensor:

@@ -35,3 +35,16 @@ def shortened(name: str, width: int) -> str:
         return name
     head = (width - 3) // 2
     return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
+
+
+def duration(seconds: float) -> str:
+    """Two units of a time: `0.6 s`, `42 s`, `3 min 5 s`, `2 h 10 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

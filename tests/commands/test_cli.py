@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 import dspfx
 from dspfx.commands import app as cli
 from dspfx.commands import bench as bench_command
-from dspfx.commands.session import Session
-from dspfx.commands.train import PHASES, _base, changed, gentler
+from dspfx.commands.session import Session, in_options
+from dspfx.commands.train import PHASES, _base, changed, gentler, of_this_machine
 from dspfx.recipe import Recipe, Schedule, Speed, preset
 from dspfx.recipe.networks.architectures import Architecture
 
@@ -323,7 +323,7 @@ def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == ""
-    again = "dspfx train --resume --run-dir run --threads 1 --device cpu"
+    again = "dspfx train --resume --run-dir run --threads 1 --device cpu --checkpoint-minutes 0.0"
     assert err.splitlines()[-1] == f"interrupted; to go on: {again}"
     assert "Traceback" not in err
     words = "train --resume --run-dir run"
@@ -339,6 +339,14 @@ def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
     code, text, _ = invoke("inspect", str(tmp_path / "run"))
     assert code == 0
     assert "whole model, MACs" in text
+
+
+def test_what_is_usual_is_not_asked_for_again() -> None:
+    """The hint to resume holds the options of this machine that are no defaults."""
+    usual = {"device": "auto", "workers": 4, "checkpoint_minutes": 10.0, "seed": 3}
+    assert of_this_machine(usual) == []
+    given = {**usual, "workers": 0, "log": "csv", "threads": 2}
+    assert of_this_machine(given) == ["--threads", "2", "--log", "csv", "--workers", "0"]
 
 
 def test_several_processes_go_on_as_several(
@@ -362,6 +370,34 @@ def test_warnings_are_lines_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = invoke("inspect", "resnet18")
     assert (code, out) == (1, "")
     assert err == "warning: mind the gap\nerror: and the step\n"
+
+
+def test_settings_are_called_as_options_are() -> None:
+    _, _, err = invoke("inspect", "cifar-resnet8", "--ignore", "nope")
+    assert err.startswith("error: --ignore 'nope' matches no module; names look like conv_1_3x3,")
+    text = "let PrepareConfig(ignore=...) leave these layers alone"
+    assert in_options(text) == "let --ignore leave these layers alone"
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("yolov8n", "error: there is no model 'yolov8n' (the nearest names are "),
+        ("resnext", "(the nearest names are resnext"),
+        ("runs/nope", "error: there is no file or folder runs/nope, and no model is called like"),
+        ("runs", "error: there is no run of dspfx train in the folder runs, and no model is"),
+        ("runs/begun", "error: the run in runs/begun has no model yet; to go on with it: dspfx "),
+    ],
+)
+def test_what_is_not_there_is_said_and_nothing_else(
+    named: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "begun").mkdir(parents=True)
+    (tmp_path / "runs" / "begun" / "config.json").touch()
+    code, out, err = invoke("inspect", named)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert said in err
 
 
 def test_models_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """A run as a whole: what it leaves, and that it goes on bit for bit wherever it stopped."""
 
+import csv
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -21,6 +23,7 @@ from torchvision.utils import save_image
 import dspfx
 from dspfx.recipe import PRESETS, Machine, Outcome, Recipe, Schedule, preset, run, training
 from dspfx.recipe.comparison import compare
+from dspfx.recipe.epochs import Epoch, loggers
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.images.sources import open_source
 from dspfx.recipe.networks.architectures import Architecture
@@ -98,6 +101,92 @@ def test_what_a_run_leaves(whole: tuple[Path, Outcome]) -> None:
     assert outcome.equal_predictions == outcome.test_images == 360
     assert 0 <= outcome.largest_difference < 1e-4
     assert outcome.report.after.macs <= 0.4 * outcome.report.before.macs
+
+
+EPOCHS = [("dense", 1), ("dense", 2), ("learn", 1), ("tune", 1), ("tune", 2)]
+
+
+@pytest.mark.parametrize("method", ["learned", "gradual"])
+def test_every_epoch_is_told(method: str, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(TINY, method=method)
+    told: list[Epoch] = []
+    said: list[str] = []
+    outcome = run(recipe, tmp_path, machine=EVERY_STEP, say=said.append, loggers=[told.append])
+    assert [(epoch.phase, epoch.number) for epoch in told] == EPOCHS
+    assert [epoch.done for epoch in told] == [1, 2, 3, 4, 5]
+    assert [epoch.remaining > 0 for epoch in told] == [True] * 4 + [False]
+    logged = [record for record in metrics(tmp_path) if "loss" in record]
+    for epoch, record in zip(told, logged, strict=True):
+        assert (epoch.loss, epoch.accuracy) == (record["loss"], record["validation"])
+        assert str(epoch) in said
+    assert told[0].macs == told[1].macs == 1.0
+    kept = outcome.report.after.macs / outcome.report.before.macs
+    assert told[-1].macs == kept <= recipe.keep_macs
+    assert (told[2].macs == 1.0) is (method == "learned")
+    assert str(dataclasses.replace(told[1], loss=0.5, seconds=61.3, remaining=7300.0)) == (
+        f"dense 2/2: loss 0.5000, validation accuracy {told[1].accuracy:.2%}, 100.0% of the MACs, "
+        "1 min 1 s, about 2 h 1 min left"
+    )
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ("seconds", "remaining")} for row in found]
+
+
+def test_a_log_of_a_run_that_goes_on_has_every_epoch_once(tmp_path: Path) -> None:
+    """As if it had never stopped; that it told of an epoch before it died makes no second row."""
+    recipe = dataclasses.replace(TINY, method="gradual", dense=Schedule(1, 0.1))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(recipe, whole, machine=EVERY_STEP, loggers=loggers(["csv"], whole))
+    assert [(row["phase"], int(row["number"])) for row in rows(whole / "metrics.csv")] == (
+        [("dense", 1), *EPOCHS[2:]]
+    )
+
+    def die(epoch: Epoch) -> None:
+        if epoch.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, broken, machine=EVERY_STEP, loggers=[*loggers(["csv"], broken), die])
+    assert len(rows(broken / "metrics.csv")) == 3
+    run(recipe, broken, resume=True, machine=EVERY_STEP, loggers=loggers(["csv"], broken))
+    assert rows(broken / "metrics.csv") == rows(whole / "metrics.csv")
+
+
+def test_logs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(dspfx.RecipeError, match="there is no log 'wandb'; choose from csv, tens"):
+        loggers(["wandb"], tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(dspfx.RecipeError, match="pip install tensorboard"):
+        loggers(["tensorboard"], tmp_path)
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+    epoch = Epoch("dense", 1, 2, 1, 0.5, None, 1.0, 0.1, 1.0, 1.0)
+    with pytest.raises(dspfx.RecipeError, match=r"metrics.csv is no log of a run; move it away"):
+        loggers(["csv"], tmp_path)[0](epoch)
+
+
+def test_tensorboard_shows_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    (log,) = loggers(["tensorboard"], tmp_path)
+    for done in (1, 2):
+        log(Epoch("dense", done, 2, done, 0.5 / done, None, 0.25, 0.1, 1.0, 1.0))
+    (again,) = loggers(["tensorboard"], tmp_path)  # of a run that goes on
+    again(Epoch("dense", 2, 2, 2, 0.125, 0.75, 0.25, 0.1, 1.0, 1.0))
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(1, 0.5), (2, 0.125)]
+    assert [(e.step, e.value) for e in found.Scalars("macs")] == [(1, 0.25), (2, 0.25)]
+    assert [(e.step, e.value) for e in found.Scalars("accuracy")] == [(2, 0.75)]
+
+
+def test_few_test_images_are_said_to_be_few(whole: tuple[Path, Outcome]) -> None:
+    outcome = dataclasses.replace(whole[1], compact=0.99, test_images=360)
+    assert "An accuracy on 360 images is uncertain by ±0.6 points" in str(outcome)
+    outcome = dataclasses.replace(whole[1], compact=1.0, test_images=10_000)
+    assert "An accuracy on 10,000 images is uncertain by ±0.0 points" in str(outcome)
 
 
 def test_the_model_can_be_loaded(whole: tuple[Path, Outcome]) -> None:

@@ -18,6 +18,7 @@ from dspfx.errors import RecipeError
 
 Library = Literal["cifar", "import", "torchvision", "timm"]
 NEAREST = 3  # names to suggest
+ALIKE = (0.6, 0.4)  # how much they are, as difflib counts it; or else at least
 CIFAR = "cifar-resnet"
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # names that timm itself finds elsewhere
 
@@ -73,7 +74,10 @@ def _nearest(name: str) -> str:
     known = set(torchvision_models().list_models())
     with contextlib.suppress(RecipeError):
         known |= set(timm().list_models())
-    found = difflib.get_close_matches(name.rpartition("/")[2], sorted(known), NEAREST)
+    wanted = name.rpartition("/")[2].replace("-", "_").lower()
+    found = sorted((other for other in known if other.startswith(wanted)), key=len)[:NEAREST]
+    for alike in ALIKE:
+        found = found or difflib.get_close_matches(wanted, sorted(known), NEAREST, alike)
     return f" (the nearest names are {', '.join(found)})" if found else ""
 
 
