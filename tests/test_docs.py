@@ -3,7 +3,9 @@
 tests/test_readme.py runs the Python of the README, whose commands are looked at here.
 """
 
+import contextlib
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -12,8 +14,11 @@ import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -39,9 +44,47 @@ def name_of(page: Path) -> str:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace: what stands further down a page may use what stands above."""
     monkeypatch.chdir(tmp_path)  # they write files
-    namespace: dict[str, object] = {}
+    namespace: dict[str, Any] = {}
     for block in blocks(page, "python"):
-        exec(compile(block, name_of(page), "exec"), namespace)
+        run_and_check(block, namespace)
+
+
+def run_and_check(block: str, namespace: dict[str, Any]) -> None:
+    """Whether budgets are kept, files written, results printed, and all weights finite."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(block, "a block", "exec"), namespace)
+    if re.search(r"^ *print\(", block, re.MULTILINE):
+        assert printed.getvalue().strip(), block
+    assert not re.search(r"\b(nan|inf)\b", printed.getvalue()), printed.getvalue()
+    for file in re.findall(r'"(\w+\.(?:html|onnx|png|pt|safetensors))"', block):
+        assert Path(file).stat().st_size > 0, file
+    budgets = re.findall(r"Budget\((macs|params)=([\d.]+)\)|keep_(macs)=([\d.]+)", block)
+    if budgets:
+        what, share = [{"params": "parameters"}.get(word, word) for word in budgets[-1] if word]
+        report = namespace["report" if "keep_macs" in block else "prepared"]
+        if isinstance(report, nn.Module):
+            report = dspfx.report(dspfx.convert(report))
+        left = getattr(report.emitted, what) / getattr(report.before, what)
+        assert 0 < left <= float(share), (left, block)
+    for name, value in namespace.items():
+        if isinstance(value, nn.Module):
+            for key, tensor in value.state_dict().items():
+                assert tensor.isfinite().all(), (name, key, block)
+
+
+def test_wrong_blocks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    prepared = dspfx.prepare(model, torch.randn(2, 3, 8, 8))
+    Path("x.pt").touch()
+    namespace = {"dspfx": dspfx, "torch": torch, "prepared": prepared}
+    for block in (
+        *("dspfx.Budget(macs=0.5)", "print()", "print(0 * float('inf'))"),
+        *('"x.onnx"', '"x.pt"'),  # no file, an empty one
+        "dspfx.get_masks(prepared); prepared.get_parameter('0.weight').data /= 0",
+    ):
+        with pytest.raises((AssertionError, FileNotFoundError)):
+            run_and_check(block, namespace)
 
 
 def commands(page: Path) -> list[str]:

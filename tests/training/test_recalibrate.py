@@ -151,9 +151,17 @@ def test_norms_without_statistics_and_norms_that_are_not_reached_stay() -> None:
 
 
 def test_a_model_without_statistics_is_fine() -> None:
+    """It sees every batch all the same, in its own mode, and stays as it is."""
     for norm in (nn.BatchNorm2d(3, track_running_stats=False), nn.Identity()):
+        seen = []
+        norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with unchanged(norm):
-            dspfx.recalibrate(norm, [X])
+            assert dspfx.recalibrate(norm, [X, X[:3]]) is None
+        assert [len(x) for x in seen] == [10, 3]
+        assert norm.training
+        assert not norm.state_dict().keys() & {"running_mean", "running_var"}
+        with unchanged(norm), pytest.raises(dspfx.DataError, match="no batch"):
+            dspfx.recalibrate(norm, [])
 
 
 def test_batches_that_reach_no_norm_are_an_error() -> None:
