@@ -9,6 +9,7 @@ from dspfx.commands import targets as subjects
 from dspfx.commands.session import AsJson, Debug, session
 from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
+from dspfx.pruning.least import prunable
 from dspfx.reporting.report import report
 
 
@@ -37,4 +38,8 @@ def inspect(
             example = torch.zeros_like(subject.images(2))
             shown = prepare(subject.dense, example, config=config)
         found = report(shown)
-        own.give(str(found), found.to_dict())
+        text, plain = str(found), found.to_dict()
+        if found.prepared:
+            possible = prunable(shown)
+            text, plain = f"{possible}\n\n{text}", {"prunable": possible.to_dict(), **plain}
+        own.give(text, plain)

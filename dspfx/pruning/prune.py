@@ -16,7 +16,7 @@ from dspfx.passes.analysis.droppable import droppable_layers
 from dspfx.passes.analysis.liveness import Liveness, ReadLists, liveness
 from dspfx.pruning.budget import Budget, PruneReport
 from dspfx.pruning.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
-from dspfx.pruning.search import prune_to
+from dspfx.pruning.search import PrunablePart, prune_to
 
 LEAST = (
     "with one input channel left to each group, {least:.2%} remains; ask for more than that, use "
@@ -65,10 +65,21 @@ def prune(
         DataError: `moments` or `scores` are of another model, negative or not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    parts = group_parts(prepared, moments, drop_filters, scores, keep_at_least)
+    return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
+
+
+def group_parts(
+    prepared: nn.Module,
+    moments: Mapping[str, Tensor] | None = None,
+    drop_filters: bool = True,
+    scores: Mapping[str, Tensor] | None = None,
+    keep_at_least: LeastKept = 0.0,
+) -> Sequence[PrunablePart]:
+    """The parts of a model with the inputs of their groups in order, see `prune`."""
     own = parts_of(prepared)
     criteria = Criteria.of(prepared, moments, scores, keep_at_least)
-    parts = [_PrunablePart.of(part, criteria, drop_filters) for part in own]
-    return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
+    return [_PrunablePart.of(part, criteria, drop_filters) for part in own]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from dspfx.passes.analysis.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.analysis.pins import pinned_classes
 from dspfx.pruning.budget import Budget, PruneReport
 from dspfx.pruning.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
-from dspfx.pruning.search import prune_to
+from dspfx.pruning.search import PrunablePart, prune_to
 
 LEAST = (
     "with one channel left to every layer, and those that cannot go, {least:.2%} remains; ask for "
@@ -79,10 +79,20 @@ def prune_channels(
         DataError: `moments` or `scores` are of another model, negative or not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
     """
+    parts = channel_parts(prepared, moments, scores, keep_at_least)
+    return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
+
+
+def channel_parts(
+    prepared: nn.Module,
+    moments: Mapping[str, Tensor] | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    keep_at_least: LeastKept = 0.0,
+) -> Sequence[PrunablePart]:
+    """The parts of a model with their channels in order, see `prune_channels`."""
     own = parts_of(prepared)
     criteria = Criteria.of(prepared, moments, scores, keep_at_least)
-    parts = [_ChannelPart.of(part, criteria) for part in own]
-    return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
+    return [_ChannelPart.of(part, criteria) for part in own]
 
 
 @dataclass(frozen=True)

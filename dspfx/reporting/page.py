@@ -15,7 +15,7 @@ from dspfx.errors import PlotError
 from dspfx.passes.transforms.summary import LayerSummary
 from dspfx.reporting.data import ReportData
 from dspfx.reporting.figure import figure_of
-from dspfx.reporting.text import reasons, totals_of
+from dspfx.reporting.text import gate_of, reasons, together, totals_of
 from dspfx.utils.atomic_write import replacing
 from dspfx.utils.formatting import change, share, short
 
@@ -58,10 +58,12 @@ def page_of(report: ReportData, measured: CompileReport | None) -> str:
         totals=totals_of(report),
         version=version("dspfx"),
         change=change,
+        gate_of=gate_of,
         groups=_groups,
         reasons=reasons,
         share=share,
         short=short,
+        together=together,
     )
 
 

@@ -1,17 +1,21 @@
 """A `Report` as text, no wider than a terminal."""
 
 import textwrap
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
+from dspfx.passes.analysis.channel_ops import Declined
 from dspfx.passes.transforms.summary import LayerSummary
 from dspfx.reporting.data import ReportData
-from dspfx.utils.formatting import change, mebibytes, share, short, shortened
+from dspfx.utils.formatting import change, distinct, mebibytes, share, short, shortened
 
 WIDTH = 100
 GAP = 2  # between the columns of a table
-INPUTS, COUPLED, REASON = 26, 19, 30
+INPUTS, COUPLED, REASON = 26, 24, 30
+MOST_NODES = 3  # that are named with a reason
+FOLLOWS = "follows: its filters read one channel each, and leave with it"
 
 
 def text_of(report: ReportData) -> str:
@@ -22,7 +26,7 @@ def text_of(report: ReportData) -> str:
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
     )
-    lines = [f"kept at full width: {declined}" for declined in report.declined]
+    lines = [f"kept at full width: {line}" for line in together(report.declined)]
     lines += report.notes
     return "\n".join(
         [
@@ -54,9 +58,27 @@ def totals_of(report: ReportData) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def gate_of(layer: LayerSummary) -> str:
+    """Whether a layer has a gate, or none since it follows the layer that it reads."""
+    return "yes" if layer.gated else "follows" if layer.follows else "no"
+
+
+def together(declined: Iterable[Declined]) -> list[str]:
+    """A line for each reason and line of source, with the nodes that it holds of."""
+    nodes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    for one in declined:
+        nodes[one.reason, one.line][one.node] = None
+    found = []
+    for (reason, line), names in nodes.items():
+        more = len(names) - MOST_NODES
+        listed = ", ".join(list(names)[:MOST_NODES]) + (f" and {more} more" if more > 0 else "")
+        found.append(str(Declined(listed, reason, line)))
+    return found
+
+
 def reasons(layer: LayerSummary, *, in_full: bool = True) -> str:
     """Why a layer has no gate, and what keeps its filters in place, or just the node that does."""
-    found = [layer.why_not] if layer.why_not else []
+    found = [layer.why_not] if layer.why_not and not layer.follows else []
     if layer.pin is not None:
         found.append(f"filters stay: {layer.pin if in_full else layer.pin.node}")
     return "; ".join(found)
@@ -81,19 +103,24 @@ def _layers(report: ReportData) -> str:
 def _possible(report: ReportData) -> str:
     """What of every layer could be pruned, with what it is coupled, and why not."""
     header = ("layer", "gated", "free filters", "coupled with", "why not")
+    names = [layer.name for layer in report.layers]
     rows = [
         (
             layer.name,
-            "yes" if layer.gated else "no",
+            gate_of(layer),
             f"{layer.free} of {layer.filters[0]}",
-            _coupled(layer.coupled),
+            _coupled(layer.coupled, names),
             textwrap.fill(reasons(layer, in_full=False), REASON),
         )
         for layer in report.layers
     ]
-    pins = dict.fromkeys(str(layer.pin) for layer in report.layers if layer.pin is not None)
-    explained = "\n".join(_wrapped(f"filters stay: {pin}") for pin in pins)
-    return "\n\n".join([_table(header, rows), *([explained] if pins else [])])
+    lines = []
+    if any(layer.follows for layer in report.layers):
+        lines.append(FOLLOWS)
+    pins = [layer.pin for layer in report.layers if layer.pin is not None]
+    lines += [f"filters stay: {line}" for line in together(pins)]
+    explained = "\n".join(map(_wrapped, lines))
+    return "\n\n".join([_table(header, rows), *([explained] if lines else [])])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
@@ -120,10 +147,10 @@ def _inputs(layer: LayerSummary) -> str:
     return text if len(text) <= INPUTS else f"{text[: INPUTS - 3]}..."
 
 
-def _coupled(names: Sequence[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    more = f" +{len(names) - 1}" if len(names) > 1 else ""
-    return shortened(names[0], COUPLED - len(more)) + more if names else ""
+def _coupled(coupled: Sequence[str], names: Sequence[str]) -> str:
+    """The first of those `coupled`, told from all other `names`, and how many more there are."""
+    more = f" +{len(coupled) - 1}" if len(coupled) > 1 else ""
+    return distinct(coupled[0], names, COUPLED - len(more)) + more if coupled else ""
 
 
 def _row(before: int, after: int) -> tuple[str, str, str]:

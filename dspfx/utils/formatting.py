@@ -1,5 +1,7 @@
 """Numbers and names as people read them."""
 
+from collections.abc import Iterable
+
 PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
@@ -35,6 +37,23 @@ def shortened(name: str, width: int) -> str:
         return name
     head = (width - 3) // 2
     return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
+
+
+def distinct(name: str, names: Iterable[str], width: int) -> str:
+    """`name` in at most `width` characters, unlike any other of `names`, which are shown so, too.
+
+    What is left out is in front, up to a dot; in its middle, if not even that is short enough.
+    """
+    if len(name) <= width:
+        return shortened(name, width)
+    others = [f".{other}" for other in names if other != name]
+    parts = name.split(".")
+    for first in range(1, len(parts)):
+        end = ".".join(parts[first:])
+        fits = len(end) + 3 <= width
+        if fits and end.isprintable() and not any(other.endswith(f".{end}") for other in others):
+            return f"...{end}"
+    return shortened(name, width)
 
 
 def duration(seconds: float) -> str:

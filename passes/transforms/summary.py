@@ -18,6 +18,7 @@ from dspfx.passes.transforms.emitted import emitted_costs, emitted_total
 from dspfx.passes.transforms.plan import CompactionPlan
 
 NOT_PRUNABLE = "not prunable: "
+ONE_CHANNEL_EACH = "its filters read one channel each"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class LayerSummary:
     coupled: tuple[str, ...]
     why_not: str
     pin: Declined | None
+
+    @property
+    def follows(self) -> bool:
+        """Whether it has no gate since its filters go with the channels that they read."""
+        return not self.gated and self.why_not == ONE_CHANNEL_EACH
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def summarise(
             inputs = op.channels, tuple(max(1, len(group.inputs)) for group in groups)
             why_not = left_alone.get(op.layer, "")
         else:
-            inputs, why_not = (len(classes), (kept,)), "its filters read one channel each"
+            inputs, why_not = (len(classes), (kept,)), ONE_CHANNEL_EACH
         others = {name: None for c in dict.fromkeys(classes) for name in writers[c]}
         layers[node] = LayerSummary(
             op.layer,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import SMALL, TINY, invoke
+from command_line import SMALL, TINY, invoke, saved
 from typer.testing import CliRunner
 
 import dspfx
@@ -24,6 +24,8 @@ from dspfx.commands.session import Session, in_options
 from dspfx.commands.train import PHASES, _base, changed, gentler, of_this_machine
 from dspfx.recipe import Recipe, Schedule, Speed, preset
 from dspfx.recipe.networks.architectures import Architecture
+
+__all__ = ["saved"]  # a fixture
 
 
 def dspfx_process(words: str, folder: Path) -> subprocess.Popen:
@@ -150,6 +152,7 @@ def test_inspect_models_and_files(saved: Path) -> None:
     code, text, _ = invoke("inspect", "cifar-resnet8", *SMALL.split())
     assert code == 0
     assert "free filters" in text
+    assert re.match(r"[\d.]+% of the MACs, [\d.]+% of the parameters can go at most", text)
     code, text, _ = invoke("inspect", str(saved / "compact.safetensors"))
     assert code == 0
     assert "MACs as emitted" in text

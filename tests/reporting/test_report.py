@@ -24,8 +24,8 @@ from dspfx.compile import CompileReport, LayerChoice
 from dspfx.passes.analysis.channel_ops import Declined
 from dspfx.passes.analysis.cost import Cost
 from dspfx.reporting.panels import PALETTE
-from dspfx.reporting.text import WIDTH
-from dspfx.utils.formatting import mebibytes, share, short, shortened
+from dspfx.reporting.text import WIDTH, gate_of, together
+from dspfx.utils.formatting import distinct, mebibytes, share, short, shortened
 from helpers import macs, random_masks, randomise
 from reports import in_parts, many_layers, pruned
 
@@ -58,6 +58,36 @@ def test_names_are_shortened_in_the_middle() -> None:
     for width in range(8, 30):
         assert len(shortened("abcdefghijklmnopqrstuvwxyz" * 2, width)) == width
     assert shortened("a\tb\nc", 9) == "a?b?c"
+
+
+def test_names_that_are_shortened_are_told_apart() -> None:
+    """As names of modules are: what they end with differs, or what stands before that."""
+    names = [f"backbone.features.{block}.conv.2" for block in range(1, 13)]
+    for width in range(16, 31):
+        shown = [distinct(name, names, width) for name in names]
+        assert len(set(shown)) == len(names)
+        assert max(map(len, shown)) <= width
+    assert distinct("backbone.features.2.conv.2", names, 16) == "...2.conv.2"
+    assert distinct("backbone.features.2.conv.2", names, 26) == "backbone.features.2.conv.2"
+    assert distinct("a" * 40, ["a" * 40, "b"], 12) == shortened("a" * 40, 12)
+
+
+def test_a_reason_that_holds_many_nodes_is_one_line() -> None:
+    found = [Declined(f"norm_{n}", "it mixes channels", "net.py:3: x") for n in range(12)]
+    lines = together([*found, Declined("norm_0", "it mixes channels", "net.py:9: y"), found[0]])
+    assert lines == [
+        "norm_0, norm_1, norm_2 and 9 more: it mixes channels (net.py:3: x)",
+        "norm_0: it mixes channels (net.py:9: y)",
+    ]
+
+
+def test_depthwise_layers_follow_what_they_read() -> None:
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)]
+    report = dspfx.report(dspfx.prepare(nn.Sequential(*layers), torch.zeros(2, 3, 4, 4)))
+    assert [gate_of(layer) for layer in report.layers] == ["no", "follows", "yes"]
+    (row,) = re.findall(r"^2 .*follows.*$", str(report), re.MULTILINE)
+    assert row.split() == ["2", "follows", "8", "of", "8", "0"]
+    assert report.to_rows()[1]["why_not"] == "its filters read one channel each"
 
 
 def test_sizes_are_those_of_the_type() -> None:
