@@ -108,3 +108,8 @@ __all__ = [
     "set_masks",
     "widen",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, and what Python gives every package; not the rooms of the code."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

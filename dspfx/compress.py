@@ -49,6 +49,19 @@ class Compressed(NamedTuple):
     Attributes:
         model: the compact model, in evaluation mode, on the device of the original.
         report: of that model, layer by layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> batches = [(x, torch.tensor([0, 1]))] * 4
+        >>> def loss(model, batch):
+        ...     images, labels = batch
+        ...     return nn.functional.cross_entropy(model(images).mean((2, 3)), labels)
+        >>> done = dspfx.compress(model, batches, loss, keep_macs=0.5, steps=8)
+        >>> done.model(x).shape
+        torch.Size([2, 4, 8, 8])
+        >>> str(done) == str(done.report)
+        True
     """
 
     model: nn.Module
@@ -121,6 +134,19 @@ def compress(
         LearnError: a setting out of range, or a loss that fails, is not finite, is no scalar, or
             does not depend on the weights of the model that it is given.
         DspfxError: whatever `prepare` and `convert` raise.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> batches = [(x, torch.tensor([0, 1]))] * 4
+        >>> def loss(model, batch):
+        ...     images, labels = batch
+        ...     return nn.functional.cross_entropy(model(images).mean((2, 3)), labels)
+        >>> compact, report = dspfx.compress(model, batches, loss, keep_macs=0.5, steps=8)
+        >>> report.emitted.macs <= 0.5 * report.before.macs
+        True
+        >>> compact(x).shape == model(x).shape
+        True
     """
     budget = Budget(macs=keep_macs)
     _check(steps, prune_until, learning_rate, optimizer)

@@ -46,6 +46,17 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
         EquivalenceError: the two differ; the message names the first node that does.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.prune_channels(prepared, dspfx.Budget(macs=0.5))
+        >>> compact = dspfx.convert(prepared)
+        >>> bool(torch.allclose(compact(x), prepared.eval()(x), atol=1e-5))
+        True
+        >>> compact.get_submodule("1").in_channels < 8
+        True
     """
     prepared = unwrapped(prepared)
     if compact_parts_of(prepared):

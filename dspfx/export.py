@@ -65,6 +65,16 @@ def export(
             `dspfx.compile` puts in, has no graph, or fixes its batch or its sizes; the suffix of
             `path` is another; a package is missing; or the file cannot be written. There is no
             file then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> compact = dspfx.convert(prepared)
+        >>> dspfx.export(compact, x, Path(folder) / "small.pt2")
+        >>> program = torch.export.load(Path(folder) / "small.pt2")
+        >>> bool(torch.allclose(program.module()(x), compact(x)))
+        True
     """
     path = Path(path)
     write = _WRITERS[_format(path, format)]

@@ -46,6 +46,15 @@ def prepare(
             message names the place.
         PrepareError: the example inputs do not fit, no layer can be gated, a pattern of
             `config` matches nothing, a weight is not finite, or the model is scripted or exported.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> bool((prepared(x) == model(x)).all())
+        True
+        >>> list(dspfx.get_masks(prepared))
+        ['1', '2']
     """
     config = config or PrepareConfig()
     if not isinstance(model, nn.Module) or not isinstance(config, PrepareConfig):

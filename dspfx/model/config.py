@@ -36,6 +36,13 @@ class PrepareConfig:
             (no assumption). `convert` proves the result equal in any case.
         opaque: modules not to be traced into: names, patterns or types. They are given all their
             channels.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> config = dspfx.PrepareConfig(groups=2, ignore=("2",))
+        >>> list(dspfx.get_masks(dspfx.prepare(model, x, config=config)))
+        ['1']
     """
 
     groups: int = 4

@@ -19,10 +19,10 @@ from dspfx.errors import DspfxWarning, PrepareError
 from dspfx.model.config import PrepareConfig
 from dspfx.model.origin import Origin
 from dspfx.model.rebuilt import REBUILDING, refuse
+from dspfx.model.retracer import Retracer
 from dspfx.passes.analysis.agreement import SizeFacts
 from dspfx.passes.sandbox.calls import Call
 from dspfx.passes.sandbox.sizes import Shapes
-from dspfx.passes.tracing.patches import factories_traced
 
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -43,21 +43,6 @@ def _refuse_items(module: nn.Module, *_: Any) -> Any:
         f"the items of {type(module).__name__} are not at hand: it has a graph, as a prepared, "
         "compact or narrow module does, which may call others"
     )
-
-
-class _Retracer(fx.Tracer):
-    """How pickle reads a graph back: buffers are what they were, not constants."""
-
-    proxy_buffer_attributes = True
-
-    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
-        """The graph of code that fx has written, whose every call is a node again."""
-
-        def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.create_proxy("call_function", function, args, kwargs)
-
-        with factories_traced(call, recording=lambda: True):
-            return super().trace(*args, **kwargs)
 
 
 class TwoModeModule(fx.GraphModule):
@@ -194,7 +179,7 @@ class TwoModeModule(fx.GraphModule):
         # plain GraphModules know how to pickle a graph; pickle keeps what they share shared
         distinct = list(dict.fromkeys(self.graphs.values()))
         for graph in distinct:
-            graph._tracer_cls = _Retracer
+            graph._tracer_cls = Retracer
         plain = [fx.GraphModule(self, graph, type(self).__name__) for graph in distinct]
         for graph in distinct:
             graph.owning_module = self
@@ -263,6 +248,11 @@ class PreparedModule(TwoModeModule):
             reads frames, proposals or tokens as a batch may be prepared for a fraction of one.
         untraced: the modules inside that could not be traced, and are called whole.
         whole: of the first part of a model in parts, the inputs of that model.
+
+    Example:
+        >>> prepared = dspfx.prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)))
+        >>> isinstance(prepared, dspfx.PreparedModule), isinstance(prepared, torch.fx.GraphModule)
+        (True, True)
     """
 
     carried = (
@@ -301,6 +291,11 @@ class CompactModule(TwoModeModule):
         grouped_masks: of its gated layers, for the picture in its report.
         indices: buffers of the prepared module that may say where channels go.
         origin: see `PreparedModule`.
+
+    Example:
+        >>> prepared = dspfx.prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)))
+        >>> isinstance(dspfx.convert(prepared), dspfx.CompactModule)
+        True
     """
 
     carried = (
@@ -328,6 +323,11 @@ class NarrowModule(TwoModeModule):
     Attributes:
         origins: for every tensor of it that training changes, which elements of which tensor of
             the prepared model it holds, see `dspfx.training.narrow.provenance`.
+
+    Example:
+        >>> prepared = dspfx.prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)))
+        >>> isinstance(dspfx.narrow(prepared), dspfx.NarrowModule)
+        True
     """
 
     carried = ("origins",)

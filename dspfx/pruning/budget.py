@@ -25,6 +25,13 @@ class Budget:
             dense layer if that is likely to be faster; what is emitted anyway is not masked then.
             `"masks"`: of what the masks leave, which is what
             `convert(..., cost_model=dspfx.FEWEST_WEIGHTS)` emits, and what papers count.
+
+    Example:
+        >>> budget = dspfx.Budget(macs=0.5)
+        >>> budget.fraction
+        0.5
+        >>> dspfx.Budget(macs=0.5, count="masks").count
+        'masks'
     """
 
     macs: float | None = None
@@ -97,6 +104,16 @@ class PruneReport:
             `GradualPruning`, which goes on training.
         warnings: layers of which hardly anything is left, and what to do; see
             `dspfx.CyclicFinetune` for what may come of them.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.prune(prepared, dspfx.Budget(macs=0.5))
+        >>> report.after.macs < report.before.macs
+        True
+        >>> report.emitted.macs / report.before.macs == report.achieved
+        True
     """
 
     budget: float

@@ -76,6 +76,21 @@ class GradualPruning:
         BudgetError: the budget cannot be reached.
         LearnError: a setting out of range.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+        >>> pruning = dspfx.GradualPruning(prepared, dspfx.Budget(macs=0.5), total_steps=10)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     prepared(x).square().mean().backward()
+        ...     pruning.step()
+        ...     optimizer.step()
+        >>> pruning.report.achieved <= 0.5
+        True
+        >>> compact = dspfx.convert(prepared)
     """
 
     def __init__(

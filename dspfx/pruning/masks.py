@@ -20,6 +20,13 @@ def get_masks(prepared: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> {name: mask.shape for name, mask in dspfx.get_masks(prepared).items()}
+        {'1': torch.Size([8, 8]), '2': torch.Size([4, 8])}
     """
     prepared = unwrapped(prepared)
     parts_of(prepared)
@@ -43,6 +50,16 @@ def set_masks(prepared: nn.Module, masks: Mapping[str, Tensor]) -> None:
         MaskError: an unknown layer, a wrong shape or type, or more than G groups; nothing is
             changed then.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> mask = torch.ones(8, 8, dtype=torch.bool)
+        >>> mask[:, 4:] = False  # no filter of this layer reads the last four channels
+        >>> dspfx.set_masks(prepared, {"1": mask})
+        >>> dspfx.convert(prepared).get_submodule("0").out_channels
+        4
     """
     prepared = unwrapped(prepared)
     parts = parts_of(prepared)

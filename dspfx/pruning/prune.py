@@ -64,6 +64,16 @@ def prune(
         PrepareError: a gated weight is not finite.
         DataError: `moments` or `scores` are of another model, negative or not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.prune(prepared, dspfx.Budget(macs=0.5))
+        >>> report.achieved <= 0.5
+        True
+        >>> dspfx.report(dspfx.convert(prepared)).emitted == report.emitted
+        True
     """
     parts = group_parts(prepared, moments, drop_filters, scores, keep_at_least)
     return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))

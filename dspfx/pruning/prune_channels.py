@@ -78,6 +78,16 @@ def prune_channels(
         PrepareError: a weight is not finite.
         DataError: `moments` or `scores` are of another model, negative or not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.prune_channels(prepared, dspfx.Budget(params=0.5))
+        >>> report.achieved <= 0.5
+        True
+        >>> dspfx.convert(prepared).get_submodule("0").out_channels < 8
+        True
     """
     parts = channel_parts(prepared, moments, scores, keep_at_least)
     return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))

@@ -26,6 +26,14 @@ def channel_graph(prepared: nn.Module) -> "nx.DiGraph[str]":
 
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> graph = dspfx.channel_graph(prepared)
+        >>> graph.nodes["1"]
+        {'kind': 'layer', 'filters': 8, 'inputs': 8, 'gated': True}
     """
     import networkx as nx  # noqa: PLC0415 (slow to import)
 

@@ -33,6 +33,13 @@ def plot(model: nn.Module | Report, path: str | os.PathLike[str] | None = None) 
     Raises:
         PlotError: matplotlib is missing, or writes no such files; or `path` cannot be written.
         ConvertError: `model` comes from neither `dspfx.prepare` nor `dspfx.convert`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> figure = dspfx.plot(prepared)
+        >>> figure.savefig(Path(folder) / "masks.png")
     """
     figure = figure_of(model if isinstance(model, Report) else report(model))
     if path is not None:

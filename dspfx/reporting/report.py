@@ -46,6 +46,16 @@ class Report(ReportData):
         prepared: whether the table says what could be pruned, as it does of a prepared model.
         dtype: of the parameters, for instance `float32`.
         parameter_bytes: that each of them takes.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.report(dspfx.convert(prepared))
+        >>> report.emitted.macs == report.before.macs  # nothing was pruned
+        True
+        >>> print(str(report).splitlines()[0].split()[:3])
+        ['layer', 'filters', 'groups']
     """
 
     def __str__(self) -> str:
@@ -80,6 +90,16 @@ def report(model: nn.Module) -> Report:
 
     Raises:
         ConvertError: `model` comes from neither `dspfx.prepare` nor `dspfx.convert`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.report(prepared)
+        >>> [layer.name for layer in report.layers if layer.gated]
+        ['1', '2']
+        >>> report.after == report.before  # nothing is pruned yet
+        True
     """
     compact = compact_parts_of(model)
     if compact:

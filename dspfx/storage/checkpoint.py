@@ -37,6 +37,16 @@ def save_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
     Raises:
         CheckpointError: a state is not made of plain values, so that `load_checkpoint` would
             refuse it, or the file cannot be written. An earlier file is then left as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+        >>> path = Path(folder) / "last.ckpt"
+        >>> dspfx.save_checkpoint(path, model=prepared, optimizer=optimizer, epoch=3)
+        >>> dspfx.load_checkpoint(path, model=prepared, optimizer=optimizer)
+        {'epoch': 3}
     """
     path = Path(path)
     states = {name: _state(value) for name, value in objects.items() if _has_state(value)}
@@ -85,6 +95,16 @@ def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> dict[str
     Raises:
         CheckpointError: there is no such file, it is damaged, it does not hold one of `objects`,
             or a state does not fit. All objects are then what they were.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+        >>> path = Path(folder) / "last.ckpt"
+        >>> dspfx.save_checkpoint(path, model=prepared, optimizer=optimizer, epoch=3)
+        >>> dspfx.load_checkpoint(path, model=prepared, optimizer=optimizer)
+        {'epoch': 3}
     """
     path = Path(path)
     if not path.is_file():

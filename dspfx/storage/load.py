@@ -78,6 +78,16 @@ def load(
 
     Raises:
         LoadError: the file is damaged, of a later format, or was saved of another architecture.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> dspfx.save(dspfx.convert(prepared), Path(folder) / "compact.safetensors")
+        >>> fresh = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> compact = dspfx.load(Path(folder) / "compact.safetensors", fresh)
+        >>> bool(torch.allclose(compact(x), model(x), atol=1e-6))
+        True
     """
     path = Path(path)
     if any(isinstance(module, PreparedModule | CompactModule) for module in model.modules()):

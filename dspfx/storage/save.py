@@ -65,6 +65,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         SaveError: the model holds state that is no tensor, was rebuilt by `dspfx.compile`, or was
             prepared with inputs that are neither tensors nor numbers; or the disk is full.
         ConvertError: the model comes from neither `dspfx.prepare` nor `dspfx.convert`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> dspfx.save(prepared, Path(folder) / "prepared.safetensors")
+        >>> loaded = dspfx.load(Path(folder) / "prepared.safetensors", model)
+        >>> bool((loaded(x) == prepared(x)).all())
+        True
     """
     if not isinstance(model, nn.Module):
         raise SaveError(

@@ -45,6 +45,13 @@ def distillation_loss(
     Raises:
         LearnError: shapes that do not fit, a setting out of range, or a `target` that is neither
             labels nor a scalar loss.
+
+    Example:
+        >>> student, teacher = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
+        >>> loss = dspfx.distillation_loss(student, teacher, torch.tensor([1, 0, 3, 2]))
+        >>> loss.backward()
+        >>> student.grad.shape
+        torch.Size([4, 10])
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise LearnError(f"temperature must be positive, got {temperature}")

@@ -79,6 +79,24 @@ class CyclicFinetune:
     Raises:
         LearnError: a setting out of range.
         ConvertError: there is a budget, and `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+        >>> budget = dspfx.Budget(macs=0.5)
+        >>> finetune = dspfx.CyclicFinetune(
+        ...     prepared, optimizer, budget, cycles=2, epochs=4, steps_per_epoch=1
+        ... )
+        >>> for epoch in finetune:
+        ...     optimizer.zero_grad()
+        ...     prepared.train()(x).square().mean().backward()
+        ...     optimizer.step()
+        ...     finetune.step()
+        ...     finetune.end_epoch(score=0.0)
+        >>> finetune.report.achieved <= 0.5
+        True
     """
 
     def __init__(

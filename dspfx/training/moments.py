@@ -51,6 +51,15 @@ def input_moments(
     Raises:
         DataError: there is no batch, none reaches any layer, or inputs are not finite.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> moments = dspfx.input_moments(prepared, [x])
+        >>> {name: moment.shape for name, moment in moments.items()}
+        {'0': torch.Size([3]), '1': torch.Size([8]), '2': torch.Size([8])}
+        >>> report = dspfx.prune_channels(prepared, dspfx.Budget(macs=0.5), moments=moments)
     """
     processes = Processes.of(prepared, process_group)
     prepared = unwrapped(prepared)

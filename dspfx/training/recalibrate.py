@@ -45,6 +45,14 @@ def recalibrate(
     Raises:
         DataError: there is no batch, none reaches any batch norm with statistics though there are
             such, one is too small, or what they lead to is not finite; nothing is changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.prune_channels(prepared, dspfx.Budget(macs=0.7))
+        >>> dspfx.recalibrate(prepared, [x])
+        >>> compact = dspfx.convert(prepared)  # with the new statistics folded in
     """
     processes = Processes.of(model, process_group)
     model = unwrapped(model)

@@ -51,6 +51,14 @@ def cluster_groups(
         PrepareError: a gated weight is not finite; nothing is changed then.
         DataError: `moments` are of another model; nothing is changed then.
         ConvertError: `prepared` does not come from `dspfx.prepare`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x, config=dspfx.PrepareConfig(groups=2))
+        >>> groups = dspfx.cluster_groups(prepared)
+        >>> {name: group.shape for name, group in groups.items()}
+        {'1': torch.Size([8]), '2': torch.Size([4])}
     """
     prepared = unwrapped(prepared)
     parts_of(prepared)

@@ -20,6 +20,7 @@ from dspfx.errors import LearnError
 from dspfx.layers.gated import GatedLayer, gated_layers
 from dspfx.layers.parametrised import is_computed
 from dspfx.layers.weights import energy, filters_first, spread
+from dspfx.training.groups.assignment import hard_assignment, soft_assignment
 from dspfx.training.groups.checks import (
     check_generator,
     check_layers,
@@ -70,6 +71,20 @@ class GroupLearner:
         LearnError: no gated layer, or none that the optimizer trains; weights that are not
             finite, are in half precision or sharded, or differ between the processes; an optimizer
             that cannot look ahead; a setting out of range.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01, momentum=0.9)
+        >>> learner = dspfx.GroupLearner(prepared, optimizer, strength=1e-3, total_steps=5)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     return prepared(x).square().mean()
+        >>> for _ in range(5):
+        ...     loss = learner.step(closure)
+        >>> dspfx.prune(prepared, dspfx.Budget(macs=0.5)).achieved <= 0.5
+        True
     """
 
     def __init__(
@@ -232,7 +247,8 @@ class GroupLearner:
 
     def _learn_groups(self, layers: dict[str, GatedLayer], task: BatchTask) -> None:
         """Look ahead from W1, move the logits, and be back at W1."""
-        soft = {name: self._soft_assignment(layer) for name, layer in layers.items()}
+        settings = self.temperature, self.generator
+        soft = {name: soft_assignment(layer.gate, *settings) for name, layer in layers.items()}
         self.processes.broadcast(list(soft.values()))
         rates = self._rates()
         weights = [layer.weight for layer in layers.values()]
@@ -269,7 +285,7 @@ class GroupLearner:
 
     def _shrink(self, layers: dict[str, GatedLayer]) -> None:
         """W = W1 - rho dR/dW(W1, p) with the hard assignment of the present logits."""
-        self._descend(layers, {name: _hard_assignment(layer) for name, layer in layers.items()})
+        self._descend(layers, {name: hard_assignment(each.gate) for name, each in layers.items()})
 
     @torch.no_grad()
     def _descend(self, layers: dict[str, GatedLayer], assignments: dict[str, Tensor]) -> None:
@@ -290,17 +306,6 @@ class GroupLearner:
             for group in self.optimizer.param_groups
             for p in group["params"]
         }
-
-    @torch.no_grad()
-    def _soft_assignment(self, layer: GatedLayer) -> Tensor:
-        logits = layer.gate.logits
-        uniform = torch.rand(
-            logits.shape, generator=self.generator, dtype=logits.dtype, device=logits.device
-        )
-        tiny = torch.finfo(logits.dtype).tiny
-        gumbel = -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
-        soft = (logits / self.temperature + gumbel).softmax(0)
-        return soft.clamp(min=tiny)
 
     @torch.no_grad()
     def _unscale(self, scale: float) -> bool:
@@ -342,9 +347,3 @@ def _blocks(layer: GatedLayer, weight: Tensor) -> tuple[Tensor, ...]:
         weight = torch.where(spread(layer, layer.gate.mask), weight.detach(), 0.0)
     filters = filters_first(layer, weight)
     return torch.split(filters, max(1, BLOCK // len(filters)), dim=1)
-
-
-@torch.no_grad()
-def _hard_assignment(layer: GatedLayer) -> Tensor:
-    logits = layer.gate.logits
-    return nn.functional.one_hot(layer.gate.assignment, len(logits)).T.to(logits.dtype)

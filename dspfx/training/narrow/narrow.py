@@ -67,6 +67,17 @@ def narrow(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel = 
             gradients, or weights are computed from others, complex, or used more than once and not
             for the same channels.
         EquivalenceError: the two differ; the message names the first node that does.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.prune_channels(prepared, dspfx.Budget(macs=0.5))
+        >>> narrow = dspfx.narrow(prepared.train())
+        >>> optimizer = torch.optim.SGD(narrow.parameters(), lr=0.01)
+        >>> narrow(x).square().mean().backward()
+        >>> optimizer.step()
+        >>> dspfx.widen(narrow, prepared)  # what was learned, for `convert`
     """
     prepared = unwrapped(prepared)
     parts = tuple(parts_of(prepared))

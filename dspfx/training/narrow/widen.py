@@ -27,6 +27,18 @@ def widen(narrow: nn.Module, prepared: nn.Module) -> None:
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
         NarrowError: `narrow` was not made from such a model; nothing is changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> prepared = dspfx.prepare(model, x)
+        >>> report = dspfx.prune_channels(prepared, dspfx.Budget(macs=0.5))
+        >>> narrow = dspfx.narrow(prepared.train())
+        >>> with torch.no_grad():
+        ...     _ = narrow.get_submodule("2").bias.fill_(1.0)
+        >>> dspfx.widen(narrow, prepared)
+        >>> prepared.get_submodule("2").bias.tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
     source, target = unwrapped(narrow), unwrapped(prepared)
     parts, narrowed = tuple(parts_of(target)), narrow_parts_of(source)
