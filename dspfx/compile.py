@@ -209,7 +209,7 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     check_deployable(model, "compile", CompileError)
     check_accepted(model, Call(inputs), CompileError)
     layers = sites(model, inputs)
-    grouped = [site for site in layers if len(site.groups) > 1 and site.families == 1]
+    grouped = [site for site in layers if len(site.groups) > 1 and site.structural_groups == 1]
     if not grouped and not compact_parts_of(model):  # nobody's kernel is built for it
         return _compiled(model, inputs)
     modules = {site: site.emit_native() for site in layers}
@@ -279,10 +279,11 @@ def _choose(
 def _likely(site: Site) -> dict[str, Lowering]:
     """The forms worth timing, by description: dense, and those that should be the fastest."""
     whole = dense(site.groups)
-    family = [0] * len(site.groups)
+    structural_group = [0] * len(site.groups)
     grouping = not isinstance(site.layer, nn.Linear)
     others = sorted(
-        forms(site.groups, family, grouping), key=partial(CPU.seconds, geometry=site.geometry)
+        forms(site.groups, structural_group, grouping),
+        key=partial(CPU.seconds, geometry=site.geometry),
     )
     return {"dense": whole} | {describe(form): form for form in others[:MOST_FORMS]}
 

@@ -136,17 +136,17 @@ class GroupConv2d(nn.Module):
         layer = self._unpacked()
         return None if layer.added is None else Added(layer.addends, layer.added.numpy())
 
-    def whole(self, families: int = 1) -> Tensor:
+    def whole(self, structural_groups: int = 1) -> Tensor:
         """The weight that this was made of, `[O, C/S, kh, kw]`, zeros filled in.
 
         Args:
-            families: S; the filters of each, O/S, read C/S channels of their own.
+            structural_groups: S; the filters of each, O/S, read C/S channels of their own.
         """
         packed: Any = self.weight
-        channels = self.channels // families
+        channels = self.channels // structural_groups
         weight: Tensor = packed.new_zeros(self.count, channels, *self.settings[0])
         for filters, inputs, own in self._unpacked().groups:
-            first = filters // (self.count // families) * channels
+            first = filters // (self.count // structural_groups) * channels
             weight[filters[:, None], inputs[None] - first[:, None]] = own
         return weight
 
@@ -176,7 +176,7 @@ def group_conv_like(
     groups: Sequence[tuple[Numbers, Numbers]],
     weight: Tensor,
     bias: Tensor | None,
-    families: int = 1,
+    structural_groups: int = 1,
 ) -> GroupConv2d:
     """A `GroupConv2d` with the settings of `conv`.
 
@@ -186,7 +186,7 @@ def group_conv_like(
             that it reads, int `[c]`; all channels of the output together.
         weight: `[O, C/S, kh, kw]`, of which only what groups read is taken.
         bias: `[O]`, or None.
-        families: S, structural groups; each group is within one.
+        structural_groups: S, structural groups; each group is within one.
     """
     settings = (
         list(conv.kernel_size),
@@ -197,10 +197,10 @@ def group_conv_like(
     filters, channels = weight.shape[:2]
     own = []
     for f, c in groups:
-        stored = c - (f[0] // (filters // families) * channels if len(f) else 0)
+        stored = c - (f[0] // (filters // structural_groups) * channels if len(f) else 0)
         cut = weight.detach()[torch.from_numpy(f)][:, torch.from_numpy(stored)]
         own.append(FilterGroup(f, c, cut))
-    return GroupConv2d(settings, own, channels * families, filters, bias)
+    return GroupConv2d(settings, own, channels * structural_groups, filters, bias)
 
 
 class GroupConvRun(nn.Module):

@@ -26,7 +26,7 @@ def emit_compact(
     module.example_inputs, module.origin = fitting_inputs(prepared), prepared.origin
     module.grouped_masks = arranged_masks(prepared, analysis, planned)
     module.indices = {name: buffer.clone() for name, buffer in indices(prepared).items()}
-    module.answer_like(prepared)
+    module.copy_forwarding_from(prepared)
     return module
 
 

@@ -87,8 +87,8 @@ class TwoModeModule(fx.GraphModule):
             self._parameters.setdefault(name, parameter)
         self._stand_for(type(module), plain)
 
-    def answer_like(self, other: "TwoModeModule") -> None:
-        """Be found to have what `other` has beyond its graphs."""
+    def copy_forwarding_from(self, other: "TwoModeModule") -> None:
+        """Copy modes, hooks and the forwarding of attributes from `other`."""
         self.frozen_modes = other.frozen_modes
         vars(self).update({kind: copy.deepcopy(vars(other)[kind]) for kind in _HOOKS})
         stands_for = other.stands_for()

@@ -215,7 +215,7 @@ class GradualPruning:
         return int((self.steps_done - first) / (last - first) * self.prunings)
 
     def _prune(self, share: float) -> None:
-        if any(sensitivity.groups_are_others() for sensitivity in self.sensitivities):
+        if any(sensitivity.groups_changed() for sensitivity in self.sensitivities):
             raise LearnError(
                 "filters have changed groups since the first step, and what was gathered is of the "
                 "former; construct a GradualPruning once the groups are final"

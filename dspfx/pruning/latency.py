@@ -141,7 +141,7 @@ def _compiled(pruned: PreparedModule, whole: PreparedModule) -> Iterator[tuple[s
 def _can_be_timed(module: PreparedModule, op: Mix) -> bool:
     layer: Any = module.get_submodule(op.layer)
     known = isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, TRANSPOSED)
-    return known and op.structural_groups == 1 and not op.restored
+    return known and op.structural_groups == 1 and not op.full_width
 
 
 def _site(module: PreparedModule, op: Mix, shape: torch.Size, share: float) -> Site:

@@ -107,10 +107,10 @@ def _validated(prepared: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Te
     return groups
 
 
-def _groups(mask: Tensor, families: int) -> Tensor:
-    """A number for every filter, int `[O]`, equal within a family where they read the same."""
+def _groups(mask: Tensor, structural_groups: int) -> Tensor:
+    """A number for every filter, int `[O]`: equal in a structural group where rows are equal."""
     found = []
-    for own in mask.chunk(families):
+    for own in mask.chunk(structural_groups):
         rows, group = torch.unique(own, dim=0, return_inverse=True)
         read = rows.any(1)
         found.append(torch.where(read, read.cumsum(0) - 1, 0)[group])

@@ -216,7 +216,7 @@ def sides(part: Part, analysis: ChannelAnalysis) -> Iterator[Side]:
         if not isinstance(weight_of(part.module.get_submodule(op.layer)), Tensor):
             continue
         yield Side(op, analysis.class_of(node), writes=True)
-        if not op.restored:
+        if not op.full_width:
             yield Side(op, analysis.class_of(op.operands[0]), writes=False)
 
 
@@ -280,6 +280,6 @@ def without(
 ) -> ReadLists:
     """`reads` of a layer without the channels that are `gone`, written or read."""
     row = np.where(gone[analysis.class_of(node)], -1, reads.row)
-    if op.restored:
+    if op.full_width:
         return ReadLists(row, reads.lists)
     return ReadLists(row, reads.lists & ~gone[analysis.class_of(op.operands[0])])

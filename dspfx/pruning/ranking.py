@@ -166,7 +166,7 @@ def _costs(
         assert isinstance(op, Mix)
         alive = _alive(live, node, op)
         classes += np.bincount(analysis.class_of(node), alive.sum(1) * each, count)
-        if not op.restored:
+        if not op.full_width:
             inputs = analysis.class_of(op.operands[0])
             classes += np.bincount(inputs, alive.sum(0) * each, count)
         if op.gated:

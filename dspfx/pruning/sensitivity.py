@@ -32,7 +32,7 @@ from dspfx.passes.analysis.channel_ops import IntArray, Mix
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _ReadingLayer:
     """A layer, the channels that any of its calls reads, and the coupling classes of these."""
 
     layer: nn.Module
@@ -40,11 +40,11 @@ class _Reader:
     classes: Tensor
 
     @staticmethod
-    def of(layer: nn.Module, calls: list[IntArray], device: torch.device) -> "_Reader":
+    def of(layer: nn.Module, calls: list[IntArray], device: torch.device) -> "_ReadingLayer":
         """Of the coupling classes `[C]` of what each call reads; its gradient is of all calls."""
         pairs = {pair for classes in calls for pair in enumerate(classes.tolist())}
         both = torch.tensor(sorted(pairs), dtype=torch.int64, device=device).reshape(-1, 2)
-        return _Reader(layer, both[:, 0], both[:, 1])
+        return _ReadingLayer(layer, both[:, 0], both[:, 1])
 
     def learns(self) -> bool:
         """Whether the layer's weight is one that is trained."""
@@ -77,12 +77,12 @@ class Sensitivity:
         for op in analysis.ops.values():
             if isinstance(op, Mix):
                 calls = read.setdefault(op.layer, [])
-                if not op.restored:
+                if not op.full_width:
                     calls.append(analysis.class_of(op.operands[0]))
-        self._readers: dict[str, _Reader] = {}
+        self._readers: dict[str, _ReadingLayer] = {}
         for name, calls in read.items():
             layer = module.get_submodule(name)
-            self._readers[name] = _Reader.of(layer, calls, device)
+            self._readers[name] = _ReadingLayer.of(layer, calls, device)
             if isinstance(layer, GatedLayer):
                 shape = (
                     structural_groups(layer),
@@ -101,8 +101,8 @@ class Sensitivity:
             assert isinstance(layer, GatedLayer)
             self._members[name] = _members(layer)
 
-    def groups_are_others(self) -> bool:
-        """Whether filters are in other groups than those that have been gone on with."""
+    def groups_changed(self) -> bool:
+        """Whether filters are in other groups than at the last `take_groups`."""
         gated = {name: self._readers[name].layer for name in self.groups}
         return any(
             isinstance(layer, GatedLayer) and not torch.equal(_members(layer), self._members[name])
@@ -167,7 +167,7 @@ def _members(layer: GatedLayer) -> Tensor:
     return one_hot.reshape(structural_groups(layer), -1, groups).transpose(1, 2)
 
 
-def _slopes(reader: _Reader) -> Tensor | None:
+def _slopes(reader: _ReadingLayer) -> Tensor | None:
     """`[S, O/S, C/S]`; None where the weight is computed from others, frozen or not reached."""
     layer: Any = reader.layer
     gradient = reader.gradient()

@@ -8,7 +8,7 @@ from torch import nn
 
 from dspfx.model.gating import analyse_prepared
 from dspfx.model.parts import parts_of
-from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix, Restored, Source
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, FullWidth, Mix, Source
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -74,7 +74,7 @@ def _add_writers(graph: "nx.DiGraph[str]", analysis: ChannelAnalysis) -> dict[in
             case Source():
                 name = node.name
                 graph.add_node(name, kind="input")
-            case Restored() if node in analysis.values and analysis.values[node].channels:
+            case FullWidth() if node in analysis.values and analysis.values[node].channels:
                 name = node.name
                 graph.add_node(name, kind="opaque")
             case _:

@@ -54,7 +54,7 @@ def from_plain(plain: Any, budget: int = MOST_ELEMENTS) -> Any:
     Raises:
         ValueError: it is something else, or holds more.
     """
-    return _Reader(budget).read(plain)
+    return _CallReader(budget).read(plain)
 
 
 def _tensor_to_plain(tensor: Tensor) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _tensor_to_plain(tensor: Tensor) -> dict[str, Any]:
     }
 
 
-class _Reader:
+class _CallReader:
     def __init__(self, budget: int) -> None:
         self.left = budget
         self.generator = torch.Generator().manual_seed(0)

@@ -104,10 +104,10 @@ def plan_of(record: Compaction, analysis: ChannelAnalysis, most_weights: int) ->
     Raises:
         ValueError: it is none for this graph; the message names the node.
     """
-    return _Reader(record, analysis, most_weights).read()
+    return _PlanReader(record, analysis, most_weights).read()
 
 
-class _Reader:
+class _PlanReader:
     def __init__(self, record: Compaction, analysis: ChannelAnalysis, most_weights: int) -> None:
         self.record = record
         self.analysis = analysis

@@ -71,7 +71,7 @@ class Mix(Op):
 
     Filter o reads the channels of structural group `o // (O / S)`, fewer where it is masked.
     `bias` says which filters have one that is not zero (any, where it is learned under a gate).
-    A restored layer reads a tensor that is handled whole; a frozen one keeps all its filters.
+    A layer with `full_width` reads a tensor that is handled whole; a frozen one keeps all filters.
     """
 
     layer: str
@@ -83,7 +83,7 @@ class Mix(Op):
     bias: BoolArray
     has_bias: bool
     gated: bool
-    restored: bool
+    full_width: bool
     frozen: bool
 
 
@@ -159,7 +159,7 @@ class Gather(Op):
 
 
 @dataclass(frozen=True)
-class Restored(Op):
+class FullWidth(Op):
     """Anything else. Its operands are given to it at full width, zeros filled in.
 
     `reason` is empty where that is no loss, as for the outputs of the model. What has an `effect`,
@@ -191,7 +191,7 @@ def used(ops: dict[Node, Op]) -> set[Node]:
 
 def is_wanted(node: Node, op: Op) -> bool:
     """Whether what a node does is to be done even if no other reads it."""
-    return node.op == "output" or (isinstance(op, Restored) and op.effect)
+    return node.op == "output" or (isinstance(op, FullWidth) and op.effect)
 
 
 @dataclass(frozen=True)

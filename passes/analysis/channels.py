@@ -33,8 +33,8 @@ from dspfx.passes.analysis.channel_ops import (
     ChannelAnalysis,
     Constant,
     Declined,
+    FullWidth,
     Op,
-    Restored,
     Source,
     Value,
     used,
@@ -108,7 +108,7 @@ class _Analyser(fx.Interpreter):
         read = used(self.state.ops)
         declined: list[Declined] = []
         for node, op in self.state.ops.items():
-            if node in read and isinstance(op, Restored) and op.reason:
+            if node in read and isinstance(op, FullWidth) and op.reason:
                 values = [self.state.values[o] for o in op.operands if o in self.state.values]
                 if any(losable[value.atoms].any() for value in values):
                     declined.append(Declined(node.name, op.reason))
@@ -124,7 +124,9 @@ class _Analyser(fx.Interpreter):
         if op is not None and n in self.state.values and self.state.holds_positions(n):
             del self.state.values[n]
             op = (
-                op if isinstance(op, Source) else Restored(operands_of(n, self.state.ops), _BY_SIZE)
+                op
+                if isinstance(op, Source)
+                else FullWidth(operands_of(n, self.state.ops), _BY_SIZE)
             )
         if op is not None:
             self.state.ops[n] = op
@@ -145,13 +147,13 @@ class _Analyser(fx.Interpreter):
         if self._is_constant(node, result):
             return self._constant(node, result)
         if node.op == "output":
-            return Restored(operands, "")
+            return FullWidth(operands, "")
         if not operands:
             return size_or_nothing(self.state, node, result)
         if node.name in self.state.facts.dependent:
-            return Restored(operands, _BY_SIZE)
+            return FullWidth(operands, _BY_SIZE)
         if self.state.draws:
-            return Restored(operands, _DRAWS)
+            return FullWidth(operands, _DRAWS)
         if not isinstance(result, Tensor):
             of_inputs = asked_of_inputs(self.state, operands, result)
             return (
@@ -159,9 +161,9 @@ class _Analyser(fx.Interpreter):
             )
         if self._has_another_forward(node, result):
             why = f"a hook, or a 'forward' of its own, changes what '{node.target}' computes"
-            return Restored(operands, why)
+            return FullWidth(operands, why)
         if operators.writes_input(node):
-            return Restored(operands, "it is written into an input of the model", effect=True)
+            return FullWidth(operands, "it is written into an input of the model", effect=True)
         rule = self._rule(node)
         found = None if rule is None else rule(self.state, node, operands, result)
         return found or opaque(self.state, node, operands)

@@ -30,6 +30,7 @@ from dspfx.passes.analysis.channel_ops import (
     ChannelAnalysis,
     Channelwise,
     Elementwise,
+    FullWidth,
     Gate,
     Gather,
     IntArray,
@@ -37,7 +38,6 @@ from dspfx.passes.analysis.channel_ops import (
     Mix,
     Op,
     Query,
-    Restored,
     Source,
     any_along,
     is_wanted,
@@ -207,7 +207,7 @@ def _zero(
 
 
 def _live_inputs(zero: Mapping[Node, BoolArray], node: Node, mix: Mix) -> BoolArray:
-    if mix.restored:
+    if mix.full_width:
         return np.ones(mix.channels, bool)
     return ~zero[mix.operands[0]]
 
@@ -259,12 +259,12 @@ class _Backward:
         self.result.kept[node] = kept
         return kept
 
-    def _round_up(self, kept: BoolArray, zero: BoolArray, families: int) -> None:
-        """Keep more, until each of the `families` that any is kept of has as many as the widest.
+    def _round_up(self, kept: BoolArray, zero: BoolArray, structural_groups: int) -> None:
+        """Keep more, until each structural group that keeps any has as many as the widest.
 
         They are emitted as one convolution, whose groups are of one size.
         """
-        numbers = np.arange(len(kept)).reshape(families, -1)
+        numbers = np.arange(len(kept)).reshape(structural_groups, -1)
         widest = int(kept[numbers].sum(1).max())
         wanted = -(-widest // self.round_to) * self.round_to
         for own in numbers[any_along(kept[numbers], 1)]:
@@ -283,7 +283,7 @@ class _Backward:
 
     def _need_operands(self, node: Node, op: Op, kept: BoolArray) -> None:
         match op:
-            case Mix(restored=True) | Restored():
+            case Mix(full_width=True) | FullWidth():
                 for operand in op.operands:
                     self._demand(operand, slice(None))
             case Mix():

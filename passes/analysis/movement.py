@@ -107,11 +107,11 @@ class ElementIds:
             moved: the numbers.
             likely: the dimension to look along first, if several could hold the channels.
         """
-        reader = _Reader(list(self._roots.values()), moved.long())
-        return reader.read(likely)
+        finder = _ChannelFinder(list(self._roots.values()), moved.long())
+        return finder.find(likely)
 
 
-class _Reader:
+class _ChannelFinder:
     """Finds the channels in one tensor of numbers."""
 
     def __init__(self, roots: list[_Root], ids: Tensor) -> None:
@@ -139,7 +139,7 @@ class _Reader:
         self.channel = (ids - starts[number]).div_(stride, rounding_mode="floor")
         self.channel.remainder_(channels).add_(offset)
 
-    def read(self, likely: int | None) -> Move:
+    def find(self, likely: int | None) -> Move:
         rank = self.ids.dim()
         nodes = tuple(r.node for r in self.roots)
         zeros_only = not bool((self.ids == PADDED_VALUE).any())

@@ -12,9 +12,9 @@ from dspfx.layers.parametrised import why_computed
 from dspfx.passes.analysis import operators
 from dspfx.passes.analysis.channel_ops import (
     Channelwise,
+    FullWidth,
     Gather,
     Op,
-    Restored,
     Value,
 )
 from dspfx.passes.analysis.movement import PADDED_VALUE, PADDED_ZERO, Move
@@ -42,7 +42,7 @@ def move(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op
             return gathered(a, node, result, move, move.dim)
     a.ids.keep(node, moved)
     a.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
-    return Restored(operands, why)
+    return FullWidth(operands, why)
 
 
 def gathered(a: State, node: Node, result: Tensor, move: Move, dim: int) -> Op:
@@ -86,9 +86,9 @@ def parts(a: State, node: Node, operands: tuple[Node, ...]) -> Op:
         parts = run_on_ids(a, node, operands)
         if isinstance(parts, tuple | list):
             a.ids.keep(node, tuple(parts))
-            return Restored(operands, "its parts are used whole")
+            return FullWidth(operands, "its parts are used whole")
     if is_construction(node.target):
-        return Restored(operands, "")  # the reasons are those of whoever reads it
+        return FullWidth(operands, "")  # the reasons are those of whoever reads it
     return opaque(a, node, operands)
 
 
@@ -131,13 +131,13 @@ def run_on_ids(a: State, node: Node, operands: tuple[Node, ...]) -> Any:
         return None
 
 
-def opaque(a: State, node: Node, operands: tuple[Node, ...]) -> Restored:
+def opaque(a: State, node: Node, operands: tuple[Node, ...]) -> FullWidth:
     """What no rule knows: it is given all channels."""
     name = readable(operators.key(node, a.root))
     why = f"{name} is not known to keep channels apart"
     if node.op == "call_module":
         why = why_computed(a.root.get_submodule(str(node.target))) or why
-    return Restored(operands, why)
+    return FullWidth(operands, why)
 
 
 def pads_others(node: Node) -> bool:

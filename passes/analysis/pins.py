@@ -15,9 +15,9 @@ from torch.fx.node import Node
 from dspfx.passes.analysis.channel_ops import (
     ChannelAnalysis,
     Declined,
+    FullWidth,
     Mix,
     Op,
-    Restored,
     Source,
     used,
 )
@@ -50,13 +50,13 @@ def _pins(node: Node, op: Op, read: bool) -> Iterator[tuple[Node, str]]:
     match op:
         case Source():
             yield node, "the model's input"
-        case Restored() if node.op == "output":
+        case FullWidth() if node.op == "output":
             yield from ((operand, "the model's output") for operand in op.operands)
-        case Restored() if read:
+        case FullWidth() if read:
             reason = op.reason or "the whole size is asked for"
             yield from ((operand, reason) for operand in op.operands)
         case Mix(frozen=True):
             yield node, "the layer is to be ignored"
             yield op.operands[0], "the layer is to be ignored"
-        case Mix(restored=True):
+        case Mix(full_width=True):
             yield op.operands[0], "the layer does not read whole channels of it"

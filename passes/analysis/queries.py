@@ -9,9 +9,9 @@ from torch.fx.node import Node
 
 from dspfx.passes.analysis import operators
 from dspfx.passes.analysis.channel_ops import (
+    FullWidth,
     Op,
     Query,
-    Restored,
     Source,
     Value,
 )
@@ -34,13 +34,13 @@ def size(a: State, node: Node, operands: tuple[Node, ...]) -> Op | None:
         return None
     value = a.values.get(operands[0])
     if value is None:
-        return Restored(operands, "")
+        return FullWidth(operands, "")
     asked = node.args[1] if key == "size" and len(node.args) > 1 else node.kwargs.get("dim")
     if isinstance(asked, int) and value.shape:
         on_channels = asked % len(value.shape) == value.dim
         return Query(operands, value.shape[asked] if on_channels else None)
     if key == "numel":
-        return Restored(operands, "")
+        return FullWidth(operands, "")
     if key == "size" or (key is getattr and node.args[1] == "shape"):
         return whole_shape(a, node, operands, value)
     return Query(operands, None)
@@ -61,7 +61,7 @@ def whole_shape(a: State, node: Node, operands: tuple[Node, ...], value: Value) 
             continue
         dims = range(len(value.shape))[taken] if isinstance(taken, slice) else None
         if dims is None or value.dim in dims:
-            return Restored(operands, "")
+            return FullWidth(operands, "")
     return Query(operands, None)
 
 
@@ -76,5 +76,5 @@ def size_or_nothing(a: State, node: Node, result: Any) -> Op | None:
         return None
     if isinstance(result, Tensor):
         a.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
-        return Restored((), "")
+        return FullWidth((), "")
     return None

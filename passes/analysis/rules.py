@@ -17,12 +17,12 @@ from dspfx.passes.analysis.channel_ops import (
     Channelwise,
     Constant,
     Elementwise,
+    FullWidth,
     Gate,
     IntArray,
     Merge,
     Mix,
     Op,
-    Restored,
     Value,
 )
 from dspfx.passes.analysis.moves import move
@@ -65,7 +65,7 @@ def mix(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op 
     return Mix(
         *(operands, name, filters, width * groups, groups, taps, positions),
         *(bias, layer.bias is not None, gated),
-        restored=value.dim != dim or frozen,
+        full_width=value.dim != dim or frozen,
         frozen=frozen,
     )
 
@@ -76,7 +76,7 @@ def depthwise(
     """A convolution whose filters read one channel each."""
     layer = a.root.get_submodule(str(node.target))
     if str(node.target) in a.frozen:
-        return Restored(operands, "the layer is to be ignored")
+        return FullWidth(operands, "the layer is to be ignored")
     parameters = sum(p[0].numel() for p in layer.parameters(recurse=False))
     a.pass_atoms(node, result, 1, a.values[operands[0]].atoms)
     zeros, shifts = on_zeros(a, node, operands, result, 1), layer.bias is not None

@@ -29,7 +29,7 @@ def emit(
     lowering: Lowering,
     filters: IntArray,
     inputs: IntArray,
-    families: int = 1,
+    structural_groups: int = 1,
 ) -> nn.Module:
     """What computes `layer` as `lowering` says.
 
@@ -40,9 +40,11 @@ def emit(
         lowering: counts filters and channels as they are stored.
         filters: the number, in `weight`, of every filter stored.
         inputs: the number, in the input of `layer`, of every channel stored.
-        families: S, the structural groups in which `weight` is stored.
+        structural_groups: S, the structural groups in which `weight` is stored.
     """
-    layers = [_part(layer, part, weight, bias, filters, inputs, families) for part in lowering]
+    layers = [
+        _part(layer, part, weight, bias, filters, inputs, structural_groups) for part in lowering
+    ]
     reads = [np.maximum(part.inputs.reshape(-1), 0) for part in lowering]
     outputs = written(lowering)
     order = np.argsort(outputs, kind="stable")[(outputs < 0).sum() :]
@@ -59,13 +61,13 @@ def _part(
     bias: Tensor | None,
     filters: IntArray,
     inputs: IntArray,
-    families: int,
+    structural_groups: int,
 ) -> nn.Module:
     """One grouped convolution, or a linear layer, of the filters and inputs of `part`."""
     device, width = weight.device, weight.shape[1]
     own = torch.from_numpy(filters[part.filters]).to(device)
     # each filter's weights are stored from the first channel of its own structural group on
-    first = own // (len(weight) // families) * width
+    first = own // (len(weight) // structural_groups) * width
     read = torch.from_numpy(inputs[part.inputs]).to(device)[:, None] - first[:, :, None]
     real = torch.from_numpy(part.filters >= 0).to(device)
     reads = torch.from_numpy(part.inputs >= 0).to(device)[:, None] & real[:, :, None]

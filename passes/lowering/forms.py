@@ -9,9 +9,10 @@ layer. The forms are all of this kind:
 3. *grouped*: groups as one convolution; where they differ in size, filled up with zero weights.
 4. *merged*: the two groups that are the cheapest to read together become one, again and again, and
    what is left is emitted as 2 or 3. In the end that is 1. Where there are too many groups for
-   that, only those of one family, the filters of one group of the original layer, become one.
-5. *families*: the groups of each family become one, and the families are emitted as 2 or 3. As one
-   convolution, each filled up to the widest, they never have more weights than the original layer.
+   that, only those of one structural group (of the original layer) become one.
+5. *structural groups*: the groups of each structural group become one, and these are emitted as 2
+   or 3. As one convolution, each filled up to the widest, they never have more weights than the
+   original layer.
 
 Groups of equal size share a part in 2 as well, where the layer knows of groups: oneDNN and cuDNN
 then see one convolution.
@@ -90,7 +91,7 @@ def groups_of(filters: IntArray, row: IntArray, lists: BoolArray) -> list[Group]
 
 def forms(
     groups: Sequence[Group],
-    family: Sequence[int],
+    structural_group: Sequence[int],
     grouping: bool = True,
     most_weights: float = math.inf,
 ) -> list[Lowering]:
@@ -98,13 +99,13 @@ def forms(
 
     Args:
         groups: of the layer.
-        family: of every group, the group of the original layer that its filters belong to.
+        structural_group: of every group, the group of the original layer that its filters are in.
         grouping: whether the layer has a grouped form; linear layers have none.
         most_weights: forms with more, for each tap, are left out. What the filters read of the
             original layer is always enough: branches have no more than that.
     """
     found: dict[bytes, Lowering] = {}
-    for merged in _merged(groups, family):
+    for merged in _merged(groups, structural_group):
         for lowering in (
             alike(merged) if grouping else branches(merged),
             branches(merged),
@@ -152,18 +153,18 @@ def _or_padding(inputs: IntArray) -> IntArray:
     return inputs if len(inputs) else np.array([-1])
 
 
-def _merged(groups: Sequence[Group], family: Sequence[int]) -> Iterator[list[Group]]:
+def _merged(groups: Sequence[Group], structural_group: Sequence[int]) -> Iterator[list[Group]]:
     """The groups, and after each merge of the two that cost the fewest zero weights."""
     now = list(groups)
     yield now
     of_one: dict[int, list[Group]] = defaultdict(list)
-    for group, own in zip(now, family, strict=True):
+    for group, own in zip(now, structural_group, strict=True):
         of_one[own].append(group)
-    families = [_union(own) for own in of_one.values()]
-    if 1 < len(families) < len(now):
-        yield families
+    structural_groups = [_union(own) for own in of_one.values()]
+    if 1 < len(structural_groups) < len(now):
+        yield structural_groups
     if len(now) > MOST_GROUPS:
-        now = families
+        now = structural_groups
         yield now
         if len(now) > MOST_GROUPS:
             return

@@ -47,11 +47,11 @@ def fuse(module: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
     fused = False
     for node in list(module.graph.nodes):
         if isinstance(_called(module, node), GroupConv2d):
-            fused |= fusion.inputs_of(node)
-            fused |= fusion.outputs_of(node)
-            fused |= fusion.norm_of(node)
-            fused |= fusion.sum_of(node)
-            fused |= fusion.activation_of(node)
+            fused |= fusion.fold_input_gather(node)
+            fused |= fusion.fold_output_scatter(node)
+            fused |= fusion.fold_batch_norm(node)
+            fused |= fusion.fuse_add(node)
+            fused |= fusion.fuse_activation(node)
     operators.remove_dead_code(module.graph)
     module.graph.lint()
     module.recompile()
@@ -126,7 +126,7 @@ class _Fusion:
     def _become(self, node: Node, conv: GroupConv2d) -> None:
         self.module.set_submodule(str(node.target), conv)
 
-    def inputs_of(self, node: Node) -> bool:
+    def fold_input_gather(self, node: Node) -> bool:
         """The convolution reads channels where they come from."""
         (x, *others) = node.args
         moved = self._moved(x) if isinstance(x, Node) else None
@@ -144,7 +144,7 @@ class _Fusion:
         node.args = (moved.source, *others)
         return True
 
-    def outputs_of(self, node: Node) -> bool:
+    def fold_output_scatter(self, node: Node) -> bool:
         """The convolution writes channels to where they go, if they all go to one value."""
         conv = self._conv(node)
         between = self._moves_behind(node)
@@ -183,7 +183,7 @@ class _Fusion:
             found += [r for r in value.users if r not in found and self._moved(r) is not None]
         return found[1:]
 
-    def norm_of(self, node: Node) -> bool:
+    def fold_batch_norm(self, node: Node) -> bool:
         """A batch norm behind the convolution scales and shifts its filters."""
         behind, conv = _only_reader(node), self._conv(node)
         norm = None if behind is None else _called(self.module, behind)
@@ -211,7 +211,7 @@ class _Fusion:
         behind.graph.erase_node(behind)
         return True
 
-    def sum_of(self, node: Node) -> bool:
+    def fuse_add(self, node: Node) -> bool:
         """What is added becomes the residual."""
         add = _only_reader(node)
         if add is None or len(node.args) != 1 or add.op not in ("call_function", "call_method"):
@@ -241,7 +241,7 @@ class _Fusion:
             found += [x for x in value.all_input_nodes if x in self.seen and x not in found]
         return any(value.op == "placeholder" for value in found)
 
-    def activation_of(self, node: Node) -> bool:
+    def fuse_activation(self, node: Node) -> bool:
         """The activation behind the convolution is its own."""
         act, conv = _only_reader(node), self._conv(node)
         if act is None or act.all_input_nodes != [node] or conv.activation != "none":

@@ -39,8 +39,8 @@ class Site:
         bias: `[O]`, or None.
         groups: of filters; channels are counted as they are stored.
         input: shape of the tensor that it reads, and of the one that it writes.
-        families: S, the structural groups of a layer that has many, as a depthwise one; it is
-            not emitted in other forms than its own and by the project's kernel.
+        structural_groups: S, of a layer that has many, as a depthwise one; it is emitted in its own
+            form and by the project's kernel only.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Site:
     groups: tuple[Group, ...]
     input: torch.Size
     output: torch.Size
-    families: int = 1
+    structural_groups: int = 1
 
     @property
     def geometry(self) -> Geometry:
@@ -80,7 +80,7 @@ class Site:
         if not plain or self.weight.dtype != torch.float32:
             return None
         groups = [(group.filters, group.inputs) for group in self.groups]
-        return group_conv_like(conv, groups, self.weight, self.bias, self.families).eval()
+        return group_conv_like(conv, groups, self.weight, self.bias, self.structural_groups).eval()
 
 
 def sites(model: nn.Module, inputs: tuple[Any, ...]) -> list[Site]:
@@ -116,7 +116,7 @@ def relowered(model: nn.Module, modules: Mapping[Site, nn.Module]) -> nn.Module:
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for site, module in modules.items():
         filters, channels = site.weight.shape[:2]
-        weight, bias = _whole(module, filters, channels, site.families)
+        weight, bias = _whole(module, filters, channels, site.structural_groups)
         if not (_equal(weight, site.weight) and _equal(bias, site.bias)):
             raise EquivalenceError(
                 f"layer {site.name!r} changed when it was emitted anew. This is a bug of dspfx; "
@@ -144,26 +144,29 @@ def _site(name: str, module: nn.Module, input: torch.Size, output: torch.Size) -
     filters = output[-1] if isinstance(layer, nn.Linear) else output[1]
     taps = layer.weight.shape[2:]
     structured = not branches and getattr(layer, "groups", 1) > MOST_GROUPS
-    families = layer.groups if structured else 1
-    if filters * channels // families * taps.numel() > MOST_WEIGHTS:
+    structural_groups = layer.groups if structured else 1
+    if filters * channels // structural_groups * taps.numel() > MOST_WEIGHTS:
         return None
     if structured:
         weight, bias = filters_first(layer).detach(), layer.bias
-        own = np.split(np.arange(filters), families), np.split(np.arange(channels), families)
+        own = (
+            np.split(np.arange(filters), structural_groups),
+            np.split(np.arange(channels), structural_groups),
+        )
         groups = [Group(f, c) for f, c in zip(*own, strict=True)]
     else:
         weight, bias = _whole(module, filters, channels)
         reads = (weight != 0).flatten(2).any(2) if len(taps) else weight != 0
         groups = _groups(reads.cpu().numpy())
-    return Site(name, layer, weight, bias, tuple(groups), input, output, families)
+    return Site(name, layer, weight, bias, tuple(groups), input, output, structural_groups)
 
 
 def _whole(
-    module: Any, filters: int, channels: int, families: int = 1
+    module: Any, filters: int, channels: int, structural_groups: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer, as of one convolution over all channels of a family."""
+    """Weight and bias of a layer, as of one convolution over all channels of a structural group."""
     if isinstance(module, GroupConv2d):
-        return module.whole(families), module.bias  # type: ignore[return-value]
+        return module.whole(structural_groups), module.bias  # type: ignore[return-value]
     branches = isinstance(module, Branches)
     layers: list[Any] = list(module.children()) if branches else [module]
     reads = [module.read_by(i) for i in range(len(layers))] if branches else [np.arange(channels)]

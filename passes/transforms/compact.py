@@ -29,13 +29,13 @@ from dspfx.passes.analysis.channel_ops import (
     Channelwise,
     Constant,
     Elementwise,
+    FullWidth,
     Gate,
     Gather,
     IntArray,
     Mix,
     Op,
     Query,
-    Restored,
     Value,
     is_run,
 )
@@ -235,7 +235,7 @@ class _Emitter:
         """
         new = self.graph.node_copy(node, lambda n: operands.get(n, self.env[n]))
         op = self.analysis.ops.get(node)
-        if isinstance(op, Restored) and op.effect:
+        if isinstance(op, FullWidth) and op.effect:
             return new
         operators.out_of_place(new)
         operators.tolerate_strides(new)

@@ -59,7 +59,7 @@ def _wishes(analysis: ChannelAnalysis, live: Liveness, model: CostModel) -> Iter
     for node, op in analysis.ops.items():
         if node in live.kept:
             match op:
-                case Mix(restored=False):
+                case Mix(full_width=False):
                     yield from _of_layer(node, op, analysis, live, model)
                 case Elementwise():
                     yield from _of_stream(node, op, analysis, live, model)

@@ -202,26 +202,28 @@ class _Planner:
         if op.layer in self.joint:
             filters, inputs, reads = self._of_all_calls(op.layer)
         else:
-            inputs = np.arange(op.channels) if op.restored else self.held(op.operands[0])
+            inputs = np.arange(op.channels) if op.full_width else self.held(op.operands[0])
             filters = np.flatnonzero(kept)
             classes = self.analysis.class_of(node)[filters]
             filters = filters[np.argsort(self.place_of[classes], kind="stable")]
             reads = self.live.reads_live(node, op)
         live, row = reads[:, inputs], self.live.reads[op.layer].row
         groups = groups_of(np.arange(len(filters)), row[filters], live)
-        family = filters // (op.filters // op.structural_groups)
-        families = [int(family[group.filters[0]]) for group in groups]
+        of_filter = filters // (op.filters // op.structural_groups)
+        structural_group = [int(of_filter[group.filters[0]]) for group in groups]
         called = op.layer, filters.tobytes(), inputs.tobytes(), live.tobytes()
         if called not in self.lowerings:
             grouping = not isinstance(self.root.get_submodule(op.layer), nn.Linear)
             size = geometry(self.analysis, node, op, len(inputs))
             seconds = partial(self.model.seconds, geometry=size)
             most = op.filters * op.channels // op.structural_groups
-            self.lowerings[called] = min(forms(groups, families, grouping, most), key=seconds)
+            self.lowerings[called] = min(
+                forms(groups, structural_group, grouping, most), key=seconds
+            )
         lowering = self.lowerings[called]
         norm = None if op.layer in self.joint else self._norm_to_fold(node, kept)
         self.layers[node] = LayerPlan(tuple(groups), lowering, filters, inputs, norm)
-        self._set(node, filters, (None if op.restored else inputs,))
+        self._set(node, filters, (None if op.full_width else inputs,))
 
     def _of_all_calls(self, layer: str) -> tuple[IntArray, IntArray, BoolArray]:
         """The filters that any call keeps, the inputs that any holds, and what is read of these."""
@@ -232,7 +234,7 @@ class _Planner:
         ]
         every = np.ones(calls[0][1].channels, bool)
         kept = [self.live.kept[node] for node, _ in calls]
-        held = [every if op.restored else self.live.kept[op.operands[0]] for _, op in calls]
+        held = [every if op.full_width else self.live.kept[op.operands[0]] for _, op in calls]
         reads = [self.live.reads_live(node, op) for node, op in calls]
         filters, inputs = (np.flatnonzero(any_along(np.stack(own), 0)) for own in (kept, held))
         return filters, inputs, any_along(np.stack(reads), 0)

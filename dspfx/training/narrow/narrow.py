@@ -115,7 +115,7 @@ def _narrow(prepared: PreparedModule, verify: bool, cost_model: CostModel) -> Na
     graphs = {False: compacted.graph, True: training}
     module = NarrowModule(root, graphs, type(prepared).__name__)
     module.origins = origins
-    module.answer_like(prepared)
+    module.copy_forwarding_from(prepared)
     return module
 
 

@@ -13,10 +13,10 @@ from dspfx.passes.analysis.channel_ops import (
     ChannelAnalysis,
     Channelwise,
     Elementwise,
+    FullWidth,
     Gather,
     Mix,
     Op,
-    Restored,
 )
 from dspfx.passes.analysis.channels import analyse
 from helpers import assert_equal, random_masks, randomise
@@ -108,7 +108,7 @@ def test_positions_become_channels_for_a_linear_layer_alone(
     assert (op.repeat, op.keeps_zero.all()) == (20, True)
     assert isinstance(relu, Elementwise)
     alone = last_op(flat)  # another image has more of them
-    assert isinstance(alone, Restored)
+    assert isinstance(alone, FullWidth)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_positions_become_channels_for_a_linear_layer_alone(
 )
 def test_what_takes_channels_apart_is_declined(function: Callable[[Tensor], Tensor]) -> None:
     _, analysis = analysed(Applies(function))
-    assert isinstance(list(analysis.ops.values())[-2], Restored)
+    assert isinstance(list(analysis.ops.values())[-2], FullWidth)
     assert analysis.declined
     assert all(d.reason for d in analysis.declined)
 
@@ -182,7 +182,7 @@ def test_layers_are_described() -> None:
     assert (conv.filters, conv.channels, conv.structural_groups) == (8, 6, 2)
     assert (conv.taps, conv.positions) == (9, 2 * 3)
     assert isinstance(linear, Mix)
-    assert (linear.filters, linear.channels, linear.restored) == (3, 48, False)
+    assert (linear.filters, linear.channels, linear.full_width) == (3, 48, False)
 
 
 def test_a_batch_of_one_is_not_mistaken_for_channels() -> None:
@@ -191,7 +191,7 @@ def test_a_batch_of_one_is_not_mistaken_for_channels() -> None:
     fold = Applies(lambda x: x.reshape(1, -1, 4, 5))
     assert isinstance(list(analysed(fold, x)[1].ops.values())[-2], Gather | Channelwise)
     _, analysis = analysed(fold, X)
-    assert isinstance(list(analysis.ops.values())[-2], Restored)
+    assert isinstance(list(analysis.ops.values())[-2], FullWidth)
 
 
 def test_the_analysis_changes_nothing() -> None:

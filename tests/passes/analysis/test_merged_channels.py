@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dspfx
 from dspfx.layers.gated import gated_layers
 from dspfx.model.gating import analyse_prepared
-from dspfx.passes.analysis.channel_ops import Merge, Restored
+from dspfx.passes.analysis.channel_ops import FullWidth, Merge
 from helpers import assert_equal, macs, random_masks, randomise
 
 
@@ -109,7 +109,7 @@ def test_nothing_is_kept_at_full_width(model: nn.Module) -> None:
         assert_equal(model.train()(images()), prepared.train()(images()), tolerance=0)
     ops = analyse_prepared(prepared).ops
     assert any(isinstance(op, Merge) for op in ops.values())
-    declined = [node for node, op in ops.items() if isinstance(op, Restored) and op.reason]
+    declined = [node for node, op in ops.items() if isinstance(op, FullWidth) and op.reason]
     assert all("chunk" in node.name for node in declined)
 
 

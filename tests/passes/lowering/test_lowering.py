@@ -72,7 +72,7 @@ def test_linear_layers_have_no_grouped_form() -> None:
     assert all(len(part.filters) == 1 for form in forms(TWO, [0, 0], False) for part in form)
 
 
-def test_many_groups_are_merged_by_family_only() -> None:
+def test_many_groups_are_merged_by_structural_group_only() -> None:
     many = [group([i], [i, i + 1]) for i in range(40)]
     found = forms(many, [i // 20 for i in range(40)])
     assert shape(found[0]) == [(40, 1, 2)]
