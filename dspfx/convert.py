@@ -32,7 +32,7 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
 
     Args:
         prepared: from `dspfx.prepare`, pruned or not. A compact model is returned as a copy.
-        cost_model: decides in which form each layer is emitted. `dspfx.compile` decides anew, by
+        cost_model: decides in which form each layer is emitted. `dspfx.compile` decides again, by
             measuring; a model that goes elsewhere keeps these forms.
         verify: run both models on random inputs, in float64 where they allow it, and compare; at
             the size of the example and, where the masked model takes them, at two more.

@@ -1,4 +1,4 @@
-"""Which children of a model become parts of it: the largest that can be, and that nobody misses.
+"""Which children of a model become parts of it: the largest that can be without changing the rest.
 
 1. Of the children that are called, the largest that can be prepared are; inside of the others, and
    of those that hide more of their layers than they show, the largest of theirs.

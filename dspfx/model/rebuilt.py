@@ -54,7 +54,7 @@ def check_written(model: nn.Module) -> None:
             f"made from, and have it {form} when it is compact"
         )
     for name, module in model.named_modules():
-        if _form(module) == EXPORTED:  # torch lets nobody set its mode
+        if _form(module) == EXPORTED:  # its mode cannot be set
             raise PrepareError(f"'{name}' is exported; put {_INSTEAD}")
         of_dynamo = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
         if of_dynamo and _COMPILED not in module._modules:

@@ -89,7 +89,7 @@ def same(a: Any, b: Any, within: frozenset[int] = frozenset()) -> bool:
     compares: object = type(a).__eq__
     if compares is not object.__eq__:
         return bool(a == b)
-    own, its = _attributes(a), _attributes(b)  # nobody says when two such objects are equal
+    own, its = _attributes(a), _attributes(b)  # their class does not say when two are equal
     return id(a) in within or (
         own.keys() == its.keys()
         and all(same(value, its[name], within | {id(a)}) for name, value in own.items())
@@ -182,7 +182,7 @@ def _evaluate(model: nn.Module, call: Call, parts: Collection[nn.Module], after:
 
 
 def _followed_by(forward: Callable[..., Any], after: After) -> Callable[..., Any]:
-    """`forward`, and then `after`: before any hook, and whoever has put something around it."""
+    """`forward`, and then `after`: before any hook or wrapper sees the result."""
 
     @functools.wraps(forward)
     def both(part: nn.Module, *args: Any, **kwargs: Any) -> Any:

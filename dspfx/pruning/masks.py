@@ -37,7 +37,7 @@ def set_masks(prepared: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Prune `prepared` to `masks`; layers that are not named keep the mask they have.
 
     Dead means zero: a filter whose inputs are all masked or dead is dead itself, its output
-    exactly zero behind the norm that follows, and so on through the graph. `get_masks` returns
+    exactly zero after the norm that follows, and so on through the graph. `get_masks` returns
     the masks with these consequences drawn.
 
     Args:

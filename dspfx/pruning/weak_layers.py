@@ -1,6 +1,6 @@
 """Layers that pruning has closed or nearly closed: the first suspects where accuracy collapses.
 
-One narrow layer holds up all that lies behind it, however wide the rest is (layer collapse: Tanaka,
+One narrow layer limits all that follows it, however wide the rest is (layer collapse: Tanaka,
 Kunin, Yamins, Ganguli, "Pruning neural networks without any data by iteratively conserving synaptic
 flow", NeurIPS 2020). Of the gated layers, these are weak:
 

@@ -51,7 +51,7 @@ class Machine:
     Attributes:
         device: see `dspfx.recipe.team`.
         workers: processes that read image files.
-        checkpoint_minutes: between checkpoints within an epoch; there is one behind every epoch.
+        checkpoint_minutes: between checkpoints within an epoch; there is one after every epoch.
     """
 
     device: str = "auto"
@@ -324,7 +324,7 @@ class _Steps:
             self.say(f"without {self.files.page.name}: {error}")
 
     def _keep(self, path: Path, model: nn.Module) -> None:
-        """Write what a phase has made, for a run that is resumed behind it."""
+        """Write what a phase has made, for a run that is resumed after it."""
         if self.own.first:
             save_checkpoint(path, model=model)
         self.own.wait()

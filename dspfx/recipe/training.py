@@ -1,7 +1,7 @@
 """The loop of a run: epochs, checkpoints and metrics of one phase after the other.
 
 Whenever it stops, it goes on from its last checkpoint bit for bit, on a CPU: what the checkpoint
-does not hold is drawn anew from the place where the run is, see `seeds`.
+does not hold is drawn again from the place where the run is, see `seeds`.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Masks as small pictures: a panel for every gated layer, in rows on a sheet.
 
 Filters go down and input channels across, both in the order in which the compact network stores
-them; what is gone lies behind what is left. A layer of 2048 channels gets as many pixels as one of
+them; what is gone lies after what is left. A layer of 2048 channels gets as many pixels as one of
 16: every pixel has the mean colour of what lies below it, so that no channel is left out.
 """
 

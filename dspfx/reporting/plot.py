@@ -28,7 +28,7 @@ def plot(model: nn.Module | Report, path: str | os.PathLike[str] | None = None) 
         path: where to write the picture too; the suffix says how, for instance `.png` or `.svg`.
 
     Returns:
-        A figure that `matplotlib.pyplot` knows nothing of: nobody has to close it.
+        A figure that `matplotlib.pyplot` does not manage: it need not be closed.
 
     Raises:
         PlotError: matplotlib is missing, or writes no such files; or `path` cannot be written.

@@ -1,7 +1,7 @@
 """`Blueprint`: all that is saved of a model but its weights, as plain data.
 
 A prepared module is rebuilt from it by preparing a new module of the same architecture alike. A
-compact one is not planned anew, since plans depend on weights that are gone: the plan is stored.
+compact one is not planned again, since plans depend on weights that are gone: the plan is stored.
 """
 
 from collections.abc import Mapping

@@ -72,7 +72,7 @@ def save_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind it: the writer of torch ends with an error of its own then."""
+    """Whether Ctrl-C caused it: the writer of torch ends with an error of its own then."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None

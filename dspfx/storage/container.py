@@ -78,7 +78,7 @@ def read(path: Path, most_bytes: int) -> Archive:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"{path} is no file of dspfx.save, or a damaged one: {error}") from error
     if digest != _digest(plan, tensors):
-        raise LoadError(f"{path} is damaged: it does not hold what was written; get it anew")
+        raise LoadError(f"{path} is damaged: it does not hold what was written; get it again")
     return Archive(plan, tensors)
 
 

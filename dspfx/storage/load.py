@@ -91,7 +91,7 @@ def load(
     """
     path = Path(path)
     if any(isinstance(module, PreparedModule | CompactModule) for module in model.modules()):
-        raise LoadError("pass the model as it was before dspfx.prepare: construct it anew")
+        raise LoadError("pass the model as it was before dspfx.prepare: construct it again")
     own = list(named_tensors(model).values())
     if any(tensor.is_meta for tensor in own):
         raise LoadError("the model is on the meta device; construct it on a CPU or GPU")
@@ -214,10 +214,10 @@ def _emitted(prepared: PreparedModule, part: Blueprint, most_weights: int) -> Co
         raise LoadError("one part is compact, another is not")
     for name, layer in gated_layers(prepared).items():
         layer.gate.set_mask(mask_of(part.masks[name], *layer.gate.mask.shape))
-    for name, gate_behind_norm in channel_gates(prepared).items():
-        alive = torch.ones(len(gate_behind_norm.alive), dtype=torch.bool)
+    for name, gate in channel_gates(prepared).items():
+        alive = torch.ones(len(gate.alive), dtype=torch.bool)
         alive[torch.from_numpy(checked(part.dead[name], 0, len(alive)))] = False
-        gate_behind_norm.set_alive(alive)
+        gate.set_alive(alive)
     analysis = analyse_prepared(prepared)
     module = emit_compact(prepared, analysis, plan_of(stored, analysis, most_weights))
     found = stored.difference

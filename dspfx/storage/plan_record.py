@@ -1,7 +1,7 @@
 """`Compaction`: a `CompactionPlan` as plain data, and back again for a graph of the same nodes.
 
 A plan depends on weights that a compact model no longer has, on the cost model, and on the version
-of dspfx. It is therefore stored, not made anew. Of what is read back every number is checked.
+of dspfx. It is therefore stored, not made again. Of what is read back every number is checked.
 """
 
 from collections.abc import Callable

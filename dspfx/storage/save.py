@@ -124,7 +124,7 @@ def _unchanged(part: CompactModule) -> Blueprint:
     if structure(part) != plain.compaction.structure:
         raise SaveError(
             "the layers of the model are not those that dspfx.convert made, perhaps since "
-            "dspfx.compile emitted them anew; save the model that convert returned, and compile "
+            "dspfx.compile emitted them again; save the model that convert returned, and compile "
             "again after loading"
         )
     return plain

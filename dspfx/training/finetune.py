@@ -10,7 +10,7 @@ As the method's authors do it (Park et al., AAAI 2023, arXiv 2303.09736, and the
 3. At the end of every epoch its weights are kept if no others of the same masks had a better score.
 
 Weights with more left cannot be compared with those of the final budget: whenever pruning takes
-anything away, the best score starts anew, so that in the end the best weights of the last cycle
+anything away, the best score starts again, so that in the end the best weights of the last cycle
 count. Where masks stay as they are, the best of all cycles does.
 """
 
@@ -47,9 +47,9 @@ class CyclicFinetune:
                 finetune.step()
             finetune.end_epoch(accuracy_on_validation_images)
 
-    Afterwards the model holds the best weights within the budget. To resume a run, save it behind
+    Afterwards the model holds the best weights within the budget. To resume a run, save it after
     `end_epoch`, with `dspfx.save_checkpoint(path, model=prepared, optimizer=optimizer,
-    finetune=finetune)`, construct all three anew, load them, and enter the loop again.
+    finetune=finetune)`, construct all three again, load them, and enter the loop again.
 
     Args:
         prepared: from `dspfx.prepare`, pruned before or not; any other model, such as one of
@@ -128,7 +128,7 @@ class CyclicFinetune:
         if gated:
             get_masks(prepared)
         if not trained_parameters(optimizer) & set(prepared.parameters()):
-            raise LearnError("the optimizer trains no weight of this model; construct it anew")
+            raise LearnError("the optimizer trains no weight of this model; construct it again")
         if not any(float(group["lr"]) for group in optimizer.param_groups):
             raise LearnError(
                 "the learning rates of the optimizer are zero, perhaps since it was annealed; give "

@@ -1,4 +1,4 @@
-"""`recalibrate`: the running statistics of batch norms, anew from a few batches."""
+"""`recalibrate`: the running statistics of batch norms, estimated again from a few batches."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, cast

@@ -43,7 +43,7 @@ class Processes:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to agree with."""
+        """Whether there is no other process."""
         return self.group is None
 
     @torch.no_grad()

@@ -520,7 +520,7 @@ def test_it_ends() -> None:
 def test_a_step_without_gradients_is_an_error() -> None:
     prepared = layers()
     pruning = dspfx.GradualPruning(prepared, Budget(macs=0.5), total_steps=1, begin=0, prunings=1)
-    with pytest.raises(dspfx.LearnError, match="behind the backward pass"):
+    with pytest.raises(dspfx.LearnError, match="after the backward pass"):
         pruning.step()
     assert pruning.steps_done == 0
     loss(prepared).backward()

@@ -133,7 +133,7 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.models.SqueezeNet1_1_Weights, "get_state_dict", fails)
     with pytest.raises(dspfx.RecipeError, match="cannot be had: no route"):
         Architecture("squeezenet1_1", 5, 3, 224, pretrained=True).build(load=True)
-    with pytest.raises(dspfx.RecipeError, match="nobody offers weights"):
+    with pytest.raises(dspfx.RecipeError, match="there are no weights"):
         Architecture("cifar-resnet8", 5, 3, 32, pretrained=True).build(load=True)
 
 

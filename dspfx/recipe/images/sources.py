@@ -204,7 +204,7 @@ class ImageFiles(Source):
         try:
             yield from ((x, y) for x, y in loader)
         except OSError as error:
-            (*_, what) = str(error).strip().splitlines()  # of a worker: behind its traceback
+            (*_, what) = str(error).strip().splitlines()  # of a worker: after its traceback
             raise DataError(
                 f"an image cannot be read: {what.removeprefix('OSError: ')}; repair or remove it"
             ) from error

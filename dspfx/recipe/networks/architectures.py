@@ -42,7 +42,7 @@ class Architecture:
         channels: of its images; networks that cannot be told get three.
         image_size: of the images that it was trained with, or is analysed for.
         pretrained: it is made for the weights that its library offers, whether it has them or not:
-            with these, torchvision's Inception and GoogLeNet normalise their input anew.
+            with these, torchvision's Inception and GoogLeNet normalise their input again.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Architecture:
 
     def _check_offered(self, offered: bool) -> None:
         if not offered:
-            raise RecipeError(f"nobody offers weights for {self.name}; leave out --pretrained")
+            raise RecipeError(f"there are no weights for {self.name}; leave out --pretrained")
 
     def write(self, path: Path) -> None:
         """Write this as JSON beside the model file at `path`."""
