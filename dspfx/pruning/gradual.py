@@ -33,7 +33,7 @@ LEAST = (
     "with one channel left to every layer and one input to every group, {least:.2%} remains; ask "
     "for more than that or ignore fewer layers"
 )
-AFTER_BACKWARD = "call step() after the backward pass and before zero_grad()"
+WHEN = "call step() after the backward pass and before zero_grad()"
 SETTINGS = ("total_steps", "begin", "end", "prunings", "decay", "groups")
 
 
@@ -153,7 +153,7 @@ class GradualPruning:
         pruning = self.prunings_done < self.prunings
         if pruning and not any(s.has_gradients() for s in self.sensitivities):
             raise LearnError(
-                f"no layer has a gradient; {AFTER_BACKWARD}, on a model whose weights are not all frozen"
+                f"no layer has a gradient; {WHEN}, on a model whose weights are not all frozen"
             )
         if not self._going:
             for sensitivity in self.sensitivities:
@@ -223,7 +223,7 @@ class GradualPruning:
         sums = [v for s in self.sensitivities for v in s.values()]
         self.processes.broadcast(sums)
         if not any(s.classes.any() for s in self.sensitivities):
-            raise LearnError(f"all gradients were zero so far; {AFTER_BACKWARD}")
+            raise LearnError(f"all gradients were zero so far; {WHEN}")
         kept = self._started ** (1 - share) * self.budget.fraction**share
         self.report = self._prune_to(kept, self.parts, self.tables)
         for sensitivity in self.sensitivities:

@@ -214,10 +214,10 @@ def _emitted(prepared: PreparedModule, part: Blueprint, most_weights: int) -> Co
         raise LoadError("one part is compact, another is not")
     for name, layer in gated_layers(prepared).items():
         layer.gate.set_mask(mask_of(part.masks[name], *layer.gate.mask.shape))
-    for name, gate in channel_gates(prepared).items():
-        alive = torch.ones(len(gate.alive), dtype=torch.bool)
+    for name, after_norm in channel_gates(prepared).items():
+        alive = torch.ones(len(after_norm.alive), dtype=torch.bool)
         alive[torch.from_numpy(checked(part.dead[name], 0, len(alive)))] = False
-        gate.set_alive(alive)
+        after_norm.set_alive(alive)
     analysis = analyse_prepared(prepared)
     module = emit_compact(prepared, analysis, plan_of(stored, analysis, most_weights))
     found = stored.difference
