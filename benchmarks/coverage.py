@@ -125,11 +125,11 @@ def _failed(case: Case, why: str) -> Outcome:
     return Outcome(case, "failed", why=why[:300])
 
 
-def outcome_of(case: Case) -> Outcome:
-    """What becomes of one model; raises what goes wrong."""
+def outcome_of(case: Case, inputs: tuple[Any, ...] | None = None) -> Outcome:
+    """What becomes of one model, with inputs other than the usual; raises what goes wrong."""
     model = build(case)
     parameters = sum(p.numel() for p in model.parameters())
-    inputs = example_inputs(case, model)
+    inputs = inputs or example_inputs(case, model)
     started = time.perf_counter()
     prepared = dspfx.prepare(model, inputs, config=dspfx.PrepareConfig(groups=GROUPS))
     seconds = time.perf_counter() - started

@@ -17,12 +17,9 @@ from helpers import assert_equal, random_masks, randomise
 
 compile_module = __import__("sys").modules["dspfx.compile"]
 NAMES = ("the fastest form of each layer", "as converted", "dense", "native")
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSPFX_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,10 +28,8 @@ class Segments(Small):
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_threads_get_what_serial_calls_get(
-    warm: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DSPFX_CACHE_DIR", str(tmp_path))
+@pytest.mark.usefixtures("own_cache")
+def test_threads_get_what_serial_calls_get(warm: bool) -> None:
     x = torch.randn(32, 3, 10, 10, generator=torch.Generator().manual_seed(0))
     compact = dspfx.convert(pruned(Segments(), x))
     fast = dspfx.compile(compact, x[:4])

@@ -985,9 +985,8 @@ def test_what_others_read_is_not_fused() -> None:
     assert module.conv.activation == "none"
 
 
-def test_compile_races_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setenv("DSPFX_CACHE_DIR", str(tmp_path))
-    native.built()
+@pytest.mark.usefixtures("own_cache")
+def test_compile_races_it(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = __import__("sys").modules["dspfx.compile"]
     monkeypatch.setattr(
         compile_module,

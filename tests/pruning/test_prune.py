@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,10 +199,10 @@ def test_round_to_keeps_widths_and_inputs_to_multiples(name: str) -> None:
     assert any(layer.filters[1] < layer.filters[0] for layer in layers)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_budget_of_latency_is_met_as_predicted_and_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("DSPFX_CACHE_DIR", str(tmp_path))
     model = nn.Sequential(
         *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU()),
         *(nn.Conv2d(48, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 1)),
