@@ -31,12 +31,12 @@ from benchmarks.accuracy.protocol import (
 from benchmarks.accuracy.scenarios import IMAGE, Scenario
 from dspfx.layers.gated import gated_layers
 from dspfx.layers.weights import energy, filters_first
+from dspfx.training.narrow.narrow import NARROW
 
 SPARSE_LEARNING = 5e-4  # what Torch-Pruning's authors reproduce their CIFAR results with
 RATIOS = [step / 16 for step in range(1, 17)]  # of channels, that are tried before bisection
 BISECTIONS = 10
 PRUNED_BY = 0.4  # the share of the epochs after which gradual pruning is done
-NARROW = 0.4  # of the MACs: with more, a masked network trains as fast as what is alive of it
 PASSES, SAMPLE = 40, 32  # backward passes, and their images, where nothing is trained
 # strength times steps of our own setting: the longer the penalty acts, the weaker it may be
 SHRINKAGE = 19.0

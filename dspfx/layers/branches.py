@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+from dspfx.utils.arrays import IntArray
 
 # (first, count): channels that lie side by side; None: all there are; a name: of a buffer
 Channels = tuple[int, int] | str | None
@@ -28,8 +29,8 @@ class Branches(nn.Module):
     def __init__(
         self,
         layers: Sequence[nn.Module],
-        inputs: Sequence[npt.NDArray[np.int64] | None],
-        order: npt.NDArray[np.int64] | None,
+        inputs: Sequence[IntArray | None],
+        order: IntArray | None,
         channels: int,
     ) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Branches(nn.Module):
         self.order = self._hold("order_of_outputs", written, order, device)
 
     def _hold(
-        self, name: str, count: int, wanted: npt.NDArray[np.int64] | None, device: torch.device
+        self, name: str, count: int, wanted: IntArray | None, device: torch.device
     ) -> Channels:
         """How to take the channels `wanted` out of `count`."""
         if wanted is None or np.array_equal(wanted, np.arange(count)):
@@ -78,19 +79,19 @@ class Branches(nn.Module):
             return torch.index_select(x, self.dim, getattr(self, channels))
         return torch.narrow(x, self.dim, *channels)
 
-    def read_by(self, number: int) -> npt.NDArray[np.int64]:
+    def read_by(self, number: int) -> IntArray:
         """The channels of the input that layer `number` reads, in its order."""
         return self._numbers(self.inputs[number], self.channels)
 
-    def written(self) -> npt.NDArray[np.int64]:
+    def written(self) -> IntArray:
         """For every channel of the output its position in the concatenation."""
         return self._numbers(self.order, sum(_width(layer) for layer in self.children()))
 
-    def _numbers(self, channels: Channels, count: int) -> npt.NDArray[np.int64]:
+    def _numbers(self, channels: Channels, count: int) -> IntArray:
         if channels is None:
             return np.arange(count)
         if isinstance(channels, str):
-            numbers: npt.NDArray[np.int64] = getattr(self, channels).cpu().numpy()
+            numbers: IntArray = getattr(self, channels).cpu().numpy()
             return numbers
         return np.arange(channels[0], sum(channels))
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dspfx.layers import native
-
-Numbers = npt.NDArray[np.int64]
+from dspfx.utils.arrays import IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +24,8 @@ class FilterGroup:
         weight: `[f, c, kh, kw]`.
     """
 
-    filters: Numbers
-    inputs: Numbers
+    filters: IntArray
+    inputs: IntArray
     weight: Tensor
 
 
@@ -41,7 +39,7 @@ class Added:
     """
 
     channels: int
-    places: Numbers
+    places: IntArray
 
 
 class GroupConv2d(nn.Module):
@@ -173,7 +171,7 @@ class GroupConv2d(nn.Module):
 
 def group_conv_like(
     conv: nn.Conv2d,
-    groups: Sequence[tuple[Numbers, Numbers]],
+    groups: Sequence[tuple[IntArray, IntArray]],
     weight: Tensor,
     bias: Tensor | None,
     structural_groups: int = 1,

@@ -6,6 +6,7 @@ weight in this form (linear layers without taps). Transposed convolutions store 
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -57,3 +58,25 @@ def energy(weight: Tensor, other: Tensor | None = None) -> Tensor:
     other = weight if other is None else other
     product = weight * other
     return product.reshape(*product.shape[:2], -1).sum(2)
+
+
+def folded_batch_norm(
+    norm: nn.Module, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a batch norm in evaluation makes of the layer before it: scale and bias, both `[O]`.
+
+    `(W x + b - mean) * scale + beta`, with `scale = gamma / sqrt(var + eps)`, is a layer of weight
+    `W * scale` and bias `(b - mean) * scale + beta`.
+
+    Args:
+        norm: with running statistics, affine or not.
+        bias: b, `[O]`, or None.
+        dtype: to compute in; by default that of the norm.
+    """
+    own: Any = norm
+    mean, variance = own.running_mean.to(dtype=dtype), own.running_var.to(dtype=dtype)
+    scale = torch.rsqrt(variance + own.eps)
+    if own.weight is not None:
+        scale = scale * own.weight.detach().to(dtype=dtype)
+    shift = (-mean if bias is None else bias.detach().to(dtype=dtype) - mean) * scale
+    return scale, shift if own.bias is None else shift + own.bias.detach().to(dtype=dtype)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dspfx.errors import BudgetError, DataError
 from dspfx.layers.gated import GatedLayer, gated_layers
-from dspfx.passes.analysis.channel_ops import BoolArray, FloatArray
 from dspfx.pruning.energy import check_moments, energies_of
+from dspfx.utils.arrays import BoolArray, FloatArray
 from dspfx.utils.wrappers import unwrapped
 
 LeastKept = float | Mapping[str, float]

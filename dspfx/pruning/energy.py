@@ -10,7 +10,7 @@ from dspfx.errors import DataError, PrepareError
 from dspfx.layers.gated import GatedLayer
 from dspfx.layers.parametrised import weight_of
 from dspfx.layers.weights import energy, filters_first, structural_groups
-from dspfx.passes.analysis.channel_ops import FloatArray
+from dspfx.utils.arrays import FloatArray
 from dspfx.utils.wrappers import unwrapped
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from dspfx.model.gating import analyse_prepared
 from dspfx.model.liveness import apply_reads, current_reads
 from dspfx.model.parts import parts_of
 from dspfx.passes.analysis.liveness import liveness
+from dspfx.utils.arrays import any_along, equal_rows
 from dspfx.utils.wrappers import unwrapped
 
 
@@ -111,7 +113,7 @@ def _groups(mask: Tensor, structural_groups: int) -> Tensor:
     """A number for every filter, int `[O]`: equal in a structural group where rows are equal."""
     found = []
     for own in mask.chunk(structural_groups):
-        rows, group = torch.unique(own, dim=0, return_inverse=True)
-        read = rows.any(1)
-        found.append(torch.where(read, read.cumsum(0) - 1, 0)[group])
-    return torch.cat(found)
+        group, rows = equal_rows(own.cpu().numpy())
+        read = any_along(rows, 1)
+        found.append(np.where(read, np.cumsum(read) - 1, 0)[group])
+    return torch.from_numpy(np.concatenate(found)).to(mask.device)

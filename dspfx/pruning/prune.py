@@ -11,12 +11,13 @@ from dspfx.layers.gated import GatedLayer, gated_layers
 from dspfx.model.gating import analyse_prepared
 from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part, parts_of
-from dspfx.passes.analysis.channel_ops import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.droppable import droppable_layers
 from dspfx.passes.analysis.liveness import Liveness, ReadLists, liveness
 from dspfx.pruning.budget import Budget, PruneReport
 from dspfx.pruning.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
 from dspfx.pruning.search import PrunablePart, prune_to
+from dspfx.utils.arrays import BoolArray, FloatArray, IntArray
 
 LEAST = (
     "with one input channel left to each group, {least:.2%} remains; ask for more than that, use "

@@ -25,19 +25,13 @@ from dspfx.model.gating import analyse_prepared
 from dspfx.model.liveness import current_reads
 from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part, parts_of
-from dspfx.passes.analysis.channel_ops import (
-    BoolArray,
-    ChannelAnalysis,
-    FloatArray,
-    IntArray,
-    Mix,
-    any_along,
-)
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.analysis.pins import pinned_classes
 from dspfx.pruning.budget import Budget, PruneReport
 from dspfx.pruning.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
 from dspfx.pruning.search import PrunablePart, prune_to
+from dspfx.utils.arrays import BoolArray, FloatArray, IntArray, any_along
 
 LEAST = (
     "with one channel left to every layer, and those that cannot go, {least:.2%} remains; ask for "
@@ -235,7 +229,7 @@ def _importance(
     """`[classes]`, the average over all layers that write or read a class."""
     mixes = {side.mix.layer: side.mix for side in sides}
     energies = {name: _energies(part, mix, criteria) for name, mix in mixes.items()}
-    count = int(analysis.classes.max(initial=-1)) + 1
+    count = analysis.class_count
     importance, layers = np.zeros(count), np.zeros(count)
     for side in sides:
         written, read = energies[side.mix.layer]

@@ -15,7 +15,7 @@ from dspfx.layers.gates import FilterGate
 from dspfx.model.liveness import present_liveness
 from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part
-from dspfx.passes.analysis.channel_ops import BoolArray, ChannelAnalysis, FloatArray, IntArray, Mix
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.liveness import Liveness, liveness
 from dspfx.pruning.budget import Budget
 from dspfx.pruning.latency import LatencyTable
@@ -30,6 +30,7 @@ from dspfx.pruning.prune_channels import (
     without,
 )
 from dspfx.pruning.sensitivity import Sensitivity
+from dspfx.utils.arrays import BoolArray, FloatArray, IntArray
 
 Prices = Mapping[Node, float]  # of one filter that reads one channel
 
@@ -159,7 +160,7 @@ def _costs(
     analysis: ChannelAnalysis, live: Liveness, gates: Mapping[str, FilterGate], prices: Prices
 ) -> tuple[FloatArray, dict[str, FloatArray]]:
     """Of the coupling classes, and `[S, G, C/S]` of every gated layer."""
-    count = int(analysis.classes.max(initial=-1)) + 1
+    count = analysis.class_count
     classes, groups = np.zeros(count), dict[str, FloatArray]()
     for node, each in prices.items():
         op = analysis.ops[node]

@@ -9,9 +9,10 @@ import numpy as np
 
 from dspfx.layers.gated import gated_layers
 from dspfx.model.module import PreparedModule
-from dspfx.passes.analysis.channel_ops import BoolArray, ChannelAnalysis, Mix
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.liveness import Liveness, ReadLists, liveness
 from dspfx.passes.transforms.plan import CompactionPlan, LayerPlan
+from dspfx.utils.arrays import BoolArray
 
 
 def reopened(

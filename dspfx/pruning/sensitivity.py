@@ -28,7 +28,8 @@ from dspfx.layers.gated import GatedLayer
 from dspfx.layers.weights import filters_first, structural_groups
 from dspfx.model.gating import analyse_prepared
 from dspfx.model.module import PreparedModule
-from dspfx.passes.analysis.channel_ops import IntArray, Mix
+from dspfx.passes.analysis.channel_ops import Mix
+from dspfx.utils.arrays import IntArray
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Sensitivity:
     def __init__(self, module: PreparedModule) -> None:
         analysis = analyse_prepared(module)
         device = next(module.parameters()).device
-        count = int(analysis.classes.max(initial=-1)) + 1
+        count = analysis.class_count
         self.classes = torch.zeros(count, dtype=torch.float64, device=device)
         self.groups: dict[str, Tensor] = {}
         read: dict[str, list[IntArray]] = {}

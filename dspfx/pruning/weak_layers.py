@@ -19,8 +19,9 @@ from dspfx.layers.gated import gated_layers
 from dspfx.layers.parametrised import weight_of
 from dspfx.model.liveness import present_liveness
 from dspfx.model.parts import full_name, parts_of
-from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix, any_along
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.liveness import Liveness
+from dspfx.utils.arrays import any_along
 
 SMALL = 0.05
 MANY = 8

@@ -35,13 +35,12 @@ from dspfx.reporting.report import report
 from dspfx.storage.checkpoint import load_checkpoint, save_checkpoint
 from dspfx.storage.save import save
 from dspfx.training.groups.cluster import cluster_groups
-from dspfx.training.narrow.narrow import narrow
+from dspfx.training.narrow.narrow import NARROW, narrow
 from dspfx.training.narrow.widen import widen
 from dspfx.training.recalibrate import recalibrate
 
 Say = Callable[[str], None]
 RECALIBRATED = 2_048  # images that batch norms are recalibrated with
-NARROW = 0.4  # of the MACs: with more, a masked network trains as fast as what is alive of it
 
 
 @dataclass(frozen=True)

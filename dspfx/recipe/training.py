@@ -18,7 +18,7 @@ from dspfx.errors import LearnError
 from dspfx.recipe.epochs import Epoch, Logger
 from dspfx.recipe.folder import RunFolder
 from dspfx.recipe.images.seeds import generator_of, seed_of
-from dspfx.recipe.images.sources import Batch, Part, Source, in_batches
+from dspfx.recipe.images.sources import Batch, Source, Split, in_batches
 from dspfx.recipe.networks.outputs import autocast, right_answers
 from dspfx.recipe.phases import Phase
 from dspfx.recipe.settings import Recipe
@@ -118,20 +118,20 @@ class Training:
             place = Place(phase.name, epoch + 1, metrics=self.folder.logged())
             self._save(phase, place)
 
-    def accuracy(self, model: nn.Module, part: Part) -> float:
-        """The fraction of the images of `part` that `model` knows, in the precision of its weights.
+    def accuracy(self, model: nn.Module, split: Split) -> float:
+        """The fraction of the images of `split` that `model` knows, in its weights' precision.
 
         Its mode stays as it is.
         """
-        right = right_answers(model, self.batches_of(part))
-        right_in_all, count = self.team.sums(right, len(self._numbers(part)))
+        right = right_answers(model, self.batches_of(split))
+        right_in_all, count = self.team.sums(right, len(self._numbers(split)))
         return right_in_all / count
 
-    def batches_of(self, part: Part) -> Iterator[Batch]:
-        """This process's share of the images of `part`, as they are, on its device."""
-        numbers = self._numbers(part)
+    def batches_of(self, split: Split) -> Iterator[Batch]:
+        """This process's share of the images of `split`, as they are, on its device."""
+        numbers = self._numbers(split)
         if len(numbers):  # there may be more processes than images
-            batches = self.source.batches(part, torch.split(numbers, TEST_BATCH))
+            batches = self.source.batches(split, torch.split(numbers, TEST_BATCH))
             yield from self._on_device(batches)
 
     def autocast(self) -> Any:
@@ -242,8 +242,8 @@ class Training:
         for x, y in batches:
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
-    def _numbers(self, part: Part) -> Tensor:
-        return self.team.part(self.source.numbers[part])
+    def _numbers(self, split: Split) -> Tensor:
+        return self.team.part(self.source.numbers[split])
 
     def _bar(self, phase: Phase, place: Place) -> Any:
         return tqdm(

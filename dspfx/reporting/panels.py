@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dspfx.passes.analysis.channel_ops import FloatArray
 from dspfx.passes.transforms.grouped_masks import GroupedMask
+from dspfx.utils.arrays import FloatArray
 from dspfx.utils.formatting import change, shortened
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from dspfx.reporting.data import ReportData
 from dspfx.reporting.text import text_of
 from dspfx.utils.wrappers import unwrapped
 
-Part = tuple[str, Summary, tuple[GroupedMask, ...]]
-Noted = tuple[Part, tuple[str, ...]]
+PartSummary = tuple[str, Summary, tuple[GroupedMask, ...]]
+Noted = tuple[PartSummary, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ def _part(name: str, prepared: PreparedModule) -> Noted:
     return part, (*prepared.notes, *broken_ties(analysis, planned))
 
 
-def _joined(model: nn.Module, parts: list[Part], notes: tuple[str, ...], prepared: bool) -> Report:
+def _joined(
+    model: nn.Module, parts: list[PartSummary], notes: tuple[str, ...], prepared: bool
+) -> Report:
     """The parts of a model, under their full names."""
     layers = [
         replace(

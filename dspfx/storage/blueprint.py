@@ -19,6 +19,7 @@ from dspfx.passes.analysis.operators import Key
 from dspfx.storage.example_inputs import to_plain
 from dspfx.storage.listing import listing
 from dspfx.storage.plan_record import Channels, Compaction, checked
+from dspfx.utils.arrays import any_along, equal_rows
 
 Listing = tuple[str, ...]
 
@@ -143,15 +144,11 @@ def mask_of(record: MaskRecord, filters: int, channels: int) -> Tensor:
 
 def _mask_record(gate: FilterGate) -> MaskRecord:
     mask = gate.mask.cpu().numpy()
-    keys = [row.tobytes() for row in np.packbits(mask, axis=1)]
-    first: dict[bytes, int] = {}
-    for filter, key in enumerate(keys):
-        if any(key):
-            first.setdefault(key, filter)
-    number_of = {key: number for number, key in enumerate(first)}
-    lists = tuple(tuple(np.flatnonzero(mask[row]).tolist()) for row in first.values())
-    reads = tuple(number_of.get(key, -1) for key in keys)
-    return MaskRecord(lists, reads, _numbers(gate.assignment))
+    group, rows = equal_rows(mask)
+    read = any_along(rows, 1)
+    lists = tuple(tuple(np.flatnonzero(row).tolist()) for row in rows[read])
+    reads = np.where(read, np.cumsum(read) - 1, -1)[group]
+    return MaskRecord(lists, tuple(reads.tolist()), _numbers(gate.assignment))
 
 
 def _numbers(tensor: Tensor) -> Channels:

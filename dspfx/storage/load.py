@@ -47,7 +47,7 @@ from dspfx.storage.example_inputs import DTYPES, from_plain
 from dspfx.storage.listing import structure
 from dspfx.storage.plan_record import checked, plan_of
 from dspfx.storage.restore import fill, matching
-from dspfx.storage.save import ORIGINAL, Plan
+from dspfx.storage.save import ORIGINAL, Manifest
 from dspfx.storage.settings import other_setting, settings
 from dspfx.utils.typed_json import from_json
 
@@ -98,8 +98,8 @@ def load(
     archive = read(path, LARGER * sum(8 * tensor.numel() for tensor in own) + ROOM)
     try:
         with torch.inference_mode(mode=False):  # or what is loaded could not be run apart from it
-            plan = from_json(Plan, _ADDED | archive.plan)
-            return _built(model, plan, archive.tensors, rules or {})
+            manifest = from_json(Manifest, _ADDED | archive.plan)
+            return _built(model, manifest, archive.tensors, rules or {})
     except Exception as error:  # also what the code of the model raises when it is called
         what = str(error) if isinstance(error, DspfxError | ValueError) else repr(error)
         saved = " and ".join(f"{n} {str(archive.plan.get(n))[:20]}" for n in ("dspfx", "torch"))
@@ -110,23 +110,23 @@ def load(
 
 
 def _built(
-    model: nn.Module, plan: Plan, tensors: dict[str, Tensor], rules: Mapping[Key, Rule]
+    model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], rules: Mapping[Key, Rule]
 ) -> nn.Module:
-    root = _prepared(plain_copy(model), plan.parts, rules)
-    compact = any(part.compaction is not None for part in plan.parts)
+    root = _prepared(plain_copy(model), manifest.parts, rules)
+    compact = any(part.compaction is not None for part in manifest.parts)
     if compact:
-        root = _compacted(root, plan.parts, tensors)
+        root = _compacted(root, manifest.parts, tensors)
     values = {name: t for name, t in tensors.items() if not name.startswith(ORIGINAL)}
-    fill(root, values, plan.aliases, plan.orders)
+    fill(root, values, manifest.aliases, manifest.orders)
     if not compact:
-        _check_masks(root, plan.parts)
-    if other := other_setting(settings(root), plan.settings):
+        _check_masks(root, manifest.parts)
+    if other := other_setting(settings(root), manifest.settings):
         raise LoadError(f"its module {other}")
     _run(root)
     if compact:
-        put_all(root, plan.training)
+        put_all(root, manifest.training)
     else:
-        root.train(plan.training)
+        root.train(manifest.training)
     return root
 
 

@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from torch.fx.node import Node
 
-from dspfx.passes.analysis.channel_ops import ChannelAnalysis, IntArray, Mix
-from dspfx.passes.lowering.forms import Part, weights
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
+from dspfx.passes.lowering.forms import Branch, weights
 from dspfx.passes.transforms.plan import CompactionPlan, LayerPlan, Order
 from dspfx.passes.transforms.summary import Summary
+from dspfx.utils.arrays import IntArray
 
 Channels = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class PartRecord:
-    """See `lowering.Part`: `[k, f]` filters and `[k, c]` inputs."""
+class BranchRecord:
+    """See `forms.Branch`: `[k, f]` filters and `[k, c]` inputs."""
 
     filters: tuple[Channels, ...]
     inputs: tuple[Channels, ...]
@@ -34,7 +35,7 @@ class LayerRecord:
     filters: int
     inputs: int
     norm: str | None
-    parts: tuple[PartRecord, ...]
+    parts: tuple[BranchRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class _PlanReader:
             raise ValueError(f"{name} is no layer")
         filters = self._channels(layer.filters, 0, op.filters, op.filters)
         inputs = self._channels(layer.inputs, 0, op.channels, op.channels)
-        lowering = tuple(_part(part, len(filters), len(inputs)) for part in layer.parts)
+        lowering = tuple(_branch(branch, len(filters), len(inputs)) for branch in layer.parts)
         norm = None if layer.norm is None else self._node(layer.norm)
         plan = LayerPlan((), lowering, filters, inputs, norm)
         if (op.layer, plan.key) not in self.counted:  # calls that are alike share their weights
@@ -180,13 +181,13 @@ class _PlanReader:
         return plan
 
 
-def _part(record: PartRecord, filters: int, inputs: int) -> Part:
+def _branch(record: BranchRecord, filters: int, inputs: int) -> Branch:
     rows = [checked(row, -1, filters) for row in record.filters]
     lists = [checked(row, -1, inputs) for row in record.inputs]
     widths = {len(row) for row in rows}, {len(row) for row in lists}
     if len(rows) != len(lists) or any(len(width) != 1 for width in widths):
-        raise ValueError("the groups of a part differ in size")
-    return Part(np.stack(rows), np.stack(lists))
+        raise ValueError("the groups of a branch differ in size")
+    return Branch(np.stack(rows), np.stack(lists))
 
 
 def checked(numbers: Channels, least: int, count: int) -> IntArray:
@@ -197,7 +198,7 @@ def checked(numbers: Channels, least: int, count: int) -> IntArray:
 
 
 def _layer_record(layer: LayerPlan, number: Callable[[IntArray], int]) -> LayerRecord:
-    parts = tuple(PartRecord(_rows(p.filters), _rows(p.inputs)) for p in layer.lowering)
+    parts = tuple(BranchRecord(_rows(p.filters), _rows(p.inputs)) for p in layer.lowering)
     norm = None if layer.norm is None else layer.norm.name
     return LayerRecord(number(layer.filters), number(layer.inputs), norm, parts)
 

@@ -25,7 +25,7 @@ def fill(
         model: changed in place, unless an error is raised.
         tensors: for every parameter and buffer under its first name.
         names: the `aliases` that `model` should have.
-        orders: see `Plan`.
+        orders: see `Manifest`.
 
     Raises:
         LoadError: names, shapes, kinds of types or aliases differ.

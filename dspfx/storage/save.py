@@ -23,7 +23,7 @@ ORIGINAL = "original/"  # before the names of tensors that only the module befor
 
 
 @dataclass(frozen=True)
-class Plan:
+class Manifest:
     """What a file says beside the weights; it is written as JSON.
 
     Attributes:
@@ -91,7 +91,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, tensor in part.indices.items()
     }
     tensors |= {name: t for name, t in named_tensors(model).items() if name not in names}
-    plan = Plan(
+    manifest = Manifest(
         format=FORMAT,
         dspfx=version("dspfx"),
         torch=torch.__version__,
@@ -101,7 +101,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         settings=settings(model),
         parts=_parts(model),
     )
-    write(Path(path), Archive(to_json(plan), tensors))
+    write(Path(path), Archive(to_json(manifest), tensors))
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:

@@ -8,23 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 from torch.fx.node import Node
 
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-
-
-def any_along(array: BoolArray, axis: int) -> BoolArray:
-    """`array.any(axis)`, which numpy types as possibly a scalar."""
-    result: BoolArray = np.logical_or.reduce(array, axis=axis)
-    return result
-
-
-def is_run(channels: IntArray) -> bool:
-    """Whether `channels` lie side by side, in order."""
-    return len(channels) > 0 and channels[0] >= 0 and bool((np.diff(channels) == 1).all())
+from dspfx.utils.arrays import BoolArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -258,6 +244,11 @@ class ChannelAnalysis:
     classes: IntArray
     declined: tuple[Declined, ...] = field(default=())
     fixed: Fixed = field(default=Fixed())
+
+    @property
+    def class_count(self) -> int:
+        """How many coupling classes there are."""
+        return int(self.classes.max(initial=-1)) + 1
 
     def class_of(self, node: Node) -> IntArray:
         """The coupling class of every channel of `node`."""

@@ -40,7 +40,7 @@ from dspfx.passes.analysis.channel_ops import (
     used,
 )
 from dspfx.passes.analysis.fixed import fixed
-from dspfx.passes.analysis.moves import move, opaque, parts
+from dspfx.passes.analysis.moves import move, opaque, split_items
 from dspfx.passes.analysis.positions import operands_of
 from dspfx.passes.analysis.products import Products
 from dspfx.passes.analysis.queries import asked_of_inputs, size, size_or_nothing
@@ -157,7 +157,9 @@ class _Analyser(fx.Interpreter):
         if not isinstance(result, Tensor):
             of_inputs = asked_of_inputs(self.state, operands, result)
             return (
-                of_inputs or size(self.state, node, operands) or parts(self.state, node, operands)
+                of_inputs
+                or size(self.state, node, operands)
+                or split_items(self.state, node, operands)
             )
         if self._has_another_forward(node, result):
             why = f"a hook, or a 'forward' of its own, changes what '{node.target}' computes"
@@ -182,9 +184,7 @@ class _Analyser(fx.Interpreter):
 
     def _has_another_forward(self, node: Node, result: Tensor) -> bool:
         """Whether a module that stays as it is gives something else than its class would."""
-        module = (
-            self.state.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        )
+        module = operators.called_module(self.state.root, node)
         if module is None or isinstance(module, GatedLayer | torch.jit.ScriptModule):
             return False
         if not is_altered(module):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dspfx.passes.analysis.channel_ops import IntArray
+from dspfx.utils.arrays import IntArray
 
 
 class Coupling:

@@ -26,22 +26,20 @@ import numpy as np
 from torch.fx.node import Node
 
 from dspfx.passes.analysis.channel_ops import (
-    BoolArray,
     ChannelAnalysis,
     Channelwise,
     Elementwise,
     FullWidth,
     Gate,
     Gather,
-    IntArray,
     Merge,
     Mix,
     Op,
     Query,
     Source,
-    any_along,
     is_wanted,
 )
+from dspfx.utils.arrays import BoolArray, IntArray, any_along, equal_rows
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,7 @@ class ReadLists:
     def masked(mix: Mix, mask: BoolArray) -> "ReadLists":
         """From a mask, bool `[O, C/S]`: filters with equal rows share a list."""
         structural = mix.structural_groups
-        numbers: dict[bytes, int] = {}  # hashing rows is far faster than sorting them
-        packed = np.packbits(mask, axis=1)
-        group = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in packed])
-        rows = mask[np.unique(group, return_index=True)[1]]
+        group, rows = equal_rows(mask)
         keep = np.broadcast_to(rows, (structural, *rows.shape))
         return ReadLists.grouped(mix, group, keep, any_along(mask, 1))
 

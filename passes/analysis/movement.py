@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from dspfx.passes.analysis.channel_ops import IntArray, Value
+from dspfx.passes.analysis.channel_ops import Value
+from dspfx.utils.arrays import IntArray
 
 PADDED_ZERO, PADDED_VALUE = 0.0, -1.0
 

@@ -79,16 +79,16 @@ def rearranged(a: State, node: Node, result: Tensor, move: Move, dim: int) -> Op
     return Channelwise((root,), repeat, np.full(result.shape[dim], zeros))
 
 
-def parts(a: State, node: Node, operands: tuple[Node, ...]) -> Op:
-    """A split or chunk: its parts are found by the `getitem` that takes them."""
+def split_items(a: State, node: Node, operands: tuple[Node, ...]) -> Op:
+    """A split or chunk: each `getitem` finds the item that it takes."""
     key = operators.key(node, a.root)
     if key in operators.MOVEMENT:
-        parts = run_on_ids(a, node, operands)
-        if isinstance(parts, tuple | list):
-            a.ids.keep(node, tuple(parts))
+        items = run_on_ids(a, node, operands)
+        if isinstance(items, tuple | list):
+            a.ids.keep(node, tuple(items))
             return FullWidth(operands, "its parts are used whole")
     if is_construction(node.target):
-        return FullWidth(operands, "")  # the reasons are those of whoever reads it
+        return FullWidth(operands, "")  # its readers give the reasons
     return opaque(a, node, operands)
 
 

@@ -34,6 +34,11 @@ def key(node: Node, root: nn.Module) -> Key:
     return named(node.target)
 
 
+def called_module(root: nn.Module, node: Node) -> nn.Module | None:
+    """The module that `node` calls; None if it calls none."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
 def named(called: Key) -> Key:
     """The full name of one of torchvision's operators above, any other operator itself."""
     name = f"{getattr(called, '__module__', '')}.{getattr(called, '__qualname__', '')}"

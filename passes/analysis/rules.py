@@ -13,13 +13,11 @@ from dspfx.layers.parametrised import is_computed
 from dspfx.layers.weights import TRANSPOSED, filters_first, structural_groups
 from dspfx.passes.analysis import operators
 from dspfx.passes.analysis.channel_ops import (
-    BoolArray,
     Channelwise,
     Constant,
     Elementwise,
     FullWidth,
     Gate,
-    IntArray,
     Merge,
     Mix,
     Op,
@@ -27,6 +25,7 @@ from dspfx.passes.analysis.channel_ops import (
 )
 from dspfx.passes.analysis.moves import move
 from dspfx.passes.analysis.state import State
+from dspfx.utils.arrays import BoolArray, IntArray
 
 
 def mix(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:

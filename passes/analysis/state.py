@@ -8,15 +8,11 @@ from torch.fx.node import Node
 
 from dspfx.passes.analysis import operators
 from dspfx.passes.analysis.agreement import SizeFacts
-from dspfx.passes.analysis.channel_ops import (
-    Constant,
-    IntArray,
-    Op,
-    Value,
-)
+from dspfx.passes.analysis.channel_ops import Constant, Op, Value
 from dspfx.passes.analysis.coupling import Coupling
 from dspfx.passes.analysis.movement import ElementIds
 from dspfx.passes.analysis.positions import Positions
+from dspfx.utils.arrays import IntArray
 
 
 class State:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.fx.node import Node
 
 from dspfx.layers.group_conv import FilterGroup, GroupConv2d
+from dspfx.passes.analysis import operators
 from dspfx.passes.lowering.runs import layer_of
 
 MOST_WEIGHTS = 2**15
@@ -29,13 +30,8 @@ def join_classifiers(module: fx.GraphModule) -> bool:
     return bool(found)
 
 
-def _called(module: fx.GraphModule, node: Any) -> nn.Module | None:
-    calls = isinstance(node, Node) and node.op == "call_module"
-    return module.get_submodule(str(node.target)) if calls else None
-
-
 def _is_classifier(module: fx.GraphModule, node: Node) -> bool:
-    linear = _called(module, node)
+    linear = operators.called_module(module, node)
     if type(linear) is not nn.Linear or node.kwargs or linear.weight.numel() > MOST_WEIGHTS:
         return False
     if linear.weight.dtype != torch.float32 or linear.weight.device.type != "cpu":
@@ -48,7 +44,8 @@ def _is_classifier(module: fx.GraphModule, node: Node) -> bool:
         return False
     if not isinstance(layer_of(module, pool), nn.AdaptiveAvgPool2d):
         return False
-    return isinstance(_called(module, pool.args[0]), GroupConv2d)
+    conv = pool.args[0]
+    return isinstance(conv, Node) and isinstance(operators.called_module(module, conv), GroupConv2d)
 
 
 def _flattens(node: Node) -> bool:
@@ -58,7 +55,7 @@ def _flattens(node: Node) -> bool:
 
 def _convolve(module: fx.GraphModule, node: Node) -> None:
     """From pool, flatten, linear to pool, convolution, flatten."""
-    linear: Any = _called(module, node)
+    linear: Any = operators.called_module(module, node)
     filters, channels = linear.weight.shape
     group = FilterGroup(np.arange(filters), np.arange(channels), linear.weight[..., None, None])
     pixel = [1, 1], [1, 1], [0, 0], [1, 1]

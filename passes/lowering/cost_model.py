@@ -3,8 +3,8 @@
     seconds = call * layers + mac * multiply-accumulates + copy * copied + gather * gathered
 
 1. Multiply-accumulates count whole vectors: the filters and inputs of a group are rounded up.
-2. A part that reads neighbouring channels copies them, any other part gathers them.
-3. Outputs of several parts are copied together; outputs out of order are gathered.
+2. A branch that reads neighbouring channels copies them, any other branch gathers them.
+3. Outputs of several branches are copied together; outputs out of order are gathered.
 
 The coefficients are fitted to measurements by `python -m benchmarks.cost_model`.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspfx.passes.analysis.channel_ops import is_run
 from dspfx.passes.lowering.forms import Lowering, written
+from dspfx.utils.arrays import is_run
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class CostModel:
     def seconds(self, lowering: Lowering, geometry: Geometry) -> float:
         """The likely time of `lowering`; its filters and inputs are positions of channels."""
         macs = copied = gathered = 0
-        for part in lowering:
-            (groups, filters), reads = part.filters.shape, part.inputs.shape[1]
+        for branch in lowering:
+            (groups, filters), reads = branch.filters.shape, branch.inputs.shape[1]
             macs += groups * self._whole(filters) * self._whole(reads)
             moved = groups * reads * geometry.read
-            if not is_run(part.inputs.reshape(-1)):
+            if not is_run(branch.inputs.reshape(-1)):
                 gathered += moved
             elif groups * reads < geometry.channels:
                 copied += moved

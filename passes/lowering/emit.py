@@ -1,7 +1,7 @@
-"""From a layer and the lowering chosen for it to the module that computes it.
+"""Emit the module that computes a layer in the form chosen for it.
 
-A part is one ordinary layer. Several parts, or one that does not read its input as it is, are put
-side by side by `Branches`.
+A branch is one ordinary layer. Several branches, or one that gathers its inputs, are put side by
+side by `Branches`.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dspfx.layers.branches import Branches
 from dspfx.layers.weights import TRANSPOSED, as_weight
-from dspfx.passes.analysis.channel_ops import IntArray
-from dspfx.passes.lowering.forms import Lowering, Part, written
+from dspfx.passes.lowering.forms import Branch, Lowering, written
+from dspfx.utils.arrays import IntArray
 
 _PLAIN = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -43,9 +43,10 @@ def emit(
         structural_groups: S, the structural groups in which `weight` is stored.
     """
     layers = [
-        _part(layer, part, weight, bias, filters, inputs, structural_groups) for part in lowering
+        _branch(layer, branch, weight, bias, filters, inputs, structural_groups)
+        for branch in lowering
     ]
-    reads = [np.maximum(part.inputs.reshape(-1), 0) for part in lowering]
+    reads = [np.maximum(branch.inputs.reshape(-1), 0) for branch in lowering]
     outputs = written(lowering)
     order = np.argsort(outputs, kind="stable")[(outputs < 0).sum() :]
     as_it_is = np.array_equal(reads[0], np.arange(len(inputs)))
@@ -54,28 +55,28 @@ def emit(
     return Branches(layers, reads, order, len(inputs))
 
 
-def _part(
+def _branch(
     layer: Any,
-    part: Part,
+    branch: Branch,
     weight: Tensor,
     bias: Tensor | None,
     filters: IntArray,
     inputs: IntArray,
     structural_groups: int,
 ) -> nn.Module:
-    """One grouped convolution, or a linear layer, of the filters and inputs of `part`."""
+    """One grouped convolution, or a linear layer, of the filters and inputs of `branch`."""
     device, width = weight.device, weight.shape[1]
-    own = torch.from_numpy(filters[part.filters]).to(device)
+    own = torch.from_numpy(filters[branch.filters]).to(device)
     # each filter's weights are stored from the first channel of its own structural group on
     first = own // (len(weight) // structural_groups) * width
-    read = torch.from_numpy(inputs[part.inputs]).to(device)[:, None] - first[:, :, None]
-    real = torch.from_numpy(part.filters >= 0).to(device)
-    reads = torch.from_numpy(part.inputs >= 0).to(device)[:, None] & real[:, :, None]
+    read = torch.from_numpy(inputs[branch.inputs]).to(device)[:, None] - first[:, :, None]
+    real = torch.from_numpy(branch.filters >= 0).to(device)
+    reads = torch.from_numpy(branch.inputs >= 0).to(device)[:, None] & real[:, :, None]
     reads = reads & (read >= 0) & (read < width)
     cut = weight[own[:, :, None], read.clamp(0, width - 1)]
     cut = torch.where(reads.reshape(*reads.shape, *[1] * (cut.dim() - 3)), cut, 0).flatten(0, 1)
     bias = None if bias is None else torch.where(real, bias[own], 0).flatten()
-    return like(layer, as_weight(layer, cut, len(part.inputs)), bias, len(part.inputs))
+    return like(layer, as_weight(layer, cut, len(branch.inputs)), bias, len(branch.inputs))
 
 
 def like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:

@@ -1,11 +1,11 @@
 """The forms in which one pruned layer can be emitted.
 
 A layer is a set of groups of filters, each with a list of input channels that it reads. It is
-emitted as *parts* whose outputs are concatenated, every part one ordinary convolution or linear
+emitted as *branches* whose outputs are concatenated, each one ordinary convolution or linear
 layer. The forms are all of this kind:
 
-1. *dense*: one part that reads every channel that any filter reads, zero weights filled in.
-2. *branches*: a part for every group.
+1. *dense*: one branch that reads every channel that any filter reads, zero weights filled in.
+2. *separate*: a branch for every group.
 3. *grouped*: groups as one convolution; where they differ in size, filled up with zero weights.
 4. *merged*: the two groups that are the cheapest to read together become one, again and again, and
    what is left is emitted as 2 or 3. In the end that is 1. Where there are too many groups for
@@ -14,7 +14,7 @@ layer. The forms are all of this kind:
    or 3. As one convolution, each filled up to the widest, they never have more weights than the
    original layer.
 
-Groups of equal size share a part in 2 as well, where the layer knows of groups: oneDNN and cuDNN
+Groups of equal size share a branch in 2 as well, where the layer knows of groups: oneDNN and cuDNN
 then see one convolution.
 """
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspfx.passes.analysis.channel_ops import BoolArray, IntArray
+from dspfx.utils.arrays import BoolArray, IntArray
 
 # with more groups than this, pairs are not compared: what is left is no structure to speak of
 MOST_GROUPS = 16
@@ -46,7 +46,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Part:
+class Branch:
     """k groups of equal size, emitted as one layer.
 
     Attributes:
@@ -63,12 +63,12 @@ class Part:
         return int(self.filters.size * self.inputs.shape[1])
 
 
-Lowering = tuple[Part, ...]
+Lowering = tuple[Branch, ...]
 
 
 def weights(lowering: Lowering) -> int:
-    """The elements of the weights of all parts, for each tap."""
-    return sum(part.weights for part in lowering)
+    """The elements of the weights of all branches, for each tap."""
+    return sum(branch.weights for branch in lowering)
 
 
 def groups_of(filters: IntArray, row: IntArray, lists: BoolArray) -> list[Group]:
@@ -102,13 +102,13 @@ def forms(
         structural_group: of every group, the group of the original layer that its filters are in.
         grouping: whether the layer has a grouped form; linear layers have none.
         most_weights: forms with more, for each tap, are left out. What the filters read of the
-            original layer is always enough: branches have no more than that.
+            original layer is always enough: separate branches have no more than that.
     """
     found: dict[bytes, Lowering] = {}
     for merged in _merged(groups, structural_group):
         for lowering in (
-            alike(merged) if grouping else branches(merged),
-            branches(merged),
+            alike(merged) if grouping else separate(merged),
+            separate(merged),
             *([filled_up(merged)] if grouping and len(merged) > 1 else []),
         ):
             if weights(lowering) <= most_weights:
@@ -117,28 +117,28 @@ def forms(
 
 
 def dense(groups: Sequence[Group]) -> Lowering:
-    """One part that reads whatever any group reads."""
-    return branches([_union(groups)])
+    """One branch that reads whatever any group reads."""
+    return separate([_union(groups)])
 
 
-def branches(groups: Sequence[Group]) -> Lowering:
-    """A part for every group."""
-    return tuple(Part(g.filters[None], _or_padding(g.inputs)[None]) for g in groups)
+def separate(groups: Sequence[Group]) -> Lowering:
+    """A branch for every group."""
+    return tuple(Branch(g.filters[None], _or_padding(g.inputs)[None]) for g in groups)
 
 
 def alike(groups: Sequence[Group]) -> Lowering:
-    """A part for all groups of equal size."""
+    """A branch for all groups of equal size."""
     sizes: dict[tuple[int, int], list[Group]] = defaultdict(list)
     for group in groups:
         sizes[len(group.filters), len(group.inputs)].append(group)
     return tuple(
-        Part(np.stack([g.filters for g in same]), np.stack([_or_padding(g.inputs) for g in same]))
+        Branch(np.stack([g.filters for g in same]), np.stack([_or_padding(g.inputs) for g in same]))
         for same in sizes.values()
     )
 
 
 def filled_up(groups: Sequence[Group]) -> Lowering:
-    """One part, in which all groups have the size of the largest."""
+    """One branch, in which all groups have the size of the largest."""
     count = max(len(g.filters) for g in groups)
     reads = max(1, *(len(g.inputs) for g in groups))
     filters = np.full((len(groups), count), -1)
@@ -146,7 +146,7 @@ def filled_up(groups: Sequence[Group]) -> Lowering:
     for number, group in enumerate(groups):
         filters[number, : len(group.filters)] = group.filters
         inputs[number, : len(group.inputs)] = group.inputs
-    return (Part(filters, inputs),)
+    return (Branch(filters, inputs),)
 
 
 def _or_padding(inputs: IntArray) -> IntArray:
@@ -196,14 +196,14 @@ def _cheapest_pair(groups: Sequence[Group]) -> tuple[int, int]:
 def _key(lowering: Lowering) -> bytes:
     return b"|".join(
         np.asarray(a.shape).tobytes() + a.tobytes()
-        for part in lowering
-        for a in (part.filters, part.inputs)
+        for branch in lowering
+        for a in (branch.filters, branch.inputs)
     )
 
 
 def written(lowering: Lowering) -> IntArray:
-    """The filters in the order in which the parts write them, -1 for channels nobody uses."""
-    return np.concatenate([part.filters.reshape(-1) for part in lowering])
+    """The filters in the order in which the branches write them, -1 for channels nobody uses."""
+    return np.concatenate([branch.filters.reshape(-1) for branch in lowering])
 
 
 def describe(lowering: Lowering) -> str:

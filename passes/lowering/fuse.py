@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
-from dspfx.layers.group_conv import Added, FilterGroup, GroupConv2d, Numbers
+from dspfx.layers.group_conv import Added, FilterGroup, GroupConv2d
+from dspfx.layers.weights import folded_batch_norm
 from dspfx.passes.analysis import operators
+from dspfx.utils.arrays import IntArray
 
 _ADDS = {operator.add, torch.add, "add"}
 _ACTIVATIONS: dict[Any, str] = {
@@ -46,7 +48,7 @@ def fuse(module: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
     fusion = _Fusion(module, inputs)
     fused = False
     for node in list(module.graph.nodes):
-        if isinstance(_called(module, node), GroupConv2d):
+        if isinstance(operators.called_module(module, node), GroupConv2d):
             fused |= fusion.fold_input_gather(node)
             fused |= fusion.fold_output_scatter(node)
             fused |= fusion.fold_batch_norm(node)
@@ -68,7 +70,7 @@ class _Moved:
     """
 
     source: Node | None
-    channels: Numbers
+    channels: IntArray
 
 
 class _Seen(NamedTuple):
@@ -119,7 +121,7 @@ class _Fusion:
         return self._moved(node) or _Moved(node, np.arange(self._channels(node)))
 
     def _conv(self, node: Node) -> GroupConv2d:
-        conv = _called(self.module, node)
+        conv = operators.called_module(self.module, node)
         assert isinstance(conv, GroupConv2d)
         return conv
 
@@ -186,18 +188,15 @@ class _Fusion:
     def fold_batch_norm(self, node: Node) -> bool:
         """A batch norm behind the convolution scales and shifts its filters."""
         behind, conv = _only_reader(node), self._conv(node)
-        norm = None if behind is None else _called(self.module, behind)
+        norm = None if behind is None else operators.called_module(self.module, behind)
         if behind is None or type(norm) is not nn.BatchNorm2d or norm.training:
             return False
         if norm.running_mean is None or norm.running_var is None or conv.activation != "none":
             return False
         if conv.adds or len(behind.args) != 1:
             return False
-        mean, variance = norm.running_mean.double(), norm.running_var.double()
-        scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.double())
         own: Any = conv.bias
-        shift = (0 if own is None else own.double()) - mean
-        bias = shift * scale + (0 if norm.bias is None else norm.bias.double())
+        scale, bias = folded_batch_norm(norm, own, torch.float64)
         groups = [
             FilterGroup(
                 group.filters,
@@ -246,7 +245,7 @@ class _Fusion:
         act, conv = _only_reader(node), self._conv(node)
         if act is None or act.all_input_nodes != [node] or conv.activation != "none":
             return False
-        called = _called(self.module, act)
+        called = operators.called_module(self.module, act)
         key = act.target if called is None else type(called)
         others = {k: v for k, v in act.kwargs.items() if k != "inplace"}
         if key not in _ACTIVATIONS or len(act.args) != 1 or others:
@@ -297,7 +296,7 @@ class _Watched(fx.Interpreter):
 
 def _skip_identities(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
-        called = _called(module, node)
+        called = operators.called_module(module, node)
         if type(called) is nn.Identity or (type(called) is nn.Dropout and not called.training):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
@@ -307,15 +306,11 @@ def _separate_calls(module: fx.GraphModule) -> None:
     """Every call of a convolution names it by a name of its own: what stands around it differs."""
     names: set[str] = set()
     for node in module.graph.nodes:
-        conv, name = _called(module, node), str(node.target)
+        conv, name = operators.called_module(module, node), str(node.target)
         if isinstance(conv, GroupConv2d) and name in names:
             node.target = f"{name}_for_{node.name}"
             module.set_submodule(node.target, conv)
         names.add(str(node.target))
-
-
-def _called(module: fx.GraphModule, node: Node) -> nn.Module | None:
-    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _only_reader(node: Node) -> Node | None:

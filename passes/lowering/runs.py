@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.fx.node import Node
 
 from dspfx.layers.group_conv import GroupConv2d, GroupConvRun, pool_numbers
+from dspfx.passes.analysis import operators
 
 
 def join_runs(module: fx.GraphModule) -> bool:
@@ -34,8 +35,8 @@ def layer_of(module: fx.GraphModule, node: Node) -> nn.Module | None:
         return None
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
         called: nn.Module = nn.AdaptiveAvgPool2d(node.args[1])  # type: ignore[arg-type]
-    elif node.op == "call_module":
-        called = module.get_submodule(str(node.target))
+    elif (own := operators.called_module(module, node)) is not None:
+        called = own
     else:
         return None
     known = isinstance(called, GroupConv2d) or pool_numbers(called, 0) is not None

@@ -18,10 +18,10 @@ from dspfx.layers import native
 from dspfx.layers.branches import Branches
 from dspfx.layers.group_conv import GroupConv2d, group_conv_like
 from dspfx.layers.weights import filters_first
-from dspfx.passes.analysis.channel_ops import BoolArray
 from dspfx.passes.lowering.cost_model import Geometry
 from dspfx.passes.lowering.emit import emit
 from dspfx.passes.lowering.forms import MOST_GROUPS, Group, Lowering, groups_of
+from dspfx.utils.arrays import BoolArray, equal_rows
 
 # a layer whose weight would have more elements than this, zeros included, is left as it is
 MOST_WEIGHTS = 2**26
@@ -193,7 +193,4 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _groups(reads: BoolArray) -> list[Group]:
     """The groups of filters with equal rows of `reads`, bool `[O, C]`."""
-    numbers: dict[bytes, int] = {}
-    row = np.array([numbers.setdefault(r.tobytes(), len(numbers)) for r in reads])
-    lists = reads[np.unique(row, return_index=True)[1]]
-    return groups_of(np.arange(len(reads)), row, lists)
+    return groups_of(np.arange(len(reads)), *equal_rows(reads))

@@ -24,7 +24,7 @@ from dspfx.passes.sandbox.calls import fresh
 from dspfx.passes.sandbox.randomness import drawn_so_far, generators_kept, generators_of
 from dspfx.passes.tracing.aliases import WRITTEN, WRITTEN_INPUT, Aliases
 from dspfx.passes.tracing.autograd import OwnGradients
-from dspfx.passes.tracing.buffers import Buffers, write_back
+from dspfx.passes.tracing.buffer_writes import BufferWrites, write_back
 from dspfx.passes.tracing.frames import line_under_way
 from dspfx.passes.tracing.guards import Answers, is_given, is_item, takes_out
 from dspfx.passes.tracing.handed import Handed
@@ -77,7 +77,7 @@ class ConcreteTracer(fx.Tracer):
         """
         leaves = {path for path, module in root.named_modules() if type(module) in self.leaves}
         self.generators = generators_of(root)
-        self.buffers = buffers = Buffers(root, leaves | self.opaque)
+        self.buffers = buffers = BufferWrites(root, leaves | self.opaque)
         try:
             with (
                 torch.enable_grad(),

@@ -32,12 +32,10 @@ from dspfx.passes.analysis.channel_ops import (
     FullWidth,
     Gate,
     Gather,
-    IntArray,
     Mix,
     Op,
     Query,
     Value,
-    is_run,
 )
 from dspfx.passes.lowering.emit import emit
 from dspfx.passes.transforms.compacted import Compacted
@@ -51,6 +49,7 @@ from dspfx.passes.transforms.cutting import (
     remove_unused,
 )
 from dspfx.passes.transforms.plan import CompactionPlan, Order
+from dspfx.utils.arrays import IntArray, is_run
 
 _MOVES = operators.RELAYOUTS | operators.MOVEMENT
 

@@ -10,14 +10,11 @@ from torch.fx.node import Node
 
 from dspfx.layers.gated import GatedLayer
 from dspfx.layers.parametrised import make_plain
-from dspfx.layers.weights import filters_first
+from dspfx.layers.weights import filters_first, folded_batch_norm
 from dspfx.passes.analysis import operators
-from dspfx.passes.analysis.channel_ops import (
-    ChannelAnalysis,
-    Elementwise,
-    IntArray,
-)
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Elementwise
 from dspfx.passes.transforms.plan import CompactionPlan, LayerPlan, Order
+from dspfx.utils.arrays import IntArray
 
 
 def private_copy(module: nn.Module, kept: Order, channels: int) -> nn.Module:
@@ -62,9 +59,6 @@ def folded_weight(
     """Masked weight `[O, C/S, *taps]` and bias `[O]` of a layer, its batch norm folded in.
 
     The weight is `computed` where that is given.
-
-    y = (conv(x) + b - mean) * scale + beta, with scale = gamma / sqrt(var + eps), is the
-    convolution by W * scale plus (b - mean) * scale + beta.
     """
     weight, bias = layer.weight if computed is None else computed, layer.bias
     if isinstance(layer, GatedLayer):
@@ -72,14 +66,9 @@ def folded_weight(
     weight = filters_first(layer, weight.detach())
     if plan.norm is None:
         return weight, None if bias is None else bias.detach()
-    norm: Any = source.get_submodule(str(plan.norm.target))
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    affine = norm.weight is not None
-    if affine:
-        scale = scale * norm.weight.detach()
-    shift = -norm.running_mean if bias is None else bias.detach() - norm.running_mean
-    shift = shift * scale + (norm.bias.detach() if affine else 0.0)
-    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
+    norm = source.get_submodule(str(plan.norm.target))
+    scale, bias = folded_batch_norm(norm, bias)
+    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), bias
 
 
 def constant_dim(analysis: ChannelAnalysis, plan: CompactionPlan, node: Node, whole: Tensor) -> int:

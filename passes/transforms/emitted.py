@@ -8,11 +8,12 @@
 import numpy as np
 from torch.fx.node import Node
 
-from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Channelwise, IntArray, Mix, Tie
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Channelwise, Mix, Tie
 from dspfx.passes.analysis.cost import Cost, layer_costs, summed
 from dspfx.passes.analysis.liveness import Liveness
 from dspfx.passes.lowering.forms import weights, written
 from dspfx.passes.transforms.plan import CompactionPlan
+from dspfx.utils.arrays import IntArray
 
 
 def emitted_costs(

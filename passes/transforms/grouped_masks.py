@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspfx.passes.analysis.channel_ops import BoolArray, ChannelAnalysis, Mix
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.liveness import ReadLists
 from dspfx.passes.lowering.forms import groups_of
 from dspfx.passes.transforms.plan import CompactionPlan
+from dspfx.utils.arrays import BoolArray
 
 Channels = tuple[int, ...]
 

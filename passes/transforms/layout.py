@@ -22,11 +22,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx.node import Node
 
-from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Constant, Elementwise, IntArray, Mix
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Constant, Elementwise, Mix
 from dspfx.passes.analysis.liveness import Liveness
 from dspfx.passes.analysis.pins import pinned_classes
 from dspfx.passes.lowering.cost_model import CostModel, Geometry
-from dspfx.passes.lowering.forms import Group, branches, dense, groups_of
+from dspfx.passes.lowering.forms import Group, dense, groups_of, separate
+from dspfx.utils.arrays import IntArray
 
 MOST_READERS = 60  # bits of an integer
 
@@ -42,7 +43,7 @@ class _Wish:
 
 def layout(analysis: ChannelAnalysis, live: Liveness, model: CostModel) -> IntArray:
     """The place of every coupling class among all of them, int `[classes]`."""
-    count = int(analysis.classes.max(initial=-1)) + 1
+    count = analysis.class_count
     stretch, order = np.zeros(count, np.int64), np.arange(count)
     fixed = np.fromiter(pinned_classes(analysis, {}), np.int64)
     for wish in sorted(_wishes(analysis, live, model), key=lambda wish: -wish.saves):
@@ -73,7 +74,7 @@ def _of_layer(
     row = live.reads[op.layer].row[filters]
     groups = groups_of(np.arange(len(filters)), row, live.reads_live(node, op)[:, held])
     where = geometry(analysis, node, op, len(held))
-    gain = model.seconds(dense(groups), where) - model.seconds(branches(_tidy(groups)), where)
+    gain = model.seconds(dense(groups), where) - model.seconds(separate(_tidy(groups)), where)
     if len(groups) == 1 or len(groups) > MOST_READERS or gain <= 0:
         return
     gathered = sum(len(group.inputs) for group in groups) * where.read

@@ -29,24 +29,22 @@ from torch.fx.node import Node
 
 from dspfx.passes.analysis import operators
 from dspfx.passes.analysis.channel_ops import (
-    BoolArray,
     ChannelAnalysis,
     Channelwise,
     Constant,
     Elementwise,
     Gate,
     Gather,
-    IntArray,
     Merge,
     Mix,
     Op,
     Query,
-    any_along,
 )
 from dspfx.passes.analysis.liveness import Liveness
 from dspfx.passes.lowering.cost_model import CostModel
 from dspfx.passes.lowering.forms import Group, Lowering, forms, groups_of, weights
 from dspfx.passes.transforms.layout import geometry, layout
+from dspfx.utils.arrays import BoolArray, IntArray, any_along
 
 Order = IntArray | None  # None: all channels, or a tensor that is handled whole
 

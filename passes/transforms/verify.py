@@ -18,7 +18,7 @@ from torch.fx.node import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspfx.errors import EquivalenceError
-from dspfx.passes.analysis.channel_ops import BoolArray, ChannelAnalysis
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis
 from dspfx.passes.analysis.liveness import Liveness
 from dspfx.passes.sandbox.calls import fresh
 from dspfx.passes.sandbox.randomness import drawing_anew
@@ -26,6 +26,7 @@ from dspfx.passes.sandbox.sizes import Shapes, resized, shapes_of, sizes_to_prov
 from dspfx.passes.sandbox.state import buffers_kept, state_kept
 from dspfx.passes.transforms.compact import compact
 from dspfx.passes.transforms.plan import CompactionPlan, Order
+from dspfx.utils.arrays import BoolArray
 from dspfx.utils.pytree import leaves, map_leaves
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}

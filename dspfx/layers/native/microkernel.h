@@ -163,7 +163,7 @@ C10_ALWAYS_INLINE void ask_for(const Tile& tile, const Target& target) {
 
 // The sums of a tile for a part of the products: what is there of them so far is in `sums`, if this is
 // not the first part; after the last one they are finished.
-struct Part {
+struct PartialSums {
   bool first, last;
   float* sums;  // [filter][vector]
 };
@@ -171,7 +171,7 @@ struct Part {
 template <int64_t R, int64_t V>
 struct Direct {
   static void compute(const float* weight, const int64_t* offset, int64_t count,
-                      const float* pixels, const Tile& tile, const Target& target, Part part) {
+                      const float* pixels, const Tile& tile, const Target& target, PartialSums part) {
     Vec sum[R][V];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r)
@@ -204,7 +204,7 @@ struct Direct {
 // The largest of all taps, or their average, for one channel; there is no weight.
 template <bool AVERAGE, int64_t V>
 void pool_tile(const float*, const int64_t* offset, int64_t count, const float* pixels,
-               const Tile& tile, const Target& target, Part) {
+               const Tile& tile, const Target& target, PartialSums) {
   Vec sum[V];
   for (int64_t v = 0; v < V; ++v) sum[v] = Vec::loadu(pixels + offset[0] + v * LANES);
   for (int64_t k = 1; k < count; ++k)

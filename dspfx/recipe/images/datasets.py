@@ -52,13 +52,6 @@ class Dataset:
         """The data set with the first `images` of the training images only, or with all of them."""
         return replace(self, train_x=self.train_x[:images], train_y=self.train_y[:images])
 
-    def training_batches(
-        self, size: int, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch, shuffled and augmented by `generator`; the last batch may be smaller."""
-        for x, y in batches(self.train_x, self.train_y, size, generator):
-            yield augment(x, generator, shift=self.shift, flip=self.flip), y
-
 
 def load(name: str, folder: Path | None = None) -> Dataset:
     """Load a data set by name.

@@ -23,7 +23,7 @@ from dspfx.recipe.images.seeds import generator_of, seed_of
 from dspfx.recipe.networks.libraries import Preprocessing, preprocessing_of
 from dspfx.recipe.settings import Recipe
 
-Part = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test"]
 Batch = tuple[Tensor, Tensor]
 
 TEST_FOLDERS = ("test", "val", "validation", "valid")
@@ -31,23 +31,23 @@ DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # modes of images that 8 b
 
 
 class Source(ABC):
-    """Images and labels in three parts.
+    """Images and labels in three splits.
 
     Attributes:
         classes: labels are 0 ... classes - 1.
         channels: of the images.
         image_size: their height and width, where they are square.
-        numbers: of every part the numbers of its images, int64.
+        numbers: of every split the numbers of its images, int64.
     """
 
     classes: int
     channels: int
     image_size: int
-    numbers: dict[Part, Tensor]
+    numbers: dict[Split, Tensor]
 
     @abstractmethod
     def batches(
-        self, part: Part, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
+        self, split: Split, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
     ) -> Iterator[Batch]:
         """The images with the numbers `chosen`, batch by batch, float32 `[N, C, H, W]`.
 
@@ -75,7 +75,7 @@ class Source(ABC):
         raise RecipeError(f"the model does not read images of {self.channels} channels")
 
     def _counts(self, available: int) -> str:
-        """How many images each part has, and how many of those `available` train nothing."""
+        """How many images each split has, and how many of those `available` train nothing."""
         train, validation, test = (len(numbers) for numbers in self.numbers.values())
         unused = available - train - validation
         more = f"; {unused:,} more training images are not used, see --images" if unused else ""
@@ -119,14 +119,14 @@ class InMemory(Source):
         _, self.channels, height, _ = dataset.train_x.shape
         self.resized = recipe.image_size is not None and recipe.image_size != height
         self.image_size = recipe.image_size or height
-        self.numbers = _parts(len(dataset.train_y), len(dataset.test_y), recipe)
+        self.numbers = _splits(len(dataset.train_y), len(dataset.test_y), recipe)
 
     def batches(
-        self, part: Part, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
+        self, split: Split, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
     ) -> Iterator[Batch]:
         """See `Source.batches`."""
         data = self.dataset
-        x, y = (data.test_x, data.test_y) if part == "test" else (data.train_x, data.train_y)
+        x, y = (data.test_x, data.test_y) if split == "test" else (data.train_x, data.train_y)
         for count, numbers in enumerate(chosen):
             images = x[numbers]
             if seeds is not None:
@@ -182,13 +182,13 @@ class ImageFiles(Source):
         if self.classes < 2:
             raise DataError(f"there is one class in {root / 'train'}, and nothing to tell apart")
         train_files, test_files = (len(self.files[name].samples) for name in ("train", "test"))
-        self.numbers = _parts(train_files, test_files, recipe)
+        self.numbers = _splits(train_files, test_files, recipe)
 
     def batches(
-        self, part: Part, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
+        self, split: Split, chosen: Sequence[Tensor], seeds: Sequence[int] | None = None
     ) -> Iterator[Batch]:
         """See `Source.batches`."""
-        files = self.files["test" if part == "test" else "train"].samples
+        files = self.files["test" if split == "test" else "train"].samples
         images = _Images(files, _transform(self.preprocessing, seeds is not None))
         wanted = [
             [(number, None if seeds is None else seed_of(seeds[count], number)) for number in batch]
@@ -287,8 +287,8 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _parts(train: int, test: int, recipe: Recipe) -> dict[Part, Tensor]:
-    """The numbers of the images in each part; validation images are training images left out."""
+def _splits(train: int, test: int, recipe: Recipe) -> dict[Split, Tensor]:
+    """The numbers of the images in each split; validation images are training images left out."""
     order = torch.randperm(train, generator=generator_of(recipe.seed, "split"))[: recipe.images]
     held = round(len(order) * recipe.validation)
     if recipe.validation:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from dspfx.layers.gated import GatedLayer, gated_layers
 from dspfx.layers.weights import structural_groups
 from dspfx.model.parts import parts_of
-from dspfx.passes.analysis.channel_ops import FloatArray, IntArray
 from dspfx.pruning.energy import check_moments, energies_of
+from dspfx.utils.arrays import FloatArray, IntArray
 from dspfx.utils.wrappers import unwrapped
 
 STARTS = 16

@@ -28,7 +28,7 @@ from dspfx.training.groups.checks import (
     check_optimizer,
 )
 from dspfx.training.groups.closure import BatchTask, Losses
-from dspfx.training.groups.lookahead import Buffers, looking_ahead, trial_steps
+from dspfx.training.groups.lookahead import BufferSnapshot, looking_ahead, trial_steps
 from dspfx.training.groups.penalty import LayerPenalty
 from dspfx.utils.distributed import Processes
 from dspfx.utils.resume import check_kind, check_settings
@@ -171,7 +171,7 @@ class GroupLearner:
         # one process alone must not leave before the others have its gradients
         finite = scaler is None and self.processes.alone
         task = BatchTask(closure, before_step, scaler, backward, finite)
-        buffers = Buffers(self.prepared)
+        buffers = BufferSnapshot(self.prepared)
         try:
             loss = self._run(task)
             if scaler is not None:

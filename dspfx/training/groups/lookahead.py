@@ -16,7 +16,7 @@ from dspfx.utils.wrappers import trained_parameters
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public names
 
 
-class Buffers:
+class BufferSnapshot:
     """Copies of what a forward pass may change: the buffers of `model`, except those of gates."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,7 +50,7 @@ def looking_ahead(
     """
     own = trained_parameters(optimizer)
     before = {p: p.detach().clone() for p in (weights if one_at_a_time(optimizer) else own)}
-    buffers = Buffers(model)
+    buffers = BufferSnapshot(model)
     # copies: gradients may be views of memory that the next backward writes into
     foreign = {
         p: None if p.grad is None else p.grad.clone() for p in model.parameters() if p not in own

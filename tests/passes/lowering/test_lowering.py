@@ -13,12 +13,12 @@ from dspfx.passes.lowering.forms import (
     Group,
     Lowering,
     alike,
-    branches,
     dense,
     describe,
     filled_up,
     forms,
     groups_of,
+    separate,
     written,
 )
 from dspfx.passes.lowering.sites import relowered, sites
@@ -49,7 +49,7 @@ def test_filters_that_read_the_same_are_a_group() -> None:
 
 def test_groups_of_equal_size_share_a_part() -> None:
     assert shape(alike(TWO)) == [(2, 3, 2)]
-    assert shape(branches(TWO)) == [(1, 3, 2), (1, 3, 2)]
+    assert shape(separate(TWO)) == [(1, 3, 2), (1, 3, 2)]
     assert shape(alike(THREE)) == [(1, 1, 3), (1, 2, 2), (1, 1, 1)]
 
 
@@ -85,7 +85,7 @@ def test_many_groups_are_merged_by_structural_group_only() -> None:
     [
         (dense(TWO), "dense"),
         (alike(TWO), "1 layer: 2 of 2->3"),
-        (branches(TWO), "2 layers: 1 of 2->3, 1 of 2->3"),
+        (separate(TWO), "2 layers: 1 of 2->3, 1 of 2->3"),
     ],
 )
 def test_descriptions(lowering: Lowering, words: str) -> None:
@@ -140,7 +140,7 @@ def test_a_form_is_read_back_from_branches() -> None:
     layer.weight.data[1::2, 0] = 0
     x = torch.randn(1, 3, 2, 2)
     (site,) = sites(nn.Sequential(layer), (x,))
-    module = emit(layer, site.weight, site.bias, branches(site.groups), np.arange(6), np.arange(3))
+    module = emit(layer, site.weight, site.bias, separate(site.groups), np.arange(6), np.arange(3))
     assert isinstance(module, Branches)
     assert (module.inputs, module.order) == ([(0, 2), (1, 2)], "order_of_outputs")
     assert [module.read_by(i).tolist() for i in range(2)] == [[0, 1], [1, 2]]

@@ -26,7 +26,7 @@ _CONVERSIONS = frozenset([
 ])  # fmt: skip
 
 
-class Buffers:
+class BufferWrites:
     """The buffers of `root`, before its code runs.
 
     Args:
