@@ -12,6 +12,7 @@ from dspfx.model.liveness import present_liveness
 from dspfx.model.modes import put_all
 from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.model.parts import compact_parts_of, exchanged, parts_of
+from dspfx.model.unfinished import warn_if_unfinished
 from dspfx.model.whole import check_whole
 from dspfx.passes.lowering.cost_model import CPU, CostModel
 from dspfx.passes.transforms.plan import plan
@@ -43,6 +44,9 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
         `prepared`. From a model prepared in parts, a copy of it whose parts are
         `CompactModule`s.
 
+    Warns:
+        DspfxWarning: `GradualPruning` or `GroupLearner` has begun with it and is not done.
+
     Raises:
         ConvertError: `prepared` does not come from `dspfx.prepare`.
         EquivalenceError: the two differ; the message names the first node that does.
@@ -63,6 +67,7 @@ def convert(prepared: nn.Module, *, verify: bool = True, cost_model: CostModel =
         return copy.deepcopy(prepared)
     with torch.inference_mode(mode=False):  # or nothing could be changed of it apart from it
         parts = parts_of(prepared)
+        warn_if_unfinished(part.module for part in parts)
         compact = {part.module: _convert(part.module, verify, cost_model) for part in parts}
         whole = exchanged(prepared, compact)
         put_all(whole, mode=False)

@@ -246,6 +246,7 @@ class PreparedModule(TwoModeModule):
         size_facts: what is known of the graph from running it on these.
         samples: how many samples of the whole model the example inputs stand for. A part that
             reads frames, proposals or tokens as a batch may be prepared for a fraction of one.
+        unfinished_pruning: what has begun to change it and is not done, and how far that has come.
         untraced: the modules inside that could not be traced, and are called whole.
         whole: of the first part of a model in parts, the inputs of that model.
 
@@ -257,7 +258,7 @@ class PreparedModule(TwoModeModule):
 
     carried = (
         *("asked", "example_inputs", "frozen", "left_alone", "lines", "notes", "origin"),
-        *("other_sizes", "size_facts", "samples", "untraced", "whole"),
+        *("other_sizes", "size_facts", "samples", "unfinished_pruning", "untraced", "whole"),
     )
     example_inputs: tuple[Any, ...]
     asked: PrepareConfig
@@ -269,6 +270,7 @@ class PreparedModule(TwoModeModule):
     samples: float
     other_sizes: tuple[Shapes, ...] = ()
     size_facts: SizeFacts = SizeFacts()
+    unfinished_pruning: tuple[tuple[str, str], ...] = ()
     untraced: tuple[str, ...] = ()
     whole: Call | None = None
 

@@ -12,7 +12,7 @@ After Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 
 from dspfx.errors import LearnError
 from dspfx.model.parts import Part, parts_of
+from dspfx.model.unfinished import note_unfinished
 from dspfx.pruning.budget import Budget, PruneReport, check_budget
 from dspfx.pruning.latency import LatencyTable
 from dspfx.pruning.ranking import sensitive_parts
@@ -166,8 +167,10 @@ class GradualPruning:
             sensitivity.update()
         due = self._prunings_due()
         if due > self.prunings_done and any(s.reached.any() for s in self.sensitivities):
-            self._prune(due / self.prunings)
+            self._prune(due)
             self.prunings_done = due
+        done = self.prunings_done == self.prunings
+        note_unfinished(self.prepared, "GradualPruning", None if done else self._progress())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state; plain values and tensors."""
@@ -214,7 +217,15 @@ class GradualPruning:
             return 0
         return int((self.steps_done - first) / (last - first) * self.prunings)
 
-    def _prune(self, share: float) -> None:
+    def _progress(self) -> str:
+        left = "" if self.report is None else f", {self.report.achieved:.2%} is left"
+        return (
+            f"{self.prunings_done} of {self.prunings} prunings{left} and the budget is "
+            f"{self.budget.fraction:.2%}"
+        )
+
+    def _prune(self, due: int) -> None:
+        """Prune to what should be left after the pruning of this number, from 1."""
         if any(sensitivity.groups_changed() for sensitivity in self.sensitivities):
             raise LearnError(
                 "filters have changed groups since the first step, and what was gathered is of the "
@@ -224,8 +235,13 @@ class GradualPruning:
         self.processes.broadcast(sums)
         if not any(s.classes.any() for s in self.sensitivities):
             raise LearnError(f"all gradients were zero so far; {WHEN}")
+        share = due / self.prunings
         kept = self._started ** (1 - share) * self.budget.fraction**share
-        self.report = self._prune_to(kept, self.parts, self.tables)
+        report = self._prune_to(kept, self.parts, self.tables)
+        if due < self.prunings:
+            way = f"pruning {due} of {self.prunings}, on the way to {self.budget.fraction:.2%}"
+            report = replace(report, note=way)
+        self.report = report
         for sensitivity in self.sensitivities:
             sensitivity.decay(self.decay)
 

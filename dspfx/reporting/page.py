@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from dspfx.compile import CompileReport
+from dspfx.compile import CompileReport, worded
 from dspfx.errors import PlotError
 from dspfx.passes.transforms.summary import LayerSummary
 from dspfx.reporting.data import ReportData
@@ -64,6 +64,7 @@ def page_of(report: ReportData, measured: CompileReport | None) -> str:
         share=share,
         short=short,
         together=together,
+        worded=worded,
     )
 
 

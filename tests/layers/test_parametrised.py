@@ -171,7 +171,7 @@ def test_parametrisations_can_be_removed_before_and_after(wrap: Wrap) -> None:
 def test_learners_leave_parametrised_layers_to_others(wrap: Wrap) -> None:
     prepared = dspfx.prepare(net(wrap), images()).train()
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
-    learner = dspfx.GroupLearner(prepared, optimizer, total_steps=2)
+    learner = dspfx.GroupLearner(prepared, optimizer, total_steps=1)
     assert list(learner.layers) == ["down"]
     learner.step(lambda: prepared(images()).square().mean())
     assert not prepared.body.gate.logits.any()

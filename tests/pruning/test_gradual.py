@@ -1,7 +1,9 @@
 """`GradualPruning`: what the loss says about channels and groups, and what goes for it."""
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +81,29 @@ def train(
 def drawn(step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     return torch.randn(X.shape, generator=generator, dtype=torch.float64)
+
+
+def test_it_says_how_far_it_is_and_what_is_converted_before_its_end(tmp_path: Path) -> None:
+    prepared = layers()
+    pruning = dspfx.GradualPruning(prepared, Budget(macs=0.4), total_steps=10, prunings=4, end=0.8)
+    assert repr(pruning) == "GradualPruning(budget 40.00%, step 0 of 10, pruning 0 of 4)"
+    dspfx.convert(prepared)  # nothing has begun
+    train(prepared, pruning, 5, drawn)
+    assert pruning.report is not None
+    left = f"{pruning.report.achieved:.2%}"
+    assert f"budget 40.00%, {left} left, step 5 of 10, pruning 2 of 4" in repr(pruning)
+    assert str(pruning.report).splitlines()[-1] == "pruning 2 of 4, on the way to 40.00%"
+    said = f"GradualPruning has done 2 of 4 prunings, {left} is left and the budget is 40.00%"
+    path = tmp_path / "early.dspfx"
+    dspfx.save(prepared, path)
+    for unfinished in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        with pytest.warns(dspfx.DspfxWarning, match=said):
+            early = dspfx.convert(unfinished)
+        assert_equal(early(X), prepared.eval()(X))
+        prepared.train()
+    train(prepared, pruning, 3, drawn)
+    assert "on the way" not in str(pruning.report)
+    dspfx.convert(prepared)  # all prunings are done, what is left is training
 
 
 # -- sensitivity -----------------------------------------------------------------------------------

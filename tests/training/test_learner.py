@@ -495,3 +495,14 @@ def test_no_step_beyond_the_last() -> None:
     learner.step(loss(prepared))
     with unchanged(prepared), pytest.raises(dspfx.LearnError, match="all 1 steps are done"):
         learner.step(loss(prepared))
+
+
+def test_what_is_converted_before_its_end_is_warned_of() -> None:
+    prepared = tiny()
+    learner = learner_of(prepared, sgd)
+    for _ in range(SETTINGS["total_steps"] - 1):
+        learner.step(loss(prepared))
+    with pytest.warns(dspfx.DspfxWarning, match="GroupLearner has done 6 of 7 steps. Train on"):
+        dspfx.convert(prepared)
+    learner.step(loss(prepared))
+    dspfx.convert(prepared)

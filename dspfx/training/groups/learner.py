@@ -20,6 +20,7 @@ from dspfx.errors import LearnError
 from dspfx.layers.gated import GatedLayer, gated_layers
 from dspfx.layers.parametrised import is_computed
 from dspfx.layers.weights import energy, filters_first, spread
+from dspfx.model.unfinished import note_steps
 from dspfx.training.groups.assignment import hard_assignment, soft_assignment
 from dspfx.training.groups.checks import (
     check_generator,
@@ -190,6 +191,7 @@ class GroupLearner:
                 self._learn_groups(layers, task)
             self._shrink(layers)
         self.steps_done += 1
+        note_steps(unwrapped(self.prepared), "GroupLearner", self.steps_done, self.total_steps)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,11 +303,8 @@ class GroupLearner:
     def _rates(self) -> dict[Tensor, float]:
         """rho = lambda lr (t + 1) / T of every trained parameter, with the present lr."""
         share = self.strength * (self.steps_done + 1) / self.total_steps
-        return {
-            p: share * float(group["lr"])
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-        }
+        groups = self.optimizer.param_groups
+        return {p: share * float(group["lr"]) for group in groups for p in group["params"]}
 
     @torch.no_grad()
     def _unscale(self, scale: float) -> bool:

@@ -1,0 +1,27 @@
+"""Warnings of torch that say nothing to whoever sees them."""
+
+import importlib
+import logging
+import sys
+
+_CPP_EXTENSION = "torch.utils.cpp_extension"
+
+
+def without_cuda_home() -> None:
+    """Import what builds code in C++ before torch does, but for its word on `CUDA_HOME`.
+
+    It warns of a `CUDA_HOME` where there is no GPU to use, whatever the code is built for. All else
+    that it logs is shown.
+    """
+    if _CPP_EXTENSION in sys.modules:
+        return
+    logger = logging.getLogger(_CPP_EXTENSION)
+    logger.addFilter(_is_told)
+    try:
+        importlib.import_module(_CPP_EXTENSION)
+    finally:
+        logger.removeFilter(_is_told)
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime is found" not in record.getMessage()
