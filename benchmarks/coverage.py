@@ -30,7 +30,7 @@ import dspfx
 from benchmarks.examination import examined, relative_difference
 from benchmarks.zoo import Case, build, example_inputs, timm_cases, torchvision_cases
 from dspfx.layers.gated import gated_layers
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.parts import compact_parts_of, parts_of
 from dspfx.passes.analysis.droppable import droppable_layers
 

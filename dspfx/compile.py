@@ -24,8 +24,8 @@ from torch import nn
 
 from dspfx.errors import CompileError
 from dspfx.layers.group_conv import GroupConvRun
+from dspfx.model.analysed import fitting_inputs
 from dspfx.model.deployable import check_deployable
-from dspfx.model.gating import fitting_inputs
 from dspfx.model.parts import compact_parts_of
 from dspfx.passes.lowering.classifier import join_classifiers
 from dspfx.passes.lowering.cost_model import CPU

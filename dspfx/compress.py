@@ -255,7 +255,7 @@ def _inputs_of(model: nn.Module, loss: Loss, batch: Any) -> Call:
             f"the loss never calls the model that it is given, which is a copy of yours; {CONTRACT}"
         )
     hook.remove()
-    return of_few_samples(twin, calls[0])
+    return of_few_samples(twin, calls[0]).call
 
 
 def _train(

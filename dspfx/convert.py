@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from dspfx.model.analysed import fitting_inputs
 from dspfx.model.emit import emit_compact
-from dspfx.model.gating import fitting_inputs
 from dspfx.model.liveness import present_liveness
 from dspfx.model.modes import put_all
 from dspfx.model.module import CompactModule, PreparedModule

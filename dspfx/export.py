@@ -80,7 +80,7 @@ def export(
     write = _WRITERS[_format(path, format)]
     _check(model)
     try:
-        call = choose_inputs(model, example_inputs)[0].map(_without_values)
+        call = choose_inputs(model, example_inputs).call.map(_without_values)
     except PrepareError as error:
         raise ExportError(str(error)) from error
     shapes = _dynamic_shapes(model, call, dynamic_batch, dynamic_size)

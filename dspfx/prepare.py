@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dspfx.errors import PrepareError, TraceError
@@ -74,11 +74,11 @@ def _prepared(model: nn.Module, example_inputs: Any, config: PrepareConfig) -> n
     root = plain_copy(model)
     frozen = matching(root, config.ignore, "ignore")
     opaque = matching(root, config.opaque, "opaque")
-    inputs, notes = choose_inputs(root, example_inputs)
+    inputs, notes, outputs = choose_inputs(root, example_inputs)
     forms = forms_inside(root)
     task = Task(config, frozen, opaque, notes=(*notes, *forms))
     try:
-        whole = gate(root, inputs, task)
+        whole = gate(root, inputs, task, outputs)
     except (TraceError, PrepareError) as error:
         in_parts = _in_parts(plain_copy(model), inputs, task, f"since {error}")
         if in_parts is not None:
@@ -105,11 +105,11 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module 
         if name in task.opaque:
             raise PrepareError(f"{name} is not to be traced into")
         twin = copied(child, root)
-        own = of_few_samples(twin, call)  # heads are often called with many
+        own, _, outputs = of_few_samples(twin, call)  # heads are often called with many
         within = task.within(name, id(child) not in calls.of_inputs, calls.followed)
         # of the batch that it reads, a few stand for all
         samples = samples_of(inputs) * samples_of(own) / samples_of(call)
-        part = gate(twin, own, replace(within, samples=samples))
+        part = gate(twin, own, replace(within, samples=samples), outputs)
         part.answer_for(child)
         return part
 
@@ -125,6 +125,12 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module 
     return root
 
 
+def _is_finite(x: Tensor) -> bool:
+    if not x.is_floating_point() or not x.numel() or x.layout != torch.strided:
+        return bool(torch.isfinite(x).all())
+    return bool(torch.stack(x.aminmax()).isfinite().all())  # in one pass, without a copy
+
+
 @torch.no_grad()  # weights made in inference mode have no gradients
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
@@ -133,5 +139,5 @@ def _check_weights(model: nn.Module) -> None:
                 f"{name} has no shape yet, as of a lazy module; call the model once, with an "
                 "example, before it is prepared"
             )
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not _is_finite(parameter):
             raise PrepareError(f"{name} holds NaN or infinite values; repair the weights first")

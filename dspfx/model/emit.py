@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from dspfx.layers.gates import ChannelGate, FilterGate
-from dspfx.model.gating import fitting_inputs
+from dspfx.model.analysed import fitting_inputs
 from dspfx.model.liveness import arranged_masks
 from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.model.parts import full_name

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dspfx.layers.gated import gated_layers
 from dspfx.layers.gates import ChannelGate
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.module import PreparedModule
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Gate, Mix
 from dspfx.passes.analysis.liveness import Liveness, ReadLists, liveness

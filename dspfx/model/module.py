@@ -49,17 +49,19 @@ class TwoModeModule(fx.GraphModule):
     """A `GraphModule` with one graph for evaluation and one for training, often the same.
 
     Attributes:
+        analysed: the last analysis of it, see `analyse_prepared`; no copy has it.
         frozen_modes: names of the modules that stay in evaluation mode, as frozen batch norms do
             where the model's own `train` says so.
     """
 
     carried: ClassVar[tuple[str, ...]] = ()
     graphs: dict[bool, fx.Graph]
+    analysed: Any = None
     replaced: tuple[type[nn.Module], tuple[str, ...]] | None = None
     frozen_modes: frozenset[str] = frozenset()
 
     def __init__(self, root: nn.Module, graphs: dict[bool, fx.Graph], name: str) -> None:
-        vars(self)["graphs"] = graphs  # `recompile` asks for them
+        vars(self).update(graphs=graphs, analysed=None)  # `recompile` asks for them
         super().__init__(root, graphs[root.training], name)
         # adopt the whole root: modules no graph names, aliases, and the original order of keys
         vars(self).update({kind: copy.copy(vars(root)[kind]) for kind in (*_STATE, *_HOOKS)})

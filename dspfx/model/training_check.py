@@ -26,6 +26,8 @@ TOLERANCE = 1e-3  # of the largest number: what threads make of the order of sum
 _SHAKEN = 3  # how often they are measured; the largest counts
 _NUDGE = 1e-3  # tells apart what starts equal, such as a network and its moving average
 
+_ROW = 4096  # numbers of a tensor that are summed at once
+
 _GRADIENT = "the gradient of "
 
 Results = dict[str, Tensor]  # by what they are
@@ -42,7 +44,8 @@ def training_pass(module: nn.Module, call: Call) -> Results | None:
         try:
             twin = _nudged(module)
             twin.train(True)
-            before = _sketches(twin)
+            owned = _owned(twin)
+            before = {what: x.detach().clone() for what, x in owned.items()}
             outputs = _outputs(twin, call)
             gradients = _gradients(twin, outputs)
             again = _outputs(twin, call)
@@ -52,8 +55,18 @@ def training_pass(module: nn.Module, call: Call) -> Results | None:
         results = {_GRADIENT + name: _sketch(gradients.get(name)) for name in names}
         for calls, values in (("", outputs), (" of the second call", again)):
             results |= {f"output {i}{calls}": _numbers(x.detach()) for i, x in enumerate(values)}
-        after = _sketches(twin)
-        return results | {what: after[what] - was for what, was in before.items() if what in after}
+        after = _owned(twin)
+        return results | {
+            what: _change(was, after[what]) for what, was in before.items() if what in after
+        }
+
+
+def is_blind(results: Results) -> bool:
+    """Whether `results` say nothing of a parameter, whose gradient is zero, or of an output."""
+    return any(
+        bool(x[1] == 0) if name.startswith(_GRADIENT) else not bool(x.isfinite().all())
+        for name, x in results.items()
+    )
 
 
 def rounding_errors(module: nn.Module, call: Call) -> dict[str, float]:
@@ -124,8 +137,11 @@ def _nudged(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for i, (_, p) in enumerate(twin.named_parameters()):
             if p.is_floating_point():
-                steps = torch.linspace(-_NUDGE, _NUDGE, p.numel(), dtype=p.dtype, device=p.device)
-                p.add_((1 + i % 16 / 16) * steps.view(p.shape))
+                most = _NUDGE * (1 + i % 16 / 16)
+                for dim, size in enumerate(p.shape):
+                    shape = [size if d == dim else 1 for d in range(p.dim())]
+                    steps = torch.linspace(-most, most, size, dtype=p.dtype, device=p.device)
+                    p.add_(steps.view(shape) if size > 1 else 0)
     return twin
 
 
@@ -155,24 +171,34 @@ def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
     return [x for x in leaves(module(*given.args, **given.kwargs)) if isinstance(x, Tensor)]
 
 
-def _sketches(module: nn.Module) -> Results:
-    """Of everything that `module` owns."""
-    with torch.no_grad():
-        results = {f"the parameter {name}": _sketch(x) for name, x in module.named_parameters()}
-        return results | {f"the buffer {name}": _sketch(x) for name, x in module.named_buffers()}
+def _owned(module: nn.Module) -> dict[str, Tensor]:
+    """Everything that `module` owns."""
+    owned = {f"the parameter {name}": x.detach() for name, x in module.named_parameters()}
+    return owned | {f"the buffer {name}": x.detach() for name, x in module.named_buffers()}
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """The difference of the sketches."""
+    if before.layout == after.layout == torch.strided and torch.equal(before, after):
+        return torch.zeros(2, dtype=torch.float64)
+    return _sketch(after) - _sketch(before)
 
 
 def _sketch(x: Tensor | None) -> Tensor:
-    """The weighted sum and the norm; zeros of nothing."""
+    """The weighted sum and the norm; not a number of nothing."""
     if x is None:
-        return torch.zeros(2)
+        return torch.full((2,), torch.nan, dtype=torch.float64)
     x = _numbers(x)
     return torch.stack([_weighted(x), x.norm()]).cpu().double()
 
 
 def _weighted(x: Tensor) -> Tensor:
     """A sum that knows where the summands are, and their signs."""
-    return torch.dot(x.flatten(), positions(x).flatten())
+    x = x.flatten()
+    whole = len(x) - len(x) % _ROW
+    rows = x[:whole].view(-1, _ROW) @ positions(x[:_ROW]) if whole else x[:0]
+    rest = torch.cat([rows, x[whole:]])
+    return torch.dot(rest, positions(rest))
 
 
 def _numbers(x: Tensor) -> Tensor:

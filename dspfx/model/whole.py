@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import EquivalenceError
-from dspfx.model.gating import fitting
+from dspfx.model.analysed import fitting
 from dspfx.model.modes import modes_kept, put_all
 from dspfx.model.parts import Part
 from dspfx.model.single import tensors_hidden

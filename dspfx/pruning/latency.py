@@ -24,7 +24,7 @@ from dspfx.layers.gated import gated_layers
 from dspfx.layers.group_conv import GroupConvRun
 from dspfx.layers.parametrised import weight_of
 from dspfx.layers.weights import TRANSPOSED
-from dspfx.model.gating import analyse_prepared, fitting_inputs
+from dspfx.model.analysed import analyse_prepared, fitting_inputs
 from dspfx.model.module import PreparedModule
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.cost import Cost, layer_costs

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dspfx.errors import MaskError
 from dspfx.layers.gated import gated_layers
 from dspfx.layers.weights import structural_groups
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.liveness import apply_reads, current_reads
 from dspfx.model.parts import parts_of
 from dspfx.passes.analysis.liveness import liveness

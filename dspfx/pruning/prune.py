@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from dspfx.layers.gated import GatedLayer, gated_layers
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part, parts_of
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix

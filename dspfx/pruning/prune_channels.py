@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from dspfx.layers.parametrised import weight_of
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.liveness import current_reads
 from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part, parts_of

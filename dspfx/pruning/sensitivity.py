@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dspfx.layers.computed_weight import is_weighted
 from dspfx.layers.gated import GatedLayer
 from dspfx.layers.weights import filters_first, structural_groups
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.module import PreparedModule
 from dspfx.passes.analysis.channel_ops import Mix
 from dspfx.utils.arrays import IntArray

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.parts import parts_of
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, FullWidth, Mix, Source
 

@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from dspfx.errors import DspfxError, LoadError, PrepareError, TraceError
 from dspfx.layers.gated import GATED, gated_layers
+from dspfx.model.analysed import analyse_prepared, fitting_inputs
 from dspfx.model.config import PrepareConfig
 from dspfx.model.division import copied, exchange
 from dspfx.model.emit import emit_compact, indices
-from dspfx.model.gating import Task, analyse_prepared, fitting_inputs, gate
+from dspfx.model.gating import Task, gate
 from dspfx.model.modes import put_all
 from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.model.parts import compact_parts_of, exchanged, parts_of
 from dspfx.model.rebuilt import plain_copy
 from dspfx.model.tensors import named_tensors
 from dspfx.passes.analysis.operators import Key, Rule
-from dspfx.passes.sandbox.calls import Call, fresh, parameter_dtype_and_device
+from dspfx.passes.sandbox.calls import Call, evaluate, fresh, parameter_dtype_and_device
 from dspfx.passes.sandbox.state import buffers_kept
 from dspfx.storage.blueprint import (
     Blueprint,
@@ -166,8 +167,9 @@ def _gated(child: nn.Module, part: Blueprint, rules: Mapping[Key, Rule]) -> Prep
     names = frozenset(part.frozen), frozenset(part.opaque)
     followed = frozenset(part.masks)
     task = Task(config, *names, part.gate_first, followed, samples=part.samples)
+    call = _call(child, part)
     try:
-        gated = gate(child, _call(child, part), task, prove=False)
+        gated = gate(child, call, task, evaluate(child, call), prove=False)
     except (TraceError, PrepareError) as error:
         raise LoadError(f"it cannot be prepared as it was: {error}") from error
     gated.notes = part.notes

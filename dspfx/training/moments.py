@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dspfx.errors import DataError
 from dspfx.layers.parametrised import weight_of
 from dspfx.layers.weights import filters_first, structural_groups
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.modes import only_training
 from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.model.parts import parts_of

@@ -4,18 +4,19 @@
 2. A node that does something else to channels at another size, such as a slice of channels whose
    end is the height of the image, is given all its channels, and so is opaque.
 
-Both are found from the analyses of one graph on two examples, and hold for every further analysis
-of that graph.
+The first is found from executions of one graph on two examples, the second from analyses of these.
+Both hold for every further analysis of that graph.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.fx.node import Node
 
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Channelwise, Elementwise, Mix, Op
+from dspfx.passes.analysis.execution import Execution
 
 _ROUNDS = 20
 
@@ -38,17 +39,17 @@ class SizeFacts:
 
 
 def agree(
-    analyse: Callable[[Any, SizeFacts], ChannelAnalysis], examples: Sequence[Any]
+    analyse: Callable[[SizeFacts], Sequence[ChannelAnalysis]], executions: Sequence[Execution]
 ) -> tuple[ChannelAnalysis, SizeFacts]:
     """The analysis of the first example, and the facts under which all examples have the same.
 
     Args:
-        analyse: analyses the graph on an example, given facts.
-        examples: the first one, and others of other sizes.
+        analyse: analyses the graph on all examples, given facts.
+        executions: of the graph on the examples.
     """
-    facts = SizeFacts()
+    facts = SizeFacts(_varying(executions))
     for _ in range(_ROUNDS):
-        analyses = [analyse(example, facts) for example in examples]
+        analyses = analyse(facts)
         found = facts
         for first, other in ((analyses[0], other) for other in analyses[1:]):
             found = _joined(found, _differences(first, other))
@@ -56,6 +57,19 @@ def agree(
             break
         facts = found
     return analyses[0], facts
+
+
+def _varying(executions: Sequence[Execution]) -> dict[str, frozenset[int]]:
+    """The dimensions whose size is not the same in all `executions`, by the names of nodes."""
+    varying: dict[str, frozenset[int]] = {}
+    for node, shape in executions[0].shapes():
+        for other in executions[1:]:
+            result = other.results.get(node)
+            if isinstance(result, Tensor) and result.dim() == len(shape):
+                own = frozenset(d for d, n in enumerate(shape) if n != result.shape[d])
+                if own:
+                    varying[node.name] = varying.get(node.name, frozenset()) | own
+    return varying
 
 
 def _joined(one: SizeFacts, other: SizeFacts) -> SizeFacts:

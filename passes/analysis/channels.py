@@ -1,7 +1,7 @@
 """Which channels of which values are the same thing: the graph, run on labels.
 
-Every channel of every layer's output is given a number, an atom. The graph is then interpreted
-once with the example inputs; beside the real tensors, three facts are carried along:
+Every channel of every layer's output is given a number, an atom. The graph is then gone through
+once, with the record of its run on the example inputs; three facts are carried along:
 
 1. **Channel-producing layers** (convolution, linear) read the channels of their input and make
    new atoms.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
-from dspfx.layers.gated import LAYERS, GatedLayer
+from dspfx.layers.gated import LAYERS
 from dspfx.layers.gates import ChannelGate
 from dspfx.passes.analysis import operators
 from dspfx.passes.analysis.agreement import SizeFacts
@@ -39,10 +39,10 @@ from dspfx.passes.analysis.channel_ops import (
     Value,
     used,
 )
+from dspfx.passes.analysis.execution import Execution, execute
 from dspfx.passes.analysis.fixed import fixed
 from dspfx.passes.analysis.moves import move, opaque, split_items
 from dspfx.passes.analysis.positions import operands_of
-from dspfx.passes.analysis.products import Products
 from dspfx.passes.analysis.queries import asked_of_inputs, size, size_or_nothing
 from dspfx.passes.analysis.rules import (
     channelwise,
@@ -53,10 +53,8 @@ from dspfx.passes.analysis.rules import (
     reduction,
     relayout,
 )
-from dspfx.passes.analysis.state import State
-from dspfx.passes.sandbox.calls import Call, fresh, samples_of
-from dspfx.passes.sandbox.randomness import drawn_by_torch
-from dspfx.passes.sandbox.state import is_altered
+from dspfx.passes.analysis.state import Findings, State
+from dspfx.passes.sandbox.calls import Call, samples_of
 
 
 def analyse(
@@ -67,6 +65,8 @@ def analyse(
     facts: SizeFacts | None = None,
     whole: nn.Module | None = None,
     samples: float | None = None,
+    execution: Execution | None = None,
+    findings: Findings | None = None,
 ) -> ChannelAnalysis:
     """Analyse the graph of `root`, which must be in evaluation mode, on example `inputs`.
 
@@ -79,10 +79,15 @@ def analyse(
         whole: the module whose parameters are counted, if that has more than `root`.
         samples: how many of the user's samples `inputs` are, which costs are divided by; see
             `samples_of`, which is asked if it is None.
+        execution: of the graph on `inputs`; it is run if this is None.
+        findings: what is found out by values of parameters and buffers is added.
     """
     samples = samples or samples_of(Call(inputs))
-    analyser = _Analyser(root, frozen, rules or {}, facts or SizeFacts(), samples)
+    facts, findings = facts or SizeFacts(), findings or Findings()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        execution = execution or execute(root, inputs)[0]
+        state = frozen, rules or {}, facts, samples, findings
+        analyser = _Analyser(root, execution, *state)
         analyser.run(*inputs)
     found = analyser.result()
     return replace(found, fixed=fixed(root, whole or root, found, analyser.state.macs))
@@ -92,13 +97,16 @@ class _Analyser(fx.Interpreter):
     def __init__(
         self,
         root: fx.GraphModule,
+        execution: Execution,
         frozen: frozenset[str],
         rules: Mapping[operators.Key, operators.Rule],
         facts: SizeFacts,
         samples: float,
+        findings: Findings,
     ) -> None:
         super().__init__(root)
-        self.state = State(self, root, frozen, rules, facts, samples)
+        self.execution = execution
+        self.state = State(self, root, frozen, rules, facts, samples, findings)
 
     def result(self) -> ChannelAnalysis:
         classes = self.state.coupling.classes()
@@ -115,11 +123,9 @@ class _Analyser(fx.Interpreter):
         return ChannelAnalysis(self.state.ops, self.state.values, classes, tuple(declined))
 
     def run_node(self, n: Node) -> Any:
-        before = drawn_by_torch()
-        with Products() as counted:
-            result = super().run_node(n)
-        self.state.macs[n] = int(counted.macs / self.state.samples)
-        self.state.draws = drawn_by_torch() != before
+        of_constants = n.op == "get_attr" or self._reads_constants(n)
+        result = super().run_node(n) if of_constants else self.execution.results[n]
+        self.state.macs[n] = int(self.execution.macs[n] / self.state.samples)
         op = self._classify(n, result)
         if op is not None and n in self.state.values and self.state.holds_positions(n):
             del self.state.values[n]
@@ -152,7 +158,7 @@ class _Analyser(fx.Interpreter):
             return size_or_nothing(self.state, node, result)
         if node.name in self.state.facts.dependent:
             return FullWidth(operands, _BY_SIZE)
-        if self.state.draws:
+        if node in self.execution.drew:
             return FullWidth(operands, _DRAWS)
         if not isinstance(result, Tensor):
             of_inputs = asked_of_inputs(self.state, operands, result)
@@ -161,7 +167,7 @@ class _Analyser(fx.Interpreter):
                 or size(self.state, node, operands)
                 or split_items(self.state, node, operands)
             )
-        if self._has_another_forward(node, result):
+        if node in self.execution.altered:
             why = f"a hook, or a 'forward' of its own, changes what '{node.target}' computes"
             return FullWidth(operands, why)
         if operators.writes_input(node):
@@ -182,26 +188,20 @@ class _Analyser(fx.Interpreter):
             return isinstance(node.args[0], Node) and node.args[0] in self.state.containers
         return node.op == "placeholder"
 
-    def _has_another_forward(self, node: Node, result: Tensor) -> bool:
-        """Whether a module that stays as it is gives something else than its class would."""
-        module = operators.called_module(self.state.root, node)
-        if module is None or isinstance(module, GatedLayer | torch.jit.ScriptModule):
-            return False
-        if not is_altered(module):
-            return False
-        args, kwargs = fresh(self.fetch_args_kwargs_from_env(node))
-        return not torch.equal(type(module).forward(module, *args, **kwargs), result)
-
     def _is_constant(self, node: Node, result: Any) -> bool:
         """Whether a node rearranges or reckons with parameters and buffers alone."""
-        known = operators.key(node, self.state.root) in operators.OF_CONSTANTS
+        return self._reads_constants(node) and isinstance(result, Tensor)
+
+    def _reads_constants(self, node: Node) -> bool:
         inputs = node.all_input_nodes
-        reads_constants = all(isinstance(self.state.ops.get(n), Constant) for n in inputs)
-        return known and bool(inputs) and reads_constants and isinstance(result, Tensor)
+        if not inputs or not all(isinstance(self.state.ops.get(n), Constant) for n in inputs):
+            return False
+        return operators.key(node, self.state.root) in operators.OF_CONSTANTS
 
     def _constant(self, node: Node, result: Any) -> Op | None:
         if not isinstance(result, Tensor):
             return None
+        self.state.read_constant(node, result)
         self.state.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
         return Constant(())
 

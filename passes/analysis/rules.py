@@ -1,5 +1,6 @@
 """Rules of the channel analysis: layers, norms, gates, reductions, elementwise operators."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def mix(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op 
     gated = isinstance(layer, GatedLayer)
     bias = np.zeros(filters, bool)
     if layer.bias is not None:
-        bias = numpy(layer.bias.detach() != 0) | gated
+        bias = numpy(a.findings.find(lambda: layer.bias.detach() != 0)) | gated
     frozen = name in a.frozen
     return Mix(
         *(operands, name, filters, width * groups, groups, taps, positions),
@@ -222,24 +223,36 @@ def on_zeros(
     a: State, node: Node, operands: tuple[Node, ...], result: Tensor, dim: int
 ) -> BoolArray:
     """Bool `[C]`: the channels of `result` that are zero where the operand is."""
-    zeros = torch.zeros_like(a.env[operands[0]])
-    zero = (run_on(a, node, operands[0], zeros) == 0).movedim(dim, 0)
-    return numpy(zero.reshape(len(zero), -1).all(1))
+    form = a.env[operands[0]]
+    if operators.key(node, a.root) in operators.BATCH_NORMS:  # all positions alike
+        form = form[(slice(2), slice(None), *[slice(2)] * (form.dim() - 2))]
+    run = run_on(a, node, operands[0])
+
+    def zero() -> Tensor:
+        zero = (run(torch.zeros_like(form)) == 0).movedim(dim, 0)
+        return zero.reshape(len(zero), -1).all(1)
+
+    return numpy(a.findings.find(zero))
 
 
 def is_absorbing(a: State, node: Node, operand: Node, dim: int) -> bool:
     """Whether zeros in the first half of its channels are enough for it to give zero."""
     half = torch.ones_like(a.env[operand])
     half.narrow(dim, 0, half.shape[dim] // 2).zero_()
-    return bool((run_on(a, node, operand, half) == 0).all())
+    return bool((run_on(a, node, operand)(half) == 0).all())
 
 
-def run_on(a: State, node: Node, operand: Node, x: Tensor) -> Tensor:
-    """What `node` makes of `x` in place of `operand`."""
-    args = map_arg(node.args, lambda n: x if n is operand else a.env[n])
-    kwargs = map_arg(node.kwargs, lambda n: x if n is operand else a.env[n])
-    result: Tensor = a.call(node, args, kwargs)
-    return result
+def run_on(a: State, node: Node, operand: Node) -> Callable[[Tensor], Tensor]:
+    """What `node` makes of a tensor in place of `operand`."""
+    others = {n: a.env[n] for n in node.all_input_nodes if n is not operand}
+
+    def run(x: Tensor) -> Tensor:
+        args = map_arg(node.args, lambda n: x if n is operand else others[n])
+        kwargs = map_arg(node.kwargs, lambda n: x if n is operand else others[n])
+        result: Tensor = a.call(node, args, kwargs)
+        return result
+
+    return run
 
 
 def zero_of_zeros(a: State, node: Node) -> bool:
@@ -251,8 +264,16 @@ def zero_of_zeros(a: State, node: Node) -> bool:
             return real
         return torch.zeros_like(real[(slice(1),) * real.dim()])  # a layout may need the rank
 
-    args, kwargs = map_arg(node.args, zero), map_arg(node.kwargs, zero)
-    return bool((a.call(node, args, kwargs) == 0).all())
+    values = {n: zero(n) for n in node.all_input_nodes}
+
+    def is_zero() -> bool:
+        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+        return bool((a.call(node, args, kwargs) == 0).all())
+
+    def value(n: Node) -> Any:
+        return values[n].clone() if isinstance(values[n], Tensor) else values[n]
+
+    return bool(a.findings.find(is_zero))
 
 
 def relayout(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:

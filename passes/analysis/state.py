@@ -1,9 +1,11 @@
 """What is known so far while a graph is analysed: operations, values, coupling."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
 from dspfx.passes.analysis import operators
@@ -15,15 +17,49 @@ from dspfx.passes.analysis.positions import Positions
 from dspfx.utils.arrays import IntArray
 
 
+class Findings:
+    """What an analysis has found out from the values of parameters and buffers.
+
+    These change while a model is trained; an analysis holds as long as all would be found again.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Callable[[], Any], Any]] = []
+
+    def find(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` returns, a tensor or what can be compared by `==`; it can be asked again."""
+        found = ask()
+        self._found.append((ask, found))
+        return found
+
+    def hold(self) -> bool:
+        """Whether all is as it was found."""
+        with torch.no_grad():
+            return all(_is_same(ask(), found) for ask, found in self._found)
+
+
+class _Never:
+    """Found another each time."""
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)
+
+
 class State:
     """Of one run of a graph on an example, node by node.
 
     Args:
-        interpreter: runs the graph; its `env` holds the tensors of the nodes.
+        interpreter: goes through the graph; its `env` holds what the nodes gave, but for constants
+            tensors without values.
         root: the module whose graph it is.
         frozen: names of the layers that keep all their filters and input channels.
         rules: what is known of further operators.
         facts: what is known of the same graph on inputs of other sizes.
+        samples: how many the example is of.
+        findings: what is found out by values is added.
     """
 
     def __init__(
@@ -34,6 +70,7 @@ class State:
         rules: Mapping[operators.Key, operators.Rule],
         facts: SizeFacts,
         samples: float,
+        findings: Findings,
     ) -> None:
         self.interpreter = interpreter
         self.samples = samples
@@ -47,7 +84,7 @@ class State:
         self.ids = ElementIds(self.values)
         self.containers: set[Node] = set()  # inputs that are no tensors but hold some
         self.positions = Positions(root, self.ops, self.values)
-        self.draws = False  # whether the present node has drawn random numbers
+        self.findings = findings
         self.born_whole: list[IntArray] = []  # atoms that exist whatever is pruned
         self.macs: dict[Node, int] = {}  # for one sample, as counted
 
@@ -59,6 +96,22 @@ class State:
     def call(self, node: Node, args: Any, kwargs: Any) -> Any:
         """Run `node` again, on other arguments."""
         return getattr(self.interpreter, node.op)(node.target, args, kwargs)
+
+    def read_constant(self, node: Node, value: Tensor) -> None:
+        """Note that the analysis may depend on the values of a constant, such as an index.
+
+        Of parameters, which training changes, it depends on by what is computed from them alone.
+        """
+        if node.op == "get_attr" and isinstance(value, nn.Parameter):
+            self.findings.find(lambda: id(self._constant(node)))
+        elif node.op == "get_attr":
+            self.findings.find(lambda: self._constant(node).clone())
+        elif not value.is_floating_point():
+            self.findings.find(_Never)
+
+    def _constant(self, node: Node) -> Tensor:
+        found: Tensor = attrgetter(str(node.target))(self.root)
+        return found
 
     def holds_positions(self, node: Node) -> bool:
         """Whether the channels of a value were sought along a dimension whose size varies."""

@@ -3,14 +3,14 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dspfx.errors import DspfxError, PrepareError
 from dspfx.passes.sandbox.randomness import drawing_anew
-from dspfx.passes.sandbox.state import state_kept
+from dspfx.passes.sandbox.state import Values, state_kept
 from dspfx.utils.pytree import leaves, map_leaves
 
 IMAGE_RANK = 3  # channels, rows and columns
@@ -40,8 +40,16 @@ class Call:
         return {stars.get(signature.parameters[k].kind, "") + k: v for k, v in bound.items()}
 
 
-def choose_inputs(root: nn.Module, given: Any) -> tuple[Call, tuple[str, ...]]:
-    """A call that `root` accepts, and notes on what was decided unasked.
+class Chosen(NamedTuple):
+    """A call that a model accepts, notes on what was decided unasked, and what it computes."""
+
+    call: Call
+    notes: tuple[str, ...]
+    outputs: Any
+
+
+def choose_inputs(root: nn.Module, given: Any) -> Chosen:
+    """A call that `root` accepts, and what it computes for it in evaluation mode.
 
     A single sample is doubled if the model takes two, so that batch and channels cannot be
     mistaken for each other. `root` is run in evaluation mode; modes and buffers are restored.
@@ -53,14 +61,15 @@ def choose_inputs(root: nn.Module, given: Any) -> tuple[Call, tuple[str, ...]]:
         return _inferred(root)
     call = given if isinstance(given, Call) else _as_call(root, given)
     call = call.map(lambda x: x.detach() if isinstance(x, Tensor) else x)
-    check_accepted(root, call, PrepareError)
     if any(_is_single(x) for x in leaves((call.args, call.kwargs))):
         doubled = call.map(_two_samples)
-        call = doubled if _failure(root, doubled) is None else call
-    return call, ()
+        outputs, error = _tried(root, doubled)
+        if error is None:
+            return Chosen(doubled, (), outputs)
+    return Chosen(call, (), check_accepted(root, call, PrepareError))
 
 
-def of_few_samples(root: nn.Module, call: Call) -> Call:
+def of_few_samples(root: nn.Module, call: Call) -> Chosen:
     """The same call with two samples, or as it is if `root` does not accept that.
 
     Raises:
@@ -68,18 +77,39 @@ def of_few_samples(root: nn.Module, call: Call) -> Call:
     """
     few = call.map(lambda x: x[:2] if isinstance(x, Tensor) and x.dim() > 1 else x)
     try:
-        return choose_inputs(root, few)[0]
+        return choose_inputs(root, few)
     except PrepareError:
-        return choose_inputs(root, call)[0]
+        return choose_inputs(root, call)
 
 
-def check_accepted(root: nn.Module, call: Call, failure: type[DspfxError]) -> None:
-    """Raise `failure` if `root` does not accept `call`; nothing of either changes."""
-    error = _failure(root, call)
+def of_one_sample(call: Call) -> Call | None:
+    """The same call with its first sample alone; None if it has no more.
+
+    Zeros, of which examples are often made, have gradients of zero. So a tensor of
+    floating-point numbers that are all the same becomes one of random numbers.
+    """
+    count = samples_of(call)
+    generator = torch.Generator().manual_seed(0)
+
+    def first(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or len(x) != count:
+            return x
+        x = x[:1]
+        if not x.is_floating_point() or not x.numel() or not bool((x == x.flatten()[0]).all()):
+            return x
+        return torch.randn(x.shape, generator=generator).to(x)
+
+    return call.map(first) if count > 1 else None
+
+
+def check_accepted(root: nn.Module, call: Call, failure: type[DspfxError]) -> Any:
+    """What `root` computes; raises `failure` if it does not accept `call`. Neither changes."""
+    outputs, error = _tried(root, call)
     if error is not None:
         raise failure(
             f"the model does not accept the example inputs ({_shapes(call)}): {error}"
         ) from error
+    return outputs
 
 
 def as_inputs(given: Any) -> tuple[Any, ...]:
@@ -140,7 +170,7 @@ def _two_samples(leaf: Any) -> Any:
     return torch.cat([leaf, leaf]) if len(leaf) else leaf.new_zeros(2, *leaf.shape[1:])
 
 
-def _inferred(root: nn.Module) -> tuple[Call, tuple[str, ...]]:
+def _inferred(root: nn.Module) -> Chosen:
     layer: Any = next((m for m in root.modules() if isinstance(m, (*_SPATIAL, nn.Linear))), None)
     dtype, device = parameter_dtype_and_device(root)
     shapes: list[tuple[int, ...]] = []
@@ -151,34 +181,47 @@ def _inferred(root: nn.Module) -> tuple[Call, tuple[str, ...]]:
         shapes = [(2, layer.in_channels, *[size] * rank) for size in IMAGE_SIZES]
     for shape in shapes:
         call = Call((torch.zeros(shape, dtype=dtype, device=device),))
-        if _failure(root, call) is None:
-            return call, (f"example inputs were inferred: one tensor of shape {shape}",)
+        outputs, error = _tried(root, call)
+        if error is None:
+            note = f"example inputs were inferred: one tensor of shape {shape}"
+            return Chosen(call, (note,), outputs)
     raise PrepareError(
         "no example inputs were given and none could be inferred from the first layer; pass "
         "example_inputs=..., a tensor, a tuple of positional inputs or a dict of named ones"
     )
 
 
-def evaluate(root: nn.Module, call: Call) -> Any:
-    """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments."""
-    return run(root, call)
+def evaluate(root: nn.Module, call: Call, values: Values | None = None) -> Any:
+    """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments.
+
+    Args:
+        values: of its parameters and buffers, kept once for many calls.
+    """
+    return run(root, call, values=values)
 
 
-def run(root: nn.Module, call: Call, *, training: bool = False, gradients: bool = False) -> Any:
+def run(
+    root: nn.Module,
+    call: Call,
+    *,
+    training: bool = False,
+    gradients: bool = False,
+    values: Values | None = None,
+) -> Any:
     """What `root` computes, as `evaluate`, in either mode and with or without gradients."""
     call = call.map(fresh)
     _, device = parameter_dtype_and_device(root)
-    with torch.set_grad_enabled(gradients), state_kept(root), drawing_anew(device):
+    with torch.set_grad_enabled(gradients), state_kept(root, values=values), drawing_anew(device):
         root.train(training)  # anybody's; it may return nothing
         return root(*call.args, **call.kwargs)
 
 
-def _failure(root: nn.Module, call: Call) -> Exception | None:
+def _tried(root: nn.Module, call: Call) -> tuple[Any, Exception | None]:
+    """What `root` computes, or why it does not."""
     try:
-        evaluate(root, call)
+        return evaluate(root, call), None
     except Exception as error:
-        return error
-    return None
+        return None, error
 
 
 def _shapes(call: Call) -> str:

@@ -14,15 +14,16 @@ from dspfx.passes.sandbox.randomness import generators_kept, generators_of
 _CONTAINERS = (dict, OrderedDict, defaultdict, set, list)  # such as those of parameters
 
 
-@contextmanager
-def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """`tensors` have afterwards the values that they had, no other history, and learn as before."""
-    before = [(x, _version(x), x.requires_grad, x.detach().clone()) for x in tensors]
-    try:
-        yield
-    finally:
+class Values:
+    """What `tensors` hold now, to be put back as often as it may have changed."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._before = [(x, _version(x), x.requires_grad, x.detach().clone()) for x in tensors]
+
+    def put_back(self) -> None:
+        """The tensors have the values that they had, no other history, and learn as before."""
         with torch.no_grad():
-            for tensor, version, trained, value in before:
+            for tensor, version, trained, value in self._before:
                 if _version(tensor) != version or _has_changed(tensor, value):
                     if tensor.grad_fn is not None:
                         tensor.detach_()
@@ -31,16 +32,30 @@ def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
                     tensor.requires_grad_(trained)
 
 
+@contextmanager
+def values_kept(values: Values) -> Iterator[None]:
+    """They are put back afterwards."""
+    try:
+        yield
+    finally:
+        values.put_back()
+
+
 def of_python(root: nn.Module) -> list[nn.Module]:
     """The modules of `root` but for those of TorchScript, which only look like them."""
     return [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
+def values_of(root: nn.Module) -> Values:
+    """Those of all parameters and buffers."""
+    return Values([*root.parameters(), *root.buffers()])
 
 
 @contextmanager
 def buffers_kept(root: nn.Module) -> Iterator[None]:
     """The buffers of `root` are afterwards the tensors that they were, with the same values."""
     own = {module: dict(module._buffers) for module in of_python(root)}
-    with values_kept(root.buffers()):
+    with values_kept(Values(root.buffers())):
         try:
             yield
         finally:
@@ -50,7 +65,10 @@ def buffers_kept(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def state_kept(
-    root: nn.Module, but: str | None = None, written: Iterable[Tensor] | None = None
+    root: nn.Module,
+    but: str | None = None,
+    written: Iterable[Tensor] | None = None,
+    values: Values | None = None,
 ) -> Iterator[None]:
     """Everything that `root` and its modules own is afterwards what it was, caches included.
 
@@ -58,12 +76,13 @@ def state_kept(
         root: any module.
         but: new attributes whose names start like this remain.
         written: its tensors that may be written; by default all.
+        values: of these, where they are at hand.
     """
     attributes = {module: dict(vars(module)) for module in root.modules()}
-    values = [value for own in attributes.values() for value in own.values()]
-    contents = [(value, _contents(value)) for value in values if type(value) in _CONTAINERS]
-    tensors = [*root.parameters(), *root.buffers()] if written is None else written
-    with values_kept(tensors), generators_kept(generators_of(root)):
+    held_by_all = [value for own in attributes.values() for value in own.values()]
+    contents = [(value, _contents(value)) for value in held_by_all if type(value) in _CONTAINERS]
+    values = values or (values_of(root) if written is None else Values(written))
+    with values_kept(values), generators_kept(generators_of(root)):
         try:
             yield
         finally:
@@ -85,12 +104,12 @@ def written_by(graph: fx.GraphModule) -> list[Tensor]:
             found.append(attrgetter(node.target)(graph))
         elif node.op == "call_module":
             module = graph.get_submodule(node.target)
-            if not all(_only_reads(part) for part in module.modules()):
+            if not all(only_reads(part) for part in module.modules()):
                 found += module.parameters()
     return [x for x in {id(x): x for x in found}.values() if isinstance(x, Tensor)]
 
 
-def _only_reads(module: nn.Module) -> bool:
+def only_reads(module: nn.Module) -> bool:
     """Whether no code but torch's and ours runs in `module`, which leaves parameters alone."""
     own = type(module).__module__.startswith(("torch.nn.", "dspfx."))
     return own and not is_altered(module)

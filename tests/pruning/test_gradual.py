@@ -19,7 +19,7 @@ import dspfx
 from dspfx import Budget
 from dspfx.layers.gated import GatedLayer, gated_layers
 from dspfx.layers.weights import spread, structural_groups
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.model.parts import parts_of
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.cost import layer_costs, total

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from dspfx.errors import NarrowError
 from dspfx.layers.computed_weight import is_weighted
-from dspfx.model.gating import fitting_inputs
+from dspfx.model.analysed import fitting_inputs
 from dspfx.model.liveness import present_liveness
 from dspfx.model.module import NarrowModule, PreparedModule
 from dspfx.model.parts import Part, exchanged, parts_of, tensors_outside

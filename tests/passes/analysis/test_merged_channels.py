@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import dspfx
 from dspfx.layers.gated import gated_layers
-from dspfx.model.gating import analyse_prepared
+from dspfx.model.analysed import analyse_prepared
 from dspfx.passes.analysis.channel_ops import FullWidth, Merge
 from helpers import assert_equal, macs, random_masks, randomise
 
