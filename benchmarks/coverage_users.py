@@ -13,11 +13,7 @@ or to the least that it can give, and converted.
 import copy
 import fnmatch
 import json
-import math
 import os
-import random
-import re
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,29 +22,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import onnxruntime
 import torch
 import typer
-from torch import Tensor, nn
 
 import dspfx
-from benchmarks.examination import examined, flops, relative_difference
-from benchmarks.users.case import Inputs
+from benchmarks.examination import examined
 from benchmarks.users_page import (
     ASKED,
-    EXACT,
-    ONNX_ROUNDED,
     POINT,
-    ROUNDED,
     STATUSES,
     WIDEST_REASON,
     Outcome,
     document,
 )
+from benchmarks.users_steps import (
+    WrongError,
+    compare_compact,
+    compare_prepared,
+    exported,
+    pruned,
+    runs_in_float64,
+    shares,
+    total,
+    trained,
+)
 from benchmarks.users_zoo import build, inputs_of, users_cases
 from benchmarks.zoo import Case
-from dspfx.utils.pytree import leaves, map_leaves
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "coverage_users.md"
 
@@ -124,10 +123,10 @@ def _take_through(outcome: Outcome) -> None:
         return
     for size in (0, 1):
         with _trouble(outcome, f"prepared, size {size + 1}"):
-            _compare_prepared(outcome, model, prepared, inputs[size])
+            compare_prepared(outcome, model, prepared, inputs[size])
     dense = total(model, inputs[0])
     with _trouble(outcome, "report"):
-        _shares(outcome, model, prepared, inputs[0], dense)
+        shares(outcome, model, prepared, inputs[0], dense)
     compact: Any = None
     with _trouble(outcome, "prune"):
         outcome.asked = pruned(prepared)
@@ -143,15 +142,11 @@ def _take_through(outcome: Outcome) -> None:
             wide = dspfx.convert(copy.deepcopy(prepared).double(), verify=False)
     for size in (0, 1):
         with _trouble(outcome, f"compact, size {size + 1}"):
-            _compare_compact(outcome, prepared, compact, wide, inputs[size])
+            compare_compact(outcome, prepared, compact, wide, inputs[size])
     with _trouble(outcome, "count"):
         outcome.left = total(compact, inputs[0]) / dense
     with _trouble(outcome, "onnx"):
         outcome.onnx = exported(compact, model, inputs[0])
-
-
-class WrongError(Exception):
-    """Two models that have to be equal are not."""
 
 
 @contextmanager
@@ -179,186 +174,6 @@ def _status(outcome: Outcome) -> str:
         return "in parts"
     too_much = outcome.asked > ASKED or outcome.left > outcome.asked + POINT
     return "partly frozen" if too_much else "all the way"
-
-
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """`model` of `inputs`, which are left as they are."""
-    own = map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-    torch.manual_seed(0)
-    np.random.seed(0)  # some models draw masks of training by it
-    random.seed(0)
-    return model(**own) if isinstance(own, dict) else model(*own)
-
-
-def total(model: nn.Module, inputs: Inputs) -> int:
-    """The FLOPs of all operators that torch counts."""
-    counts = _flops(model, inputs)
-    return sum(counts.get("Global", {}).values())
-
-
-def _flops(model: nn.Module, inputs: Inputs) -> dict[str, dict[Any, int]]:
-    return flops(model, (), inputs) if isinstance(inputs, dict) else flops(model, inputs)
-
-
-def _compare_prepared(
-    outcome: Outcome, model: nn.Module, prepared: nn.Module, inputs: Inputs
-) -> None:
-    worst = 0.0
-    for mode in (False, True):
-        original, own = copy.deepcopy(model).train(mode), copy.deepcopy(prepared).train(mode)
-        try:
-            expected = call(original, inputs)
-        except ValueError:  # a batch norm over one value, of each channel, say
-            if mode:
-                continue
-            raise
-        with torch.no_grad():
-            worst = max(worst, _difference(expected, call(own, inputs), ROUNDED, f"train {mode}"))
-        worst = max(worst, _difference_of_state(original, own))
-    outcome.prepared = max(worst, outcome.prepared if outcome.prepared > 0 else 0.0)
-
-
-def _difference_of_state(original: nn.Module, prepared: nn.Module) -> float:
-    """Of running statistics, after a call."""
-    state = prepared.state_dict()
-    expected = {k: v for k, v in original.state_dict().items() if k in state}
-    return _difference(expected, {k: state[k] for k in expected}, ROUNDED, "state")
-
-
-def _difference(expected: Any, actual: Any, tolerance: float, what: str) -> float:
-    expected, actual = list(leaves(expected)), list(leaves(actual))
-    if len(expected) != len(actual):
-        raise WrongError(f"{what}: {len(expected)} outputs became {len(actual)}")
-    for a, b in zip(expected, actual, strict=True):
-        if isinstance(a, Tensor) and not a.is_floating_point() and not torch.equal(a, b):
-            raise WrongError(f"{what}: outputs of {a.dtype} differ")
-    worst = relative_difference(expected, actual)
-    if worst > tolerance:
-        raise WrongError(f"{what}: differs by {worst:.0e}")
-    return 0.0 if math.isnan(worst) else worst
-
-
-def _compare_compact(
-    outcome: Outcome,
-    prepared: nn.Module,
-    compact: nn.Module,
-    wide: nn.Module | None,
-    inputs: Inputs,
-) -> None:
-    """In float32 and in float64, converted there, since what is emitted is rounded to its type."""
-    masked = copy.deepcopy(prepared).eval()
-    with torch.no_grad():
-        _difference(call(masked, inputs), call(compact, inputs), ROUNDED, "compact, float32")
-        if wide is None:
-            return
-        exact = map_leaves(_double, inputs)
-        worst = _difference(call(masked.double(), exact), call(wide, exact), EXACT, "compact")
-    outcome.equal = max(worst, outcome.equal if outcome.equal > 0 else 0.0)
-
-
-def runs_in_float64(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether `model` does not cast to float32 inside, as where its code asks for its own type."""
-    try:
-        with torch.no_grad():
-            call(copy.deepcopy(model).double(), map_leaves(_double, inputs))
-    except RuntimeError:
-        return False
-    return True
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
-def _shares(
-    outcome: Outcome, model: nn.Module, prepared: nn.Module, inputs: Inputs, dense: int
-) -> None:
-    report = dspfx.report(prepared)
-    names = {layer.name for layer in report.layers if layer.gated or layer.free}
-    counts = _flops(model, inputs)
-    root = type(model).__name__
-    outcome.macs_share = (
-        sum(sum(counts.get(f"{root}.{name}", {}).values()) for name in names) / dense
-    )
-    modules = dict(model.named_modules())
-    own = {p for name in names if name in modules for p in modules[name].parameters()}
-    outcome.parameters_share = sum(p.numel() for p in own) / outcome.parameters
-    batch = next(x for x in leaves(inputs) if isinstance(x, Tensor)).shape[0]
-    outcome.known = report.before.macs * batch * 2 / dense
-    notes = [n for n in report.notes if n.startswith(("opaque", "prepared in parts"))]
-    reasons = [f"{d.node}: {d.reason}" for d in report.declined]
-    outcome.frozen = "; ".join(dict.fromkeys([*notes, *reasons]))
-
-
-def pruned(prepared: nn.Module) -> float:
-    """Prune whole channels, to half of the MACs or to the least that is possible; what was asked.
-
-    Groups are left to `dspfx.prune`, where channels alone give less than half.
-    """
-    least = []
-    for prune in (dspfx.prune_channels, dspfx.prune):
-        try:
-            prune(prepared, dspfx.Budget(macs=ASKED))
-            return ASKED
-        except dspfx.BudgetError as error:
-            found = re.search(r"([\d.]+)% remains", str(error))
-            assert found is not None, "the message says what can be reached"
-            least.append((float(found[1]) / 100, prune))
-    share, prune = min(least, key=lambda pair: pair[0])
-    asked = min(1.0, share + 1e-4)
-    prune(prepared, dspfx.Budget(macs=asked))
-    return asked
-
-
-def trained(model: nn.Module, prepared: nn.Module, inputs: Inputs) -> str:
-    """One step of SGD of a copy; whether it can be taken, or not even of `model`."""
-    prepared = copy.deepcopy(prepared).train()
-    try:
-        call(copy.deepcopy(model).train(), inputs)
-    except ValueError:  # it asks for labels, say
-        return "nor the model"
-    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-4)
-    outputs = [x for x in leaves(call(prepared, inputs)) if isinstance(x, Tensor)]
-    loss = sum(x.square().mean() for x in outputs if x.requires_grad)
-    assert isinstance(loss, Tensor), "no output takes gradients"
-    loss.backward()
-    gradients = [p.grad for p in prepared.parameters() if p.grad is not None]
-    if not gradients or not all(g.isfinite().all() for g in gradients):
-        raise WrongError("gradients are not finite")
-    optimizer.step()
-    return "yes"
-
-
-def exported(compact: nn.Module, model: nn.Module, inputs: Inputs) -> str:
-    """Write an ONNX file and run it; whether its batch is free, or `model` has no file either."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        try:
-            free = _written(compact, inputs, path)
-        except dspfx.ExportError:
-            try:
-                _written(model, inputs, path)
-            except dspfx.ExportError:
-                return "nor the model"
-            raise
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        given = [x.numpy() for x in leaves(inputs) if isinstance(x, Tensor)]
-        names = [i.name for i in session.get_inputs()]
-        found = session.run(None, dict(zip(names, given, strict=True)))
-    with torch.no_grad():
-        expected = [x for x in leaves(call(compact, inputs)) if isinstance(x, Tensor)]
-    _difference(expected, [torch.from_numpy(x) for x in found], ONNX_ROUNDED, "onnx")
-    return "any batch" if free else "this batch"
-
-
-def _written(model: nn.Module, inputs: Inputs, path: Path) -> bool:
-    """Whether it was with a free batch."""
-    try:
-        dspfx.export(model, inputs, path)
-    except dspfx.ExportError:
-        dspfx.export(model, inputs, path, dynamic_batch=False)
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The rooms of the code and the direction of their imports, read from the source.
 
-    python tests/test_architecture.py      # prints rooms, arrows, floors and circles
+    python tests/test_architecture.py      # prints rooms, arrows, floors, circles, and what is long
 
 `ROOMS` is the one place where rooms and their order are written: a module imports from its own
 room and from rooms that stand before it in the list, never from one after it.
@@ -14,7 +14,8 @@ import networkx as nx
 import pytest
 
 TOP = Path(__file__).resolve().parents[1]
-LONGEST = 350  # lines of a file
+LONGEST = 350  # lines of a file of the package, or of benchmarks
+LONG_FUNCTION = 80  # lines of a function, from which on it is printed; no test asks for fewer
 
 # from the ground floor up; a module that is no package is a room of its own
 ROOMS = (
@@ -54,6 +55,26 @@ def sources() -> dict[str, Path]:
             parts = (*prefix, *path.relative_to(TOP).with_suffix("").parts)
             found[".".join(parts).removesuffix(".__init__")] = path
     return found
+
+
+def programs() -> list[Path]:
+    """The files of the package and of benchmarks, which have to be short."""
+    return [*sources().values(), *sorted((TOP / "benchmarks").rglob("*.py"))]
+
+
+def length(path: Path) -> int:
+    """How many lines a file has."""
+    return len(path.read_text().splitlines())
+
+
+def long_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """The functions and methods of more than `LONG_FUNCTION` lines, docstrings included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            if lines > LONG_FUNCTION:
+                yield node.name, lines
 
 
 def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
@@ -137,9 +158,17 @@ def test_a_room_says_what_it_is_for(name: str) -> None:
     assert said.splitlines()[0].endswith(".")
 
 
-@pytest.mark.parametrize("path", list(sources().values()), ids=lambda p: str(p.name))
+@pytest.mark.parametrize("path", programs(), ids=lambda p: str(p.relative_to(TOP)))
 def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LONGEST
+    assert length(path) <= LONGEST
+
+
+def test_long_functions_are_found(tmp_path: Path) -> None:
+    """Nested ones and methods, too; the limit itself is not long."""
+    just = "    def just(self):\n" + "        pass\n" * (LONG_FUNCTION - 1)
+    over = "    def over(self):\n" + "        pass\n" * LONG_FUNCTION
+    (tmp_path / "some.py").write_text(f"class Some:\n{just}{over}")
+    assert dict(long_functions(tmp_path / "some.py")) == {"over": LONG_FUNCTION + 1}
 
 
 def main() -> None:
@@ -153,6 +182,13 @@ def main() -> None:
         f"{len(rooms)} rooms, {rooms.number_of_edges()} arrows, {floors} floors, "
         f"{len(circles)} circles"
     )
+    everything = [*programs(), *sorted((TOP / "tests").rglob("*.py"))]
+    for path in everything:
+        if (lines := length(path)) > LONGEST:
+            print(f"{path.relative_to(TOP)}: {lines} lines")
+    for path in everything:
+        for name, lines in long_functions(path):
+            print(f"{path.relative_to(TOP)}: {name} has {lines} lines")
 
 
 if __name__ == "__main__":

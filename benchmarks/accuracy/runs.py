@@ -1,7 +1,7 @@
 """Runs what is missing: one job for each result, several jobs at a time, resumable between jobs.
 
-Trained networks that several jobs start from are kept in `runs/accuracy/`, and made anew where
-they are missing.
+Trained networks that several jobs start from are kept in `runs/accuracy/`, and trained again
+where they are missing.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import dspfx
 from benchmarks.accuracy import results
-from benchmarks.accuracy.methods import METHODS, STARTS, TIMED, UNTRAINED, Run, dense_macs, macs_of
+from benchmarks.accuracy.methods import METHODS, STARTS, TIMED, UNTRAINED
 from benchmarks.accuracy.protocol import Data, accuracy, fashion_mnist, generator, train
 from benchmarks.accuracy.scenarios import SCENARIOS, Scenario
+from benchmarks.accuracy.setting import Run, dense_macs, macs_of
 from benchmarks.accuracy.shapes import shape_of
 
 CACHE = Path("runs") / "accuracy"
