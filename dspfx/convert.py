@@ -19,7 +19,7 @@ from dspfx.passes.transforms.plan import plan
 from dspfx.passes.transforms.summary import count_gathers, summarise
 from dspfx.passes.transforms.verify import verify as verify_equal
 from dspfx.storage.blueprint import blueprint
-from dspfx.storage.listing import structure
+from dspfx.storage.fingerprint import structure
 from dspfx.storage.plan_record import compaction
 from dspfx.utils.wrappers import unwrapped
 

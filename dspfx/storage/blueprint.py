@@ -17,7 +17,7 @@ from dspfx.layers.gates import ChannelGate, FilterGate
 from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.passes.analysis.operators import Key
 from dspfx.storage.example_inputs import to_plain
-from dspfx.storage.listing import listing
+from dspfx.storage.fingerprint import listing
 from dspfx.storage.plan_record import Channels, Compaction, checked
 from dspfx.utils.arrays import any_along, equal_rows
 

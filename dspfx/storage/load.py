@@ -45,11 +45,10 @@ from dspfx.storage.blueprint import (
 )
 from dspfx.storage.container import read
 from dspfx.storage.example_inputs import DTYPES, from_plain
-from dspfx.storage.listing import structure
+from dspfx.storage.fingerprint import other_setting, settings, structure
 from dspfx.storage.plan_record import checked, plan_of
 from dspfx.storage.restore import fill, matching
 from dspfx.storage.save import ORIGINAL, Manifest
-from dspfx.storage.settings import other_setting, settings
 from dspfx.utils.typed_json import from_json
 
 LARGER = 16  # times the size of the model that its file may have at most

@@ -14,8 +14,7 @@ from dspfx.model.parts import compact_parts_of, full_name, parts_of
 from dspfx.model.tensors import aliases, named_tensors
 from dspfx.storage.blueprint import Blueprint, blueprint, with_arguments
 from dspfx.storage.container import FORMAT, Archive, write
-from dspfx.storage.listing import structure
-from dspfx.storage.settings import Settings, settings
+from dspfx.storage.fingerprint import Settings, settings, structure
 from dspfx.utils.typed_json import to_json
 from dspfx.utils.wrappers import unwrapped
 
