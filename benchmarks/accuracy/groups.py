@@ -12,6 +12,7 @@ from benchmarks.accuracy.scenarios import IMAGE
 from benchmarks.accuracy.setting import Run
 from dspfx.layers.gated import gated_layers
 from dspfx.layers.weights import energy, filters_first
+from dspfx.training.groups.assignment import soft_assignment
 
 # strength times steps of our own setting: the longer the penalty acts, the weaker it may be
 SHRINKAGE = 19.0
@@ -65,7 +66,7 @@ class FirstOrderLearner(dspfx.GroupLearner):
 
     def _learn_groups(self, layers: Any, *_: Any) -> None:
         for name, layer in layers.items():
-            soft = self._soft_assignment(layer).requires_grad_()
+            soft = soft_assignment(layer.gate, self.temperature, self.generator).requires_grad_()
             energies = energy(filters_first(layer)).detach()
             (gradient,) = torch.autograd.grad(self.penalties[name](energies, soft), soft)
             inner = (gradient * soft).sum(0)
