@@ -168,13 +168,7 @@ def compress(
             groups=groups,
         )
         make = optimizer or _sgd(LEARNING_RATE if learning_rate is None else learning_rate)
-        with tqdm(total=steps, desc="compress", disable=None if progress is True else True) as bar:
-            for done, value in _train(prepared, pruning, make, loss, batches):
-                kept = 1.0 if pruning.report is None else pruning.report.achieved
-                bar.set_postfix(loss=f"{value:.4g}", macs=f"{kept:.1%}", refresh=False)
-                bar.update()
-                if callable(progress):
-                    progress(done, value, kept)
+        _show(_train(prepared, pruning, make, loss, batches), pruning, progress)
         if pruning.report is None:
             raise LearnError("nothing was pruned: no gradient of the loss reached any gated layer")
         compact = convert(prepared)
@@ -256,6 +250,20 @@ def _inputs_of(model: nn.Module, loss: Loss, batch: Any) -> Call:
         )
     hook.remove()
     return of_few_samples(twin, calls[0]).call
+
+
+def _show(
+    steps: Iterator[tuple[int, float]], pruning: GradualPruning, progress: bool | Progress
+) -> None:
+    """Take all `steps`, with a bar on a terminal or a call of `progress` after each."""
+    hidden = None if progress is True else True  # None: but on terminals
+    with tqdm(total=pruning.total_steps, desc="compress", disable=hidden) as bar:
+        for done, value in steps:
+            kept = 1.0 if pruning.report is None else pruning.report.achieved
+            bar.set_postfix(loss=f"{value:.4g}", macs=f"{kept:.1%}", refresh=False)
+            bar.update()
+            if callable(progress):
+                progress(done, value, kept)
 
 
 def _train(
