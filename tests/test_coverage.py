@@ -1,6 +1,7 @@
 """A sample of the models that `benchmarks.coverage` examines in full."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ SAMPLE = (
     *("poolformerv2_s12", "ese_vovnet19b_slim_dw", "edgenext_xx_small", "rexnet_100"),
     *("tiny_vit_5m_224", "resnest14d", "levit_128s", "xcit_nano_12_p8_224", "test_resnet"),
 )
-SHAPES = {"r3d_18": (2, 3, 4, 32, 32)}  # smaller than in the benchmark, where it takes longest
+# less than in the benchmark, where these take longest: a short clip, and two updates of the flow
+IMAGES = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+CLIP = torch.rand(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+INPUTS: dict[str, tuple[Any, ...]] = {"r3d_18": (CLIP,), "raft_small": (IMAGES, IMAGES.flip(3), 2)}
 CASES = {case.name: case for case in torchvision_cases() + timm_cases()}
 
 
@@ -37,9 +41,7 @@ def test_the_sample_is_of_forty_and_the_whole_is_whole() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", [CASES[name] for name in SAMPLE], ids=lambda case: case.name)
 def test_masked_equals_compact(case: Case) -> None:
-    shape, generator = SHAPES.get(case.name), torch.Generator().manual_seed(0)
-    inputs = (torch.rand(shape, generator=generator),) if shape else None
-    outcome = outcome_of(case, inputs)
+    outcome = outcome_of(case, INPUTS.get(case.name))
     assert outcome.double <= 1e-9
     assert outcome.single <= 1e-4
     assert outcome.status == "ok" or outcome.why

@@ -132,10 +132,14 @@ def test_a_failed_trace_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"]
+    ("name", "more"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", {"min_size": 64, "max_size": 96}),  # of images
+        ("ssdlite320_mobilenet_v3_large", {}),
+    ],
 )
-def test_detectors(name: str) -> None:
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+def test_detectors(name: str, more: dict[str, int]) -> None:
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **more)
     images = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
     prepared = dspfx.prepare(model.eval(), (images,))
     assert "backbone" in {
