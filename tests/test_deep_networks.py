@@ -2,7 +2,9 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,24 +44,51 @@ def chain(layers: int) -> nn.Module:
 def plain(layers: int) -> nn.Module:
     """What reads the positions that have become channels comes last."""
     body = [nn.Conv2d(4, 4, 1) if i else nn.Conv2d(3, 4, 1) for i in range(layers)]
-    tail: list[nn.Module] = [m for _ in range(300) for m in (nn.ReLU(), nn.Identity())]
+    tail: list[nn.Module] = [m for _ in range(150) for m in (nn.ReLU(), nn.Identity())]
     return nn.Sequential(*body, nn.Flatten(), *tail, nn.Linear(64, 4), nn.Linear(4, 2))
 
 
+@contextmanager
+def half_of_the_stack() -> Iterator[None]:
+    """Half as many layers are as hard; they take half of the time."""
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(usual // 2)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(usual)
+
+
 @pytest.mark.parametrize(
-    ("make", "layers"), [(chain, 150), (Residual, 350), (plain, 600)], ids=["chain", "sum", "plain"]
+    ("make", "layers"), [(chain, 75), (Residual, 175), (plain, 300)], ids=["chain", "sum", "plain"]
 )
 def test_long_chains_of_layers(
     make: Callable[[int], nn.Module], layers: int, tmp_path: Path
 ) -> None:
+    all_verbs(make, 2, tmp_path)  # what they import may need the whole stack
+    with half_of_the_stack():
+        all_verbs(make, layers, tmp_path)
+
+
+def test_half_of_the_stack_is_not_enough_to_recurse_over_so_many_layers() -> None:
+    def at(node: torch.fx.Node) -> int:
+        return 1 + max((at(before) for before in node.all_input_nodes), default=0)
+
+    for make, layers in ((chain, 75), (Residual, 175), (plain, 300)):
+        *_, output = torch.fx.symbolic_trace(make(layers)).graph.nodes
+        with half_of_the_stack(), pytest.raises(RecursionError):
+            at(output)
+
+
+def all_verbs(make: Callable[[int], nn.Module], layers: int, folder: Path) -> None:
     model = randomise(make(layers)).double().eval()
     prepared = dspfx.prepare(model, X)
     assert_equal(model(X), prepared(X), tolerance=0)
     dspfx.set_masks(prepared, random_masks(prepared, keep=0.6))
     compact = dspfx.convert(prepared)
     for module in (prepared, compact):
-        dspfx.save(module, tmp_path / "model.safetensors")
-        loaded = dspfx.load(tmp_path / "model.safetensors", make(layers).double())
+        dspfx.save(module, folder / "model.safetensors")
+        loaded = dspfx.load(folder / "model.safetensors", make(layers).double())
         for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
             assert_equal(module(X), twin(X), tolerance=0)
     assert "macs" in str(dspfx.report(compact)).lower()
