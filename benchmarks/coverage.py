@@ -32,7 +32,7 @@ from benchmarks.zoo import Case, build, example_inputs, timm_cases, torchvision_
 from dspfx.layers.gated import gated_layers
 from dspfx.model.analysed import analyse_prepared
 from dspfx.model.parts import compact_parts_of, parts_of
-from dspfx.passes.analysis.droppable import droppable_layers
+from dspfx.passes.analysis.removable import droppable_layers
 
 GROUPS, KEEP, DROP = 3, 0.5, 0.2
 CONVOLUTION = torch.ops.aten.convolution

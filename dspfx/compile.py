@@ -1,14 +1,14 @@
 """`compile`: a model and the shapes it will see, to a fast callable.
 
-1. Every layer whose filters read different channels is emitted in the forms that are likely to be
-   fast and on the project's own kernel, and each is timed.
+1. Where the project's own kernel cannot compute some layer whose filters read different channels,
+   every such layer is timed in the forms that are likely to be fast, the own kernel among them.
 2. Convolutions on the own kernel that follow each other are joined, and those of 3x3 computed by
    Winograd's algorithm where that is faster.
-3. The whole network is compiled with the fastest form of every layer, as it was converted, with
-   every layer dense, and with every layer on the own kernel; only together it shows what changes of
-   layout between layers cost. The fastest is returned, so that none is slower than dense. Without
-   groups there are two candidates: as it was converted, and the own kernel.
-4. A network that takes only a few milliseconds is compiled once more, called from C++.
+3. The whole network is compiled as it was converted, with every layer dense, with every layer on
+   the own kernel that it can compute, and with the fastest form of each layer if 1 found them.
+   Whole networks are timed because changes of layout between layers cost time as well. The fastest
+   is returned, so that none is slower than dense. Without groups there are two candidates: as it
+   was converted, and the own kernel.
 """
 
 import threading
@@ -42,10 +42,9 @@ from dspfx.utils.torch_warnings import without_cuda_home
 MOST_FORMS = 6
 ROUNDS = 15
 SETTLE = 5e-3
-SHORT = 3e-3
 _COMPILING = threading.Lock()  # torch's settings are those of the process
 FASTEST_ALONE = "the fastest form of each layer"
-FROM_CPP, AS_IT_IS = "from C++", "without inductor"
+AS_IT_IS = "without inductor"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class CompileReport:
     """What `compile` measured and chose; `str` is a table.
 
     Attributes:
-        layers: those whose filters read different channels.
+        layers: those whose forms were timed; empty where the own kernel computes all layers whose
+            filters read different channels.
         networks: seconds of the whole network, compiled, by how its layers are emitted; empty
             where there was nothing to choose.
         chosen: the one that is returned.
@@ -154,7 +154,7 @@ class Compiled:
             self._call = torch.compile(_with_code_of_its_own(model), options=guards)
         on_cpu = all(buffer.device.type == "cpu" for buffer in model.buffers())
         freezing = on_cpu and can_be_packed(model.parameters())
-        self._settings = {"freezing": freezing, "cpp_wrapper": how == FROM_CPP}
+        self._settings = {"freezing": freezing}
         self._met: set[tuple[object, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
@@ -189,8 +189,8 @@ def _with_code_of_its_own(model: nn.Module) -> Callable[..., Any]:
 def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     """Compile an evaluation-mode model for inference with `torch.compile`.
 
-    The forms of the layers of a compact model are chosen by measuring them, on the device of the
-    example inputs and with the current number of threads. Times are remembered on disk, in the
+    What is fastest for a compact model is measured, on the device of the example inputs and with
+    the current number of threads. Times are remembered on disk, in the
     folder that the environment variable `DSPFX_CACHE_DIR` names, else in the user's cache.
     On a CPU the parameters are frozen into the compiled code. The first call for the shapes of
     `example_inputs` is made here, so that the callable returned is warm.
@@ -231,13 +231,11 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     networks: dict[str, nn.Module] = {"as converted": model}
     choices: tuple[LayerChoice, ...] = ()
     if grouped:
-        choices, fastest = _choose(grouped)
         whole = {site: site.emit(dense(site.groups)) for site in grouped}
-        networks = {
-            FASTEST_ALONE: _joined(relowered(model, fastest), inputs),
-            **networks,
-            "dense": relowered(model, whole),
-        }
+        networks["dense"] = relowered(model, whole)
+        if any(site not in own for site in grouped):  # else the own kernel is faster than a mixture
+            choices, fastest = _choose(grouped)
+            networks[FASTEST_ALONE] = _joined(relowered(model, fastest), inputs)
     if own:
         networks["native"] = _joined(relowered(model, own), inputs)
     compiled = {name: _compiled(network, inputs) for name, network in networks.items()}
@@ -246,12 +244,6 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
     calls = {name: partial(call, *inputs) for name, call in compiled.items()}
     times = medians(calls, ROUNDS, settle=SETTLE)
     best = min(times, key=times.__getitem__)
-    if times[best] < SHORT and best in networks:
-        name = f"{best}, {FROM_CPP}"
-        compiled[name] = _compiled(networks[best], inputs, FROM_CPP)
-        calls[name] = partial(compiled[name], *inputs)
-        times = medians(calls, ROUNDS, settle=SETTLE)
-        best = min(times, key=times.__getitem__)
     fast = compiled[best]
     runs = [module for module in fast.model.modules() if isinstance(module, GroupConvRun)]
     winograd = tuple(name for run in runs for name in run.by_winograd())

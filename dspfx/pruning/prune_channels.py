@@ -27,7 +27,7 @@ from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part, parts_of
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.liveness import Liveness, ReadLists, liveness
-from dspfx.passes.analysis.pins import pinned_classes
+from dspfx.passes.analysis.removable import pinned_classes
 from dspfx.pruning.budget import Budget, PruneReport
 from dspfx.pruning.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
 from dspfx.pruning.search import PrunablePart, prune_to

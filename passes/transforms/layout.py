@@ -24,7 +24,7 @@ from torch.fx.node import Node
 
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Constant, Elementwise, Mix
 from dspfx.passes.analysis.liveness import Liveness
-from dspfx.passes.analysis.pins import pinned_classes
+from dspfx.passes.analysis.removable import pinned_classes
 from dspfx.passes.lowering.cost_model import CostModel, Geometry
 from dspfx.passes.lowering.forms import Group, dense, groups_of, separate
 from dspfx.utils.arrays import IntArray

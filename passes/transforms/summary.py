@@ -13,7 +13,7 @@ from dspfx.layers.branches import Branches
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Channelwise, Constant, Declined, Mix
 from dspfx.passes.analysis.cost import Cost, layer_costs, total
 from dspfx.passes.analysis.liveness import Liveness
-from dspfx.passes.analysis.pins import pinned_classes, with_lines
+from dspfx.passes.analysis.removable import pinned_classes, with_lines
 from dspfx.passes.transforms.emitted import emitted_costs, emitted_total
 from dspfx.passes.transforms.plan import CompactionPlan
 

@@ -13,7 +13,7 @@ import dspfx
 from dspfx import Budget
 from dspfx.layers.gated import gated_layers
 from dspfx.model.analysed import analyse_prepared
-from dspfx.passes.analysis.droppable import droppable_layers
+from dspfx.passes.analysis.removable import droppable_layers
 from dspfx.passes.lowering.measure import Measured
 from helpers import assert_equal, macs, randomise, unchanged
 
