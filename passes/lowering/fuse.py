@@ -149,7 +149,7 @@ class _Fusion:
     def fold_output_scatter(self, node: Node) -> bool:
         """The convolution writes channels to where they go, if they all go to one value."""
         conv = self._conv(node)
-        between = self._moves_behind(node)
+        between = self._moves_after(node)
         ends = [n for n in (node, *between) if any(r not in between for r in n.users)]
         moved = self._moved(ends[0]) if len(ends) == 1 else None
         if moved is None or moved.source is not node:
@@ -178,7 +178,7 @@ class _Fusion:
             self.module.graph.erase_node(move)
         return True
 
-    def _moves_behind(self, node: Node) -> list[Node]:
+    def _moves_after(self, node: Node) -> list[Node]:
         """All that is made of `node` by moving channels."""
         found = [node]
         for value in found:  # grows
@@ -187,13 +187,13 @@ class _Fusion:
 
     def fold_batch_norm(self, node: Node) -> bool:
         """A batch norm behind the convolution scales and shifts its filters."""
-        behind, conv = _only_reader(node), self._conv(node)
-        norm = None if behind is None else operators.called_module(self.module, behind)
-        if behind is None or type(norm) is not nn.BatchNorm2d or norm.training:
+        reader, conv = _only_reader(node), self._conv(node)
+        norm = None if reader is None else operators.called_module(self.module, reader)
+        if reader is None or type(norm) is not nn.BatchNorm2d or norm.training:
             return False
         if norm.running_mean is None or norm.running_var is None or conv.activation != "none":
             return False
-        if conv.adds or len(behind.args) != 1:
+        if conv.adds or len(reader.args) != 1:
             return False
         own: Any = conv.bias
         scale, bias = folded_batch_norm(norm, own, torch.float64)
@@ -206,8 +206,8 @@ class _Fusion:
             for group in conv.groups()
         ]
         self._become(node, conv.remade(groups=groups, bias=bias.float()))
-        behind.replace_all_uses_with(node)
-        behind.graph.erase_node(behind)
+        reader.replace_all_uses_with(node)
+        reader.graph.erase_node(reader)
         return True
 
     def fuse_add(self, node: Node) -> bool:

@@ -45,20 +45,20 @@ def layer_of(module: fx.GraphModule, node: Node) -> nn.Module | None:
 
 def _runs(module: fx.GraphModule) -> list[list[Node]]:
     runs: list[list[Node]] = [[]]
-    behind: set[Node] = set()  # what depends on the run, and is not of it
+    dependent: set[Node] = set()  # what depends on the run, and is not of it
     for node in module.graph.nodes:
         inputs, layer = node.all_input_nodes, layer_of(module, node)
         reads_run = not set(runs[-1]).isdisjoint(inputs)
         if not isinstance(layer, GroupConv2d) and not reads_run:
             layer = None  # perhaps of another type, or on another device
         if layer is None:
-            if reads_run or not behind.isdisjoint(inputs):
-                behind.add(node)
-        elif behind.isdisjoint(inputs):
+            if reads_run or not dependent.isdisjoint(inputs):
+                dependent.add(node)
+        elif dependent.isdisjoint(inputs):
             runs[-1].append(node)
         else:
             runs.append([node])
-            behind = set()
+            dependent = set()
     return runs
 
 
@@ -79,7 +79,7 @@ def _join(module: fx.GraphModule, run: list[Node], name: str) -> None:
     for number, node in enumerate(read_elsewhere):
         with graph.inserting_after(end):
             end = results[node] = graph.call_function(operator.getitem, (call, number))
-    _move_behind(first, last, run, end)
+    _move_after(first, last, run, end)
     for node, result in results.items():
         node.replace_all_uses_with(result)
     for node in reversed(run):
@@ -92,7 +92,7 @@ def _reads(values: dict[Node, int], node: Node) -> tuple[int, int]:
     return source, residual[0] if residual else -1
 
 
-def _move_behind(first: Node, last: Node, run: list[Node], end: Node) -> None:
+def _move_after(first: Node, last: Node, run: list[Node], end: Node) -> None:
     """Move what depends on the run, and stands between its convolutions, behind `end`."""
     depends = set(run)
     node = first

@@ -47,7 +47,7 @@ class BufferWrites:
             if isinstance(value, Tensor)
         }
         self.root = root
-        self.strange: list[str] = []  # buffers that have become what a graph cannot make them
+        self.unwritable: list[str] = []  # buffers that have become what a graph cannot make them
 
     def take_back(self) -> dict[str, Node]:
         """Undo all assignments; of proxies, the nodes by the names of the buffers."""
@@ -61,7 +61,7 @@ class BufferWrites:
                     assigned[path] = now.node
                 fitting = now is was or _is_alike(was, now) or _is_constant_cache(was, now)
                 if not fitting and not path.startswith(self.leaves):
-                    self.strange.append(path)
+                    self.unwritable.append(path)
             module._buffers.update(before)
         for (module, name), was in self.plain.items():
             path = f"{self.paths[module]}.{name}".lstrip(".")
@@ -75,8 +75,8 @@ class BufferWrites:
 
     def remembered(self, graph: fx.Graph, assigned: Iterable[str], evaluation: bool) -> str | None:
         """A buffer that no graph can write, or in evaluation is written and read; None if none."""
-        if self.strange or not evaluation:
-            return self.strange[0] if self.strange else None
+        if self.unwritable or not evaluation:
+            return self.unwritable[0] if self.unwritable else None
         now = dict(self.root.named_buffers())
         written = {name for name, version in self.versions.items() if now[name]._version != version}
         for name in sorted(written.union(assigned)):

@@ -91,7 +91,7 @@ def _at_least(size: Any, length: Any) -> Any:
     return (size + length - 1) // length
 
 
-class Answers:
+class Guards:
     """The answers that code has got, and their checks in one graph.
 
     Args:
@@ -121,7 +121,7 @@ class Answers:
             dim = kwargs.get("dim", args[place] if len(args) > place else 0)
             self.cut[made.node] = _Cut(_name(made.node), args[0], given[0] if given else 0, dim)
 
-    def insist_on(self, asked: Any, frame: FrameType) -> None:
+    def guard_number(self, asked: Any, frame: FrameType) -> None:
         """Check that `asked`, a proxy of a number, is what `frame` is told.
 
         Raises:
@@ -138,34 +138,34 @@ class Answers:
                 case number:
                     self._insist("value", asked, frame, lambda: self._equal(asked, number))
 
-    def insist_on_items(self, container: Any, frame: FrameType) -> None:
+    def guard_items(self, container: Any, frame: FrameType) -> None:
         """Check that `container`, a proxy, has as many items as it has now, or the same keys."""
         value = container.concrete
         if isinstance(value, torch.Size):
-            self.insist_on_ranks()
+            self.guard_ranks()
         elif self.are_checked(container):
             counted = list if isinstance(value, Mapping) else len
-            self._insist_on_what(counted, container, counted(value))
+            self._guard_answer(counted, container, counted(value))
         elif container.node in self.cut:
             pieces = self.cut[container.node].pieces()
             if isinstance(pieces, fx.Proxy):
-                self.insist_on(pieces, frame)
+                self.guard_number(pieces, frame)
 
-    def insist_on_kind(self, asked: Any) -> None:
+    def guard_kind(self, asked: Any) -> None:
         """Check that `asked`, a proxy, is of its present kind, if it is an input or lies in one."""
         if is_given(asked.node):
-            self._insist_on_what(kind_of, asked, kind_of(asked.concrete))
+            self._guard_answer(kind_of, asked, kind_of(asked.concrete))
 
-    def insist_on_none(self, asked: Any) -> None:
+    def guard_none(self, asked: Any) -> None:
         """Check that `asked`, a proxy of an item of a container, is None, as it is now."""
-        self._insist_on_what(kind_of, asked, kind_of(None))
+        self._guard_answer(kind_of, asked, kind_of(None))
 
-    def insist_on_ranks(self) -> None:
+    def guard_ranks(self) -> None:
         """Check that the inputs have as many dimensions as they have now."""
         inputs, self.inputs = self.inputs, []
         for tensor in inputs:
             rank = tensor.tracer.create_proxy("call_method", "dim", (tensor,), {})
-            self.insist_on(rank, sys._getframe())
+            self.guard_number(rank, sys._getframe())
 
     def are_checked(self, asked: Any) -> bool:
         """Whether `asked`, a proxy, is made of sizes and of inputs alone."""
@@ -174,7 +174,7 @@ class Answers:
     def _equal(self, asked: Any, value: Any) -> list[Any]:
         return [self.call(operator.eq, asked, value)]
 
-    def _insist_on_what(self, question: Callable[[Any], Any], asked: Any, answer: Any) -> None:
+    def _guard_answer(self, question: Callable[[Any], Any], asked: Any, answer: Any) -> None:
         """Check that `question` is answered alike. It is not torch that asks."""
 
         def compare() -> list[Any]:

@@ -121,7 +121,7 @@ def _last_linear_layers(root: fx.GraphModule, analysis: ChannelAnalysis) -> froz
             followed[op.layer] = followed.get(op.layer, False) or node in leads_to_layer
         if isinstance(op, Mix) or node in leads_to_layer:
             leads_to_layer.update(node.all_input_nodes)
-    return frozenset(name for name, behind in followed.items() if not behind)
+    return frozenset(name for name, layers in followed.items() if not layers)
 
 
 def insert_gates(root: nn.Module, graphs: set[fx.Graph], plan: GatePlan, groups: int) -> None:
@@ -184,7 +184,7 @@ def _follow_norms(graph: fx.Graph, plan: GatePlan, gates: dict[tuple[str, int], 
     for node in graph.nodes:
         if node.op == "call_module":
             calls[str(node.target)].append(node)
-    behind: dict[Node, str] = {}
+    gate_after: dict[Node, str] = {}
     for name in dict.fromkeys(name for name, _ in gates):
         here, there = [_what_it_reads(node) for node in calls[name]], plan.calls[name]
         for number, node in enumerate(calls[name]):
@@ -195,10 +195,10 @@ def _follow_norms(graph: fx.Graph, plan: GatePlan, gates: dict[tuple[str, int], 
             elif number < len(there) and there[number] in here:
                 continue  # that one is another call
             if (name, call) in gates:
-                behind[node] = gates[name, call]
+                gate_after[node] = gates[name, call]
     for node in list(graph.nodes):  # in the order of the graph, which names of nodes depend on
-        if node in behind:
-            _follow(graph, node, behind[node])
+        if node in gate_after:
+            _follow(graph, node, gate_after[node])
 
 
 def _follow(graph: fx.Graph, node: Node, gate: str) -> None:

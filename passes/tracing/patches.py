@@ -153,7 +153,7 @@ def _is_instance(item: Any, kinds: Any) -> bool:
     if frame.f_code is not _SET_ATTRIBUTE:  # which decides where the value goes
         if is_machinery(frame) and frame.f_code is not _IS_TENSOR:
             return _isinstance(item, kinds)
-        item.tracer.answers.insist_on_kind(item)
+        item.tracer.guards.guard_kind(item)
     return _isinstance(item.concrete, kinds)
 
 

@@ -76,7 +76,7 @@ class ConcreteProxy(Proxy):
 
     def __getitem__(self, key: Any) -> Any:
         """Of parts of a tensor, some are as many values."""
-        some = type(key) is slice and self.node in self.tracer.answers.cut
+        some = type(key) is slice and self.node in self.tracer.guards.cut
         return tuple(self)[key] if some else self._item(key)
 
     def __add__(self, other: Any) -> Any:
@@ -94,7 +94,7 @@ class ConcreteProxy(Proxy):
 
     def _sum(self, left: Any, right: Any) -> Any:
         """Of two lists of values, if this one is known item by item, all of them."""
-        if self.node not in self.tracer.answers.cut:
+        if self.node not in self.tracer.guards.cut:
             return self.tracer.create_proxy("call_function", operator.add, (left, right), {})
         return (*left, *right)
 
@@ -109,7 +109,7 @@ class ConcreteProxy(Proxy):
         return hash(self._number()) if isinstance(self.concrete, PLAIN) else id(self)
 
     def __contains__(self, item: Any) -> bool:
-        if isinstance(self.concrete, Mapping) and not self.tracer.answers.are_checked(self):
+        if isinstance(self.concrete, Mapping) and not self.tracer.guards.are_checked(self):
             return value_of(item) in self.concrete
         if isinstance(self.concrete, Tensor):
             return bool(self._number())

@@ -26,9 +26,9 @@ from dspfx.passes.tracing.aliases import WRITTEN, WRITTEN_INPUT, Aliases
 from dspfx.passes.tracing.autograd import OwnGradients
 from dspfx.passes.tracing.buffer_writes import BufferWrites, write_back
 from dspfx.passes.tracing.frames import line_under_way
-from dspfx.passes.tracing.guards import Answers, is_given, is_item, takes_out
-from dspfx.passes.tracing.handed import Handed
+from dspfx.passes.tracing.guards import Guards, is_given, is_item, takes_out
 from dspfx.passes.tracing.int_calls import ints_traced
+from dspfx.passes.tracing.leaf_arguments import LeafArguments
 from dspfx.passes.tracing.patches import patched
 from dspfx.passes.tracing.proxy import PLAIN, ConcreteProxy, value_of
 from dspfx.passes.tracing.refusals import UntraceableError, blamed
@@ -58,12 +58,12 @@ class ConcreteTracer(fx.Tracer):
         self.opaque = opaque
         self.leaves = leaves
         self.executing = False
-        self.answers = Answers(self._call, self._check, self._line)
+        self.guards = Guards(self._call, self._check, self._line)
         self.unrecorded = Unrecorded(lambda x: self.create_proxy("call_method", "detach", (x,), {}))
         self.own_gradients = OwnGradients(self._as_leaf)
         self.aliases = Aliases()
         self.constants: dict[int, Tensor] = {}  # of buffers that code has made, by their `id`
-        self.handed: Handed | None = None  # what the last leaf was given
+        self.leaf_arguments: LeafArguments | None = None  # what the last leaf was given
         self.ints = ints  # the code whose calls of `int` are traced
         self.calls_int: set[CodeType] = set()  # that which has called it of a proxy
         self.failed_in: str | None = None
@@ -152,7 +152,7 @@ class ConcreteTracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", name, default, {})
         value = proxy.concrete
         if isinstance(value, Tensor):
-            self.answers.inputs.append(proxy)
+            self.guards.inputs.append(proxy)
         if name in self.inputs and not isinstance(value, str | bool | None):
             return proxy
         same = operator.is_ if value is None else operator.eq
@@ -219,21 +219,21 @@ class ConcreteTracer(fx.Tracer):
         called = self.root.get_submodule(target) if kind == "call_module" else None
         own_code = called is not None and not operators.is_torchs(called)
         arguments = Arguments((args, kwargs), copied=own_code)
-        self.handed = None
+        self.leaf_arguments = None
         proxy.concrete = self._execute(kind, target, args, kwargs)
-        handed = self.handed
+        given = self.leaf_arguments
         if written := arguments.overwritten():
             self._note_writes(proxy.node, written)
         self.aliases.note(proxy)
-        self.answers.note(proxy, args, kwargs)
+        self.guards.note(proxy, args, kwargs)
         if is_given(proxy.node):
             self.aliases.note_input(proxy)
         self.unrecorded.note(proxy.node)
-        self.answers.passed_on(proxy.node)
-        if handed is not None:
-            handed.hand_back(proxy, args)
+        self.guards.passed_on(proxy.node)
+        if given is not None:
+            given.write_back(proxy, args)
         if proxy.concrete is None and takes_out(proxy.node):
-            self.answers.insist_on_none(proxy)
+            self.guards.guard_none(proxy)
             return None
         return self._item(proxy) if is_item(proxy.node) else proxy
 
@@ -257,25 +257,25 @@ class ConcreteTracer(fx.Tracer):
     def _item(self, proxy: ConcreteProxy) -> Any:
         """An item of an input; that it is there, as it may not be for `dict.get`, is checked."""
         if proxy.node.target is not operator.getitem:
-            self.answers.insist_on_kind(proxy)
+            self.guards.guard_kind(proxy)
         if isinstance(proxy.concrete, Tensor):
-            self.answers.inputs.append(proxy)
+            self.guards.inputs.append(proxy)
         return proxy
 
     def told(self, proxy: ConcreteProxy, frame: FrameType) -> None:
         """Code, in `frame`, is told what `proxy` is."""
         if not self.executing:
-            self.answers.insist_on(proxy, frame)
+            self.guards.guard_number(proxy, frame)
 
     def told_items(self, container: ConcreteProxy, frame: FrameType) -> None:
         """Code, in `frame`, is told how many items a container has, or which keys."""
         if not self.executing:
-            self.answers.insist_on_items(container, frame)
+            self.guards.guard_items(container, frame)
 
     def told_rank(self) -> None:
         """Code is told how many dimensions a tensor has."""
         if not self.executing:
-            self.answers.insist_on_ranks()
+            self.guards.guard_ranks()
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace a call of `m`, or just make it where a leaf is being run.
@@ -331,9 +331,9 @@ class ConcreteTracer(fx.Tracer):
                 return operator.attrgetter(target)(self.root)
             with torch.inference_mode(mode=False), torch.no_grad():
                 if kind == "call_module":
-                    self.handed = Handed(args, kwargs)
+                    self.leaf_arguments = LeafArguments(args, kwargs)
                     result = self.root.get_submodule(target)(*args, **kwargs)
-                    self.handed.returned()
+                    self.leaf_arguments.returned()
                     return result
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)

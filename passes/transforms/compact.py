@@ -178,8 +178,8 @@ class _Emitter:
         real = np.flatnonzero(positions < held)
         if len(real) < count and len(real) and is_run(real) and is_run(positions[real]):
             x = self._select(x, value, positions[real], held)
-            behind = [0, 0] * (len(value.shape) - 1 - dim)
-            return call(F.pad, (x, (*behind, int(real[0]), count - 1 - int(real[-1]))))
+            other_dims = [0, 0] * (len(value.shape) - 1 - dim)
+            return call(F.pad, (x, (*other_dims, int(real[0]), count - 1 - int(real[-1]))))
         if len(real) < count:
             zero = call(torch.zeros_like, (call(torch.narrow, (x, dim, 0, 1)),))
             x = call(torch.cat, ([x, zero], dim))

@@ -12,7 +12,7 @@ from dspfx.passes.tracing.proxy import ConcreteProxy
 from dspfx.utils.pytree import leaves
 
 
-class Handed:
+class LeafArguments:
     """What a leaf is given.
 
     Args:
@@ -40,7 +40,7 @@ class Handed:
         if not self._left and [id(x) for x in within] != [id(x) for x in self._within]:
             raise TypeError("a module overwrites a container that lies in another one")
 
-    def hand_back(self, leaf: ConcreteProxy, args: tuple[Any, ...]) -> None:
+    def write_back(self, leaf: ConcreteProxy, args: tuple[Any, ...]) -> None:
         """Let what code has handed to `leaf`, its `args`, hold what is left in it now."""
         tracer: Any = leaf.tracer
         for place, same in self._left.items():
