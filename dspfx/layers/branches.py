@@ -1,4 +1,4 @@
-"""A layer of groups of filters as it is emitted: ordinary layers side by side."""
+"""`Branches`: a layer of groups of filters, emitted as ordinary layers side by side."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dspfx.utils.arrays import IntArray
 
-# (first, count): channels that lie side by side; None: all there are; a name: of a buffer
+# (first, count): consecutive channels; None: all of them; a name: the buffer of their numbers
 Channels = tuple[int, int] | str | None
 
 

@@ -1,6 +1,6 @@
-"""Convolutions that are given their weight, for layers whose code computes it.
+"""Convolutions whose weight is an input, for layers whose code computes it.
 
-Weight standardisation is one example. The parameters stay where the user put them, and the graph
+Weight standardisation is one example. The parameters stay in the user's module, and the graph
 computes the weight from them.
 """
 

@@ -1,9 +1,9 @@
-"""Gates: the places where a prepared model can be pruned, and the state that says how far it is.
+"""Gates: the masks of a prepared model, and the state that says how far it is pruned.
 
 A `FilterGate` sits inside a layer and masks its weight, group by group of filters. A
-`ChannelGate` sits behind a normalisation and keeps dead channels at exactly zero, so that a shift
-or a running mean cannot revive them. Both act in the forward pass: the user's optimiser may write
-what it likes into masked weights, it has no effect.
+`ChannelGate` follows a normalisation and keeps dead channels at exactly zero, so that a shift
+or a running mean cannot revive them. Both act in the forward pass: whatever the user's
+optimiser writes into masked weights has no effect.
 
 All state is in buffers. It travels with `state_dict`, `deepcopy` and `pickle`, and no gate adds a
 parameter to the user's optimiser.
@@ -60,7 +60,7 @@ class FilterGate(nn.Module):
         self.open = bool(self.mask.all())
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, and look at the mask anew: data parallelism copies that of one process."""
+        """Set the mode, and read the mask again: data parallelism copies that of one process."""
         if not self.mask.is_meta:
             self.open = bool(self.mask.all())
         return super().train(mode)
@@ -115,7 +115,7 @@ class ChannelGate(nn.Module):
         self.open = bool(self.alive.all())
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, and look at the channels anew, see `FilterGate.train`."""
+        """Set the mode, and read the channels again, see `FilterGate.train`."""
         if not self.alive.is_meta:
             self.open = bool(self.alive.all())
         return super().train(mode)

@@ -1,4 +1,4 @@
-"""Layers of groups of filters on the project's own kernel: lists instead of gathers."""
+"""Convolutions of groups of filters on the project's own kernel: index lists instead of gathers."""
 
 import copy
 import itertools
@@ -43,7 +43,7 @@ class Added:
 
 
 class GroupConv2d(nn.Module):
-    """y[:, filters_g] = conv2d(x[:, inputs_g], weight_g) for every group g, and what comes behind.
+    """y[:, filters_g] = conv2d(x[:, inputs_g], weight_g) for every group g, and an epilogue.
 
     y = activation(y + bias + residual[:, added.places]).
 
@@ -90,7 +90,7 @@ class GroupConv2d(nn.Module):
         self.adds = added is not None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Where it is unpickled the operator may not be known yet."""
+        """Register the operator, which a process that unpickles may not have done."""
         native.built()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
@@ -103,14 +103,14 @@ class GroupConv2d(nn.Module):
         return result
 
     def numbers(self, source: int, residual: int) -> list[int]:
-        """How the kernel is told of this layer, if it reads those values of a run."""
+        """The description of this layer for the kernel, if it reads those values of a run."""
         settings = [number for setting in self.settings for number in setting]
         activation = native.ACTIVATIONS.index(self.activation)
         kind = native.CONVOLUTION
         return [kind, source, residual, len(self.sizes), self.count, *settings, activation]
 
     def remade(self, **changes: Any) -> "GroupConv2d":
-        """The same with another of what it was made of."""
+        """A copy with some of the constructor's arguments changed."""
         made_of: dict[str, Any] = {
             "settings": self.settings,
             "groups": self.groups(),
@@ -123,19 +123,19 @@ class GroupConv2d(nn.Module):
         return GroupConv2d(**(made_of | changes)).train(self.training)
 
     def groups(self) -> list[FilterGroup]:
-        """The groups that this was made of."""
+        """The groups that this was constructed with."""
         return [
             FilterGroup(filters.numpy(), inputs.numpy(), weight)
             for filters, inputs, weight in self._unpacked().groups
         ]
 
     def added(self) -> Added | None:
-        """What of a residual is added."""
+        """The channels of a residual that are added."""
         layer = self._unpacked()
         return None if layer.added is None else Added(layer.addends, layer.added.numpy())
 
     def whole(self, structural_groups: int = 1) -> Tensor:
-        """The weight that this was made of, `[O, C/S, kh, kw]`, zeros filled in.
+        """The weight that this was constructed with, `[O, C/S, kh, kw]`, zeros filled in.
 
         Args:
             structural_groups: S; the filters of each, O/S, read C/S channels of their own.
@@ -202,7 +202,7 @@ def group_conv_like(
 
 
 class GroupConvRun(nn.Module):
-    """Layers that are computed image by image, so that what is between them stays in the cache.
+    """Layers that are computed image by image, so that intermediate values stay in the cache.
 
     Args:
         layers: convolutions, and pools of which there are `pool_numbers`, in an order in which
@@ -241,7 +241,7 @@ class GroupConvRun(nn.Module):
         self.register_buffer("plan", torch.cat(plan))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Where it is unpickled the operator may not be known yet."""
+        """Register the operator, which a process that unpickles may not have done."""
         native.built()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
@@ -258,7 +258,7 @@ class GroupConvRun(nn.Module):
     def transformed(self, chosen: Collection[int]) -> "GroupConvRun":
         """The same, but `chosen`, of the `transformable` layers, are by Winograd's algorithm.
 
-        Their weights are rounded anew.
+        Their weights are transformed, and rounded again.
         """
         twin = copy.deepcopy(self)
         weights: list[Tensor] = []
@@ -319,9 +319,9 @@ def _counted(sizes: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
 
 
 def pool_numbers(pool: nn.Module, source: int) -> list[int] | None:
-    """How the kernel is told of a pool that reads the value `source`; None: it cannot compute it.
+    """The description of a pool that reads the value `source`; None: the kernel cannot compute it.
 
-    It can a max pool, an average that counts what it pads, and the average of all pixels.
+    It can compute max pools, average pools that count padding, and the average of all pixels.
     """
     rounds_up = getattr(pool, "ceil_mode", False)
     if type(pool) is nn.MaxPool2d and not rounds_up and not pool.return_indices:

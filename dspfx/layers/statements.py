@@ -1,4 +1,4 @@
-"""Functions that graphs call where code has a statement, which no graph has."""
+"""Functions that graphs call in place of statements (item assignment, in-place writes)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The weight of a layer, seen as filters: `[O, C/S, *taps]`, whatever way torch stores it.
+"""The weight of a layer, seen as filters: `[O, C/S, *taps]`, however torch stores it.
 
 O filters read C input channels in S structural groups. Convolutions and linear layers store their
 weight in this form (linear layers without taps). Transposed convolutions store `[C, O/S, *taps]`.

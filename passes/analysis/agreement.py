@@ -1,4 +1,4 @@
-"""What the size of the inputs changes in a channel analysis, found by analysing two sizes.
+"""Agreement of the channel analysis at two input sizes: keep what holds at every size.
 
 1. A dimension whose size varies holds positions, never channels: no value has its channels there.
 2. A node that does something else to channels at another size, such as a slice of channels whose

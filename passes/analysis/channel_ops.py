@@ -1,7 +1,7 @@
 """The value types of the channel analysis: what a graph does to channels, operator by operator.
 
-A traced graph has hundreds of operators. For channels they do one of ten things, the classes
-below; liveness, cost and compaction know these ten and nothing else.
+A traced graph has hundreds of operators. For channels they do one of ten things, the subclasses of
+`Op` below; liveness, cost and compaction know these ten and nothing else.
 """
 
 from collections.abc import Mapping
@@ -43,12 +43,12 @@ class Op:
 
 @dataclass(frozen=True)
 class Source(Op):
-    """Tensors from outside: model inputs. All their channels exist, whoever reads them."""
+    """Model inputs. All their channels exist, whether or not they are read."""
 
 
 @dataclass(frozen=True)
 class Constant(Op):
-    """A parameter or buffer, or what is reckoned from such alone: it may be cut anywhere."""
+    """A parameter or buffer, or a value computed from these alone: it may be sliced anywhere."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ class Query(Op):
 
 
 def used(ops: dict[Node, Op]) -> set[Node]:
-    """The nodes of a graph that its outputs depend on, by way of the operands of `ops`.
+    """The nodes of a graph that its outputs depend on, through the operands of `ops`.
 
-    Of a split, for instance, whose parts are gathers from what was split, nobody reads the result.
+    A split, for instance, is not one of them: its items are gathers from the tensor that it splits.
     """
     found: set[Node] = set()
     for node, op in reversed(ops.items()):
@@ -211,13 +211,13 @@ class Tie:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What a graph costs beside the layers and norms whose channels are counted.
+    """What a graph costs besides the layers and norms whose channels are counted.
 
     Attributes:
         macs: multiply-accumulates for one sample, of other nodes.
-        parameters: what nodes have beyond what is counted of them; less than nothing where
-            they share some with nodes before.
-        unused: parameters of modules that nobody calls; no compact model has them.
+        parameters: what nodes have beyond what is counted of them; negative where they
+            share some with earlier nodes.
+        unused: parameters of modules that are never called; no compact model has them.
         ties: the parameters that are shared.
     """
 

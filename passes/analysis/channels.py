@@ -1,7 +1,10 @@
-"""Which channels of which values are the same thing: the graph, run on labels.
+"""Channel analysis: abstract interpretation of a graph, with a label for every channel.
+
+For `relu(a(x)) + b(x)` it finds that `a` and `b` make new channels, that `relu` keeps them, and
+that channel j of `a` and channel j of `b` are coupled: a pruned network stores both or none.
 
 Every channel of every layer's output is given a number, an atom. The graph is then gone through
-once, with the record of its run on the example inputs; three facts are carried along:
+once, with the record of its run on the example inputs; labels are carried along:
 
 1. **Channel-producing layers** (convolution, linear) read the channels of their input and make
    new atoms.
@@ -72,7 +75,7 @@ def analyse(
 
     Args:
         root: only run, never changed.
-        inputs: positional inputs; a batch of two or more tells batch and channels apart.
+        inputs: positional inputs; a batch of two or more distinguishes batch and channels.
         frozen: names of the layers that keep all their filters and input channels.
         rules: what is known of further operators; takes precedence.
         facts: what is known of the same graph on inputs of other sizes.
@@ -189,7 +192,7 @@ class _Analyser(fx.Interpreter):
         return node.op == "placeholder"
 
     def _is_constant(self, node: Node, result: Any) -> bool:
-        """Whether a node rearranges or reckons with parameters and buffers alone."""
+        """Whether a node is computed from parameters and buffers alone."""
         return self._reads_constants(node) and isinstance(result, Tensor)
 
     def _reads_constants(self, node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""What a network costs, from its liveness alone: multiply-accumulates and parameters."""
+"""Cost analysis: multiply-accumulates and parameters of a network, from its liveness alone."""
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dspfx.passes.analysis.liveness import Liveness
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a layer or a model, for one sample.
+    """The cost of a layer or a model, for one sample.
 
     Attributes:
         macs: multiply-accumulate operations.
@@ -64,7 +64,7 @@ def _mix(op: Mix, node: Node, live: Liveness | None) -> Cost:
 
 
 def total(analysis: ChannelAnalysis, live: Liveness | None = None) -> Cost:
-    """Of the model, as it was or what is left under `live`."""
+    """The cost of the model, as it was or what is left under `live`."""
     costs = layer_costs(analysis, live)
     if live is None:
         return summed(costs, analysis)
@@ -78,7 +78,7 @@ def summed(
     forms: Mapping[Node, object] = MappingProxyType({}),
     cut: Set[Node] = frozenset(),
 ) -> Cost:
-    """Of the model: MACs for every call, parameters once for every module.
+    """The cost of the model: MACs for every call, parameters once for every module.
 
     Args:
         costs: of the calls of layers.

@@ -1,4 +1,4 @@
-"""Atoms, and the classes they are coupled into."""
+"""Coupling of channels: union-find over atoms, the labels of channels."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from dspfx.utils.arrays import IntArray
 
 
 class Coupling:
-    """Atoms and the classes they are coupled into; roots are found with path halving."""
+    """Atoms and the classes that they are coupled into: union-find with path halving."""
 
     def __init__(self) -> None:
         self.parent: list[int] = []
@@ -18,7 +18,7 @@ class Coupling:
         return np.arange(first, first + count)
 
     def find(self, atom: int) -> int:
-        """The atom that stands for the class of `atom`."""
+        """The representative of the class of `atom`."""
         parent = self.parent
         while parent[atom] != atom:
             parent[atom] = parent[parent[atom]]

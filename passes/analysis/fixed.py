@@ -1,9 +1,9 @@
-"""What a graph costs beside the layers and norms whose channels are counted.
+"""Fixed costs: what a graph costs besides the layers and norms whose channels are counted.
 
 1. Multiply-accumulates of every other node, as they were counted while it ran: recurrent layers,
-   attention, convolutions whose weights are computed, whatever an opaque module does inside.
-2. Parameters of every other node, and of modules that nobody calls. Each counts once, for the
-   first module that has it; who has it again is tied to that one.
+   attention, convolutions whose weights are computed, everything inside an opaque module.
+2. Parameters of every other node, and of modules that are never called. Each counts once, for the
+   first module that has it; a module that shares it is tied to that one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,11 +18,11 @@ from dspfx.passes.analysis.cost import layer_costs
 def fixed(
     root: nn.Module, whole: nn.Module, analysis: ChannelAnalysis, counted: Mapping[Node, int]
 ) -> Fixed:
-    """What is fixed of `analysis`.
+    """The fixed costs of `analysis`.
 
     Args:
         root: of the graph.
-        whole: has all parameters, those of modules that the graph does not name included.
+        whole: has all parameters, including those of modules that the graph does not name.
         analysis: without what is fixed.
         counted: the multiply-accumulates for one sample of every node that did some.
     """

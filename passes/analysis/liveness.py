@@ -1,4 +1,4 @@
-"""Which channels are zero, and which of the others anyone still reads.
+"""Liveness of channels: which are zero (forward), and which of the others are read (backward).
 
 Two passes over the graph. It has no cycles, so one of each reaches the fixed point.
 
@@ -87,7 +87,7 @@ class ReadLists:
         return ReadLists.grouped(mix, group, keep, any_along(mask, 1))
 
     def mask(self, mix: Mix) -> BoolArray:
-        """Bool `[O, C/S]`, the mask that these lists stand for."""
+        """Bool `[O, C/S]`, the mask that these lists encode."""
         structural, width = mix.structural_groups, mix.channels // mix.structural_groups
         own = np.arange(mix.filters) // (mix.filters // structural)
         absolute = self.lists[self.row].reshape(mix.filters, structural, width)
@@ -135,7 +135,7 @@ def liveness(
     alive: Mapping[str, BoolArray] | None = None,
     round_to: int = 1,
 ) -> Liveness:
-    """Both passes.
+    """Run the forward and the backward pass.
 
     Args:
         analysis: of the graph.
@@ -267,7 +267,7 @@ class _Backward:
             kept[more[: wanted - int(kept[own].sum())]] = True
 
     def _demand(self, operand: Node, channels: IntArray | BoolArray | slice | None) -> None:
-        """Somebody reads `operand`, and needs these of its channels."""
+        """Record that `operand` is read, and that these of its channels are needed."""
         self.demanded.add(operand)
         if channels is None or operand not in self.analysis.values:
             return

@@ -1,8 +1,8 @@
-"""Where channels go when data is moved: found by moving numbers instead of data.
+"""Index propagation: data-movement operators are run on element indices instead of data.
 
-Every element of every tensor that enters a chain of movement operators gets a number of its own.
-The operators are then executed on the numbers. The numbers that come out tell, exactly, which
-element went where; no operator needs a rule of its own.
+Every element of every tensor that enters a chain of movement operators (`view`, `permute`, `cat`,
+`roll`, ...) gets a number of its own. The operators are then executed on the numbers, and the
+result shows exactly which element went where; no operator needs a rule of its own.
 
 Numbers are float64 (exact up to 2^53) because every operator accepts floats. 0 stands for a
 padded zero, -1 for any other padded value.
@@ -86,7 +86,7 @@ class ElementIds:
         return all(n in self._moved or n in self._values for n in nodes)
 
     def of(self, node: Node) -> Tensor | tuple[Tensor, ...]:
-        """The numbers of a node's elements, fresh ones unless movement brought them there."""
+        """The numbers of a node's elements, new ones unless `keep` has recorded some."""
         if node in self._moved:
             return self._moved[node]
         if node not in self._roots:
@@ -98,7 +98,7 @@ class ElementIds:
         return self._roots[node].ids()
 
     def keep(self, node: Node, moved: Tensor | tuple[Tensor, ...]) -> None:
-        """Let the numbers of `node` be those that movement brought there."""
+        """Record `moved` as the numbers of `node`, the result of a movement operator."""
         self._moved[node] = moved
 
     def move(self, moved: Tensor, likely: int | None = None) -> Move:
@@ -126,7 +126,7 @@ class _ChannelFinder:
             return
         ends = torch.stack(known.aminmax())
         first, last = (torch.searchsorted(starts, ends, right=True) - 1).tolist()
-        if first == last:  # as nearly always
+        if first == last:  # the common case
             (root,) = self.roots = [roots[first]]
             channel = (ids - root.first_id).div_(root.stride, rounding_mode="floor")
             self.channel = channel.remainder_(root.channels).add_(root.first_channel)
@@ -157,7 +157,7 @@ class _ChannelFinder:
         return Move(nodes, rank, None, none, none, False, None, zeros_only)
 
     def _likely_dims(self, rank: int, likely: int | None) -> list[int]:
-        """All dimensions; first those where channels were, or could be if there is just one."""
+        """All dimensions; first those where channels were, or where a single one could be."""
         if likely is not None:
             return [likely, *(dim for dim in range(rank) if dim != likely)]
         before = [r.value.dim for r in self.roots if r.value.dim is not None]
@@ -174,7 +174,7 @@ class _ChannelFinder:
             while first.dim() > 1:
                 first, last = first[:, 0], last[:, -1]
             if not torch.equal(first, last):
-                return None  # most often seen at a glance
+                return None  # cheap, and decides most cases
             channel = channel.reshape(len(channel), -1)
             return channel[:, 0] if bool((channel == channel[:, :1]).all()) else None
         padding = self.padding.movedim(dim, 0).reshape(len(channel), -1)

@@ -1,4 +1,4 @@
-"""Rules of the channel analysis: operators that move data, and what no rule knows."""
+"""Rules of the channel analysis: data movement, and the fallback for unknown operators."""
 
 import operator
 from typing import Any
@@ -23,9 +23,9 @@ from dspfx.utils.pytree import is_construction
 
 
 def move(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
-    """Data movement: a gather of channels, or the same for every channel, whatever its name."""
+    """Data movement: a gather of channels, or the same in every channel, found by running it."""
     if operators.left_by(node):
-        return None  # it depends on both
+        return None  # it depends on inputs and parameters
     moved = run_on_ids(a, node, operands)
     if not isinstance(moved, Tensor) or moved.shape != result.shape:
         return None
@@ -97,7 +97,7 @@ def where_a_second_would_lie(
 ) -> int | None:
     """The dimension that holds a single channel: the one that a second channel would enlarge.
 
-    The numbers of a single channel do not tell where other dimensions have size 1 as well.
+    The numbers of a single channel do not show it where other dimensions have size 1 as well.
     """
     value = a.values.get(operands[0])
     if len(operands) != 1 or value is None or value.dim is None or value.channels != 1:
@@ -117,7 +117,7 @@ def where_a_second_would_lie(
 
 
 def run_on_ids(a: State, node: Node, operands: tuple[Node, ...]) -> Any:
-    """The node, executed on the numbered elements of its tensors; None if it refuses."""
+    """The result of `node` on the element numbers of its tensors; None if it fails on them."""
     moving = [n for n in operands if not a.is_index(n)]
     if not moving or not a.ids.knows(moving):
         return None
@@ -132,7 +132,7 @@ def run_on_ids(a: State, node: Node, operands: tuple[Node, ...]) -> Any:
 
 
 def opaque(a: State, node: Node, operands: tuple[Node, ...]) -> FullWidth:
-    """What no rule knows: it is given all channels."""
+    """The fallback: an operator without a rule is given all channels."""
     name = readable(operators.key(node, a.root))
     why = f"{name} is not known to keep channels apart"
     if node.op == "call_module":
@@ -148,7 +148,7 @@ def pads_others(node: Node) -> bool:
 
 
 def pad_with_ids(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """`F.pad`'s arguments, padding with the number that stands for the padded value."""
+    """`F.pad`'s arguments, padding with the number that marks a padded value."""
     value = kwargs.get("value", args[3] if len(args) > 3 else None)
     number = PADDED_ZERO if not value else PADDED_VALUE
     mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
@@ -157,5 +157,5 @@ def pad_with_ids(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def readable(key: operators.Key) -> str:
-    """The name of an operator, for people."""
+    """The name of an operator, as messages show it."""
     return key if isinstance(key, str) else getattr(key, "__name__", str(key))

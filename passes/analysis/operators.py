@@ -1,4 +1,4 @@
-"""What dspfx knows of torch's operators: sets of functions, methods and module types.
+"""Tables of torch's operators: sets of functions, methods and module types, by what they do.
 
 An operator is found by identity, a method by its name, a module by its exact type; torchvision's by
 their full names, for importing it takes as long as importing torch. Whatever is in no set is
@@ -223,7 +223,7 @@ def left_by(node: Node) -> tuple[Node, Node] | None:
 
 
 def writes_input(node: Node) -> bool:
-    """Whether it writes into an input of the model, or an item of one: nobody has to read it."""
+    """Whether it writes into an input of the model, or an item of one: an effect, read or not."""
     written = node.args[0] if (node.op, node.target) == ("call_method", "copy_") else None
     while isinstance(written, Node) and written.target in (operator.getitem, getattr, "get"):
         written = written.args[0]
@@ -231,7 +231,7 @@ def writes_input(node: Node) -> bool:
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
-    """Drop the nodes that nobody reads, but for what has an effect."""
+    """Remove the nodes that are never read and have no effect."""
     graph.eliminate_dead_code(lambda node: writes_input(node) or node.is_impure())
 
 

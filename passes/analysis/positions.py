@@ -1,4 +1,4 @@
-"""What only the size of the image decides: whether positions stay, and how many there are.
+"""Positions (pixels, tokens) of values: whether they stay at every size, and how many there are.
 
 The channel analysis sees one example. A crop or a pad that does nothing to it may do something to
 another image, and positions that become channels may be more.
@@ -23,7 +23,7 @@ _PASSING = operators.ELEMENTWISE | operators.RELAYOUTS | operators.BATCH_NORMS |
 
 
 class Positions:
-    """Of the values of one graph, as far as it is analysed.
+    """The positions of the values of one graph, as far as it is analysed.
 
     Args:
         root: the module whose graph it is.
@@ -47,7 +47,7 @@ class Positions:
         if node.target is operator.getitem and self._key(first) in operators.SPLITS:
             node, first = first, operands_of(first, self._ops)[0]
         if first not in self._values:
-            return True  # parts, put together
+            return True  # a concatenation
         key, shape = self._key(node), self._values[first].shape
         others = [d for d in range(len(shape)) if d != dim]
         if key is operator.getitem:
@@ -72,7 +72,7 @@ class Positions:
         """Whether what is made of a channel's positions could not be cut for another image.
 
         Positions that become channels, as in `flatten(1)`, are as many as the image has. A linear
-        layer behind them has a weight for each, and so settles their number; others do not.
+        layer after them has a weight for each, and so fixes their number; others do not.
         """
         if self._key(node) not in operators.FLATTENS | operators.SIZED:
             return False
@@ -81,7 +81,7 @@ class Positions:
         return merged and not self.are_fixed(operand) and not self._linear_reads(node)
 
     def are_fixed(self, node: Node) -> bool:
-        """Whether a value has as many positions whatever the image, as after a global pool."""
+        """Whether the number of positions is the same for every image, as after a global pool."""
         for earlier in node.graph.nodes:  # each after what it reads
             if earlier not in self._fixed:
                 self._fixed[earlier] = self._fixes_them(earlier)
@@ -109,7 +109,7 @@ class Positions:
         return bool(node.all_input_nodes) and all(self._fixed[n] for n in read)
 
     def _linear_reads(self, node: Node) -> bool:
-        """Whether all that reads `node` is linear layers, by way of what works on each element."""
+        """Whether only linear layers read `node`, directly or through elementwise operators."""
         ahead = [*node.users]
         while ahead:
             user = ahead.pop()

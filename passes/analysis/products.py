@@ -1,9 +1,9 @@
-"""How many multiply-accumulates were done, whatever code did them: counted as torch counts.
+"""Count multiply-accumulates while code runs, by dispatch, with the formulas that torch uses.
 
 1. Matrix products, convolutions and attention are counted by `torch.utils.flop_counter`'s formulas.
 2. What torch has no formula for, since it is fused, is counted here: recurrent layers, encoder
    layers of transformers, and attention on the CPU.
-3. What else is composed of such is taken apart.
+3. Operators composed of these are decomposed.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered.
+    """Counts multiply-accumulates while it is entered.
 
     Attributes:
         macs: multiply-accumulates so far, of all samples.

@@ -1,4 +1,4 @@
-"""Rules of the channel analysis: sizes that are asked of tensors."""
+"""Rules of the channel analysis: code that reads the sizes of tensors."""
 
 import operator
 from typing import Any
@@ -20,7 +20,7 @@ from dspfx.utils.pytree import leaves
 
 
 def asked_of_inputs(a: State, operands: tuple[Node, ...], result: Any) -> Op | None:
-    """What is asked of inputs alone, whose channels are not the graph's to count."""
+    """A value computed from the sizes of inputs alone, whose channels are never pruned."""
     inputs = all(isinstance(a.ops[n], Source) for n in operands)
     asked = inputs and not any(isinstance(leaf, Tensor) for leaf in leaves(result))
     return Query(operands, None) if asked else None
@@ -47,7 +47,7 @@ def size(a: State, node: Node, operands: tuple[Node, ...]) -> Op | None:
 
 
 def whole_shape(a: State, node: Node, operands: tuple[Node, ...], value: Value) -> Op:
-    """A whole `size()` is fine as long as it is only taken apart, away from the channels.
+    """A whole `size()` is allowed as long as only sizes of other dimensions are taken from it.
 
     Or if a transposed convolution is asked for it, which reads of it no channels.
     """

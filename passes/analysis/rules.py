@@ -46,7 +46,7 @@ def mix(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op 
     if value is None or len(value.shape) != result.dim():
         return None
     if not isinstance(layer, nn.Linear) and result.dim() != layer.weight.dim():
-        return None  # one image, without a batch
+        return None  # a single image without a batch dimension
     dim = result.dim() - 1 if isinstance(layer, nn.Linear) else 1
     weight, groups = filters_first(layer), structural_groups(layer)
     filters, width = weight.shape[:2]
@@ -84,7 +84,7 @@ def depthwise(
 
 
 def channelwise(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
-    """What works on every channel by itself, along dimension 1."""
+    """An operator that handles every channel by itself, along dimension 1."""
     value = a.values.get(operands[0])
     if len(operands) != 1 or value is None or value.dim != 1 or result.dim() < 2:
         return None
@@ -148,7 +148,7 @@ def merge(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> O
 
 
 def elementwise(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
-    """What makes channel j of channel j of every operand."""
+    """An operator that makes channel j of channel j of every operand."""
     key = operators.key(node, a.root)
     if key == "to" and len(operands) > 1:
         return None
@@ -181,7 +181,7 @@ def elementwise(a: State, node: Node, operands: tuple[Node, ...], result: Tensor
 
 
 def is_whole(a: State, operand: Node, result: Tensor, dim: int) -> bool:
-    """Whether an operand has the shape and type of the result by itself, at every size."""
+    """Whether an operand alone has the shape and type of the result, at every size."""
     real = a.env[operand]
     if not isinstance(real, Tensor) or isinstance(a.ops[operand], Constant):
         return False
@@ -243,7 +243,7 @@ def is_absorbing(a: State, node: Node, operand: Node, dim: int) -> bool:
 
 
 def run_on(a: State, node: Node, operand: Node) -> Callable[[Tensor], Tensor]:
-    """What `node` makes of a tensor in place of `operand`."""
+    """A function from a tensor in place of `operand` to the result of `node`."""
     others = {n: a.env[n] for n in node.all_input_nodes if n is not operand}
 
     def run(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is known so far while a graph is analysed: operations, values, coupling."""
+"""The state of a running channel analysis: operations, values and coupling found so far."""
 
 from collections.abc import Callable, Mapping
 from operator import attrgetter
@@ -49,7 +49,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 class State:
-    """Of one run of a graph on an example, node by node.
+    """The state of one run of a graph on an example, node by node.
 
     Args:
         interpreter: goes through the graph; its `env` holds what the nodes gave, but for constants
@@ -82,10 +82,10 @@ class State:
         self.values: dict[Node, Value] = {}
         self.coupling = Coupling()
         self.ids = ElementIds(self.values)
-        self.containers: set[Node] = set()  # inputs that are no tensors but hold some
+        self.containers: set[Node] = set()  # inputs that are containers of tensors
         self.positions = Positions(root, self.ops, self.values)
         self.findings = findings
-        self.born_whole: list[IntArray] = []  # atoms that exist whatever is pruned
+        self.born_whole: list[IntArray] = []  # atoms that are never pruned
         self.macs: dict[Node, int] = {}  # for one sample, as counted
 
     @property
@@ -133,7 +133,7 @@ class State:
         return fixed[0] if fixed else None
 
     def new_atoms(self, node: Node, result: Tensor, dim: int | None) -> None:
-        """Give the tensor of `node` channels along `dim` that are like no others."""
+        """Give the tensor of `node` channels along `dim` that are new."""
         count = 0 if dim is None else result.shape[dim]
         self.values[node] = Value(tuple(result.shape), dim, self.coupling.new(count))
 

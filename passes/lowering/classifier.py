@@ -1,7 +1,10 @@
-"""A small linear layer behind the average of a run's pixels is computed in the run, too.
+"""Classifier lowering: a small linear layer after a global average pool becomes a 1x1 convolution.
 
-What it reads is an image of one pixel, for which it is a convolution of 1x1. A large one is better
-left to torch, which multiplies all images of a batch at once.
+    GroupConv2d -> AdaptiveAvgPool2d(1) -> flatten -> Linear
+    GroupConv2d -> AdaptiveAvgPool2d(1) -> GroupConv2d (1x1) -> flatten
+
+`runs` then joins it with the convolutions before. A large linear layer is better left to torch,
+which multiplies all images of a batch at once.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""How long a form of a layer is likely to take, where nothing can be measured.
+"""Cost model: how long a form of a layer is likely to take, where nothing can be measured.
 
     seconds = call * layers + mac * multiply-accumulates + copy * copied + gather * gathered
 
@@ -19,7 +19,7 @@ from dspfx.utils.arrays import is_run
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a layer stands.
+    """The sizes of a layer and of the tensors around it.
 
     Attributes:
         channels: of the tensor that it reads.
@@ -93,5 +93,5 @@ class CostModel:
 
 # oneDNN on 2 cores with AVX-512; what counts is the ratios
 CPU = CostModel(call=2.7e-5, mac=3.9e-12, copy=1.7e-10, gather=1.1e-9, vector=8)
-# no more weights than the masks leave, whatever that takes
+# no more weights than the masks leave, at any cost in time
 FEWEST_WEIGHTS = CostModel(call=1e-15, mac=1.0, copy=1e-12, gather=1e-12, vector=1)

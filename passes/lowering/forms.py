@@ -1,4 +1,4 @@
-"""The forms in which one pruned layer can be emitted.
+"""Lowering: the forms in which one pruned layer can be emitted.
 
 A layer is a set of groups of filters, each with a list of input channels that it reads. It is
 emitted as *branches* whose outputs are concatenated, each one ordinary convolution or linear
@@ -50,7 +50,7 @@ class Branch:
     """k groups of equal size, emitted as one layer.
 
     Attributes:
-        filters: int `[k, f]`, numbers of the filters; -1 makes a channel that nobody uses.
+        filters: int `[k, f]`, numbers of the filters; -1 makes a channel that is never read.
         inputs: int `[k, c]`, the channels that each group reads; -1 reads any, with zero weights.
     """
 
@@ -117,7 +117,7 @@ def forms(
 
 
 def dense(groups: Sequence[Group]) -> Lowering:
-    """One branch that reads whatever any group reads."""
+    """One branch that reads every channel that any group reads."""
     return separate([_union(groups)])
 
 
@@ -202,7 +202,7 @@ def _key(lowering: Lowering) -> bytes:
 
 
 def written(lowering: Lowering) -> IntArray:
-    """The filters in the order in which the branches write them, -1 for channels nobody uses."""
+    """The filters in the order in which the branches write them, -1 for unused channels."""
     return np.concatenate([branch.filters.reshape(-1) for branch in lowering])
 
 

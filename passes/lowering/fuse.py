@@ -1,15 +1,17 @@
-"""What stands around a native convolution becomes part of it.
+"""Operator fusion: fold what surrounds a native convolution into it.
 
-1. Channels that are only moved (narrow, index_select, pad, cat with zeros) before a convolution or
-   its residual: its lists name the channels where they come from.
-2. Channels that are only moved behind a convolution: it writes them to where they go.
-3. conv -> batch norm in evaluation: weight and bias of the convolution take it in.
-4. conv -> add with a tensor of the same shape, whatever the size of images and their number: the
-   other operand becomes the residual of the conv.
+    index_select -> GroupConv2d -> BatchNorm2d -> add(_, y) -> relu    becomes    GroupConv2d(x, y)
+
+1. Input gather: channels that are only moved (narrow, index_select, pad, cat with zeros) before a
+   convolution or its residual. Its lists name the channels where they come from.
+2. Output scatter: channels that are only moved after a convolution. It writes them in place.
+3. conv -> batch norm in evaluation: folded into the weight and bias of the convolution.
+4. conv -> add with a tensor of the same shape, at every image and batch size: the other operand
+   becomes the residual of the convolution.
 5. conv -> activation that the kernel knows: it becomes the convolution's.
 
-Only where nobody else reads what is between, and in that order; a sum behind an activation is left.
-A convolution that is called several times becomes several.
+Only where the value in between has no other reader, and in that order; a sum after an activation is
+left alone. A convolution that is called several times becomes several.
 """
 
 import operator
@@ -62,7 +64,7 @@ def fuse(module: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Moved:
-    """A value whose channels are those of another.
+    """A value whose channels are moved from another value.
 
     Attributes:
         source: where they come from; None if all are zero.
@@ -74,7 +76,7 @@ class _Moved:
 
 
 class _Seen(NamedTuple):
-    """What is known of a tensor."""
+    """The shape, type and device of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -82,7 +84,7 @@ class _Seen(NamedTuple):
 
 
 class _Fusion:
-    """A graph and what its tensors are."""
+    """A graph, and shape, type and device of its tensors."""
 
     def __init__(self, module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
         self.module = module
@@ -95,7 +97,7 @@ class _Fusion:
         return self.seen[node].shape[1]
 
     def _moved(self, node: Node) -> _Moved | None:
-        """What `node` is, if it is another value with channels moved."""
+        """The source of `node` and its channels, if it only moves channels of another value."""
         if node.op != "call_function" or node not in self.seen or len(self.seen[node].shape) != 4:
             return None
         args: Any = node.args
@@ -129,7 +131,7 @@ class _Fusion:
         self.module.set_submodule(str(node.target), conv)
 
     def fold_input_gather(self, node: Node) -> bool:
-        """The convolution reads channels where they come from."""
+        """1: the convolution reads channels where they come from."""
         (x, *others) = node.args
         moved = self._moved(x) if isinstance(x, Node) else None
         if moved is None or moved.source is None:
@@ -147,7 +149,7 @@ class _Fusion:
         return True
 
     def fold_output_scatter(self, node: Node) -> bool:
-        """The convolution writes channels to where they go, if they all go to one value."""
+        """2: the convolution writes channels to where they go, if they all go to one value."""
         conv = self._conv(node)
         between = self._moves_after(node)
         ends = [n for n in (node, *between) if any(r not in between for r in n.users)]
@@ -179,14 +181,14 @@ class _Fusion:
         return True
 
     def _moves_after(self, node: Node) -> list[Node]:
-        """All that is made of `node` by moving channels."""
+        """All values made of `node` by moving channels."""
         found = [node]
         for value in found:  # grows
             found += [r for r in value.users if r not in found and self._moved(r) is not None]
         return found[1:]
 
     def fold_batch_norm(self, node: Node) -> bool:
-        """A batch norm behind the convolution scales and shifts its filters."""
+        """3: a batch norm after the convolution is folded into its filters and bias."""
         reader, conv = _only_reader(node), self._conv(node)
         norm = None if reader is None else operators.called_module(self.module, reader)
         if reader is None or type(norm) is not nn.BatchNorm2d or norm.training:
@@ -211,7 +213,7 @@ class _Fusion:
         return True
 
     def fuse_add(self, node: Node) -> bool:
-        """What is added becomes the residual."""
+        """4: the other operand of a sum becomes the residual."""
         add = _only_reader(node)
         if add is None or len(node.args) != 1 or add.op not in ("call_function", "call_method"):
             return False
@@ -225,7 +227,7 @@ class _Fusion:
         moved = self._as_moved(other)
         if moved.source is None:
             return False
-        add.prepend(node)  # behind the other operand
+        add.prepend(node)  # after the other operand
         node.args = (*node.args, moved.source)
         added = Added(self._channels(moved.source), moved.channels)
         self._become(node, self._conv(node).remade(added=added))
@@ -234,14 +236,14 @@ class _Fusion:
         return True
 
     def _depends_on_inputs(self, node: Node) -> bool:
-        """Whether inputs have a say in `node`, and not by their sizes alone."""
+        """Whether `node` depends on the values of inputs, not on their sizes alone."""
         found = [node]
         for value in found:  # grows
             found += [x for x in value.all_input_nodes if x in self.seen and x not in found]
         return any(value.op == "placeholder" for value in found)
 
     def fuse_activation(self, node: Node) -> bool:
-        """The activation behind the convolution is its own."""
+        """5: the activation after the convolution becomes its own."""
         act, conv = _only_reader(node), self._conv(node)
         if act is None or act.all_input_nodes != [node] or conv.activation != "none":
             return False
@@ -269,7 +271,7 @@ def _together(parts: list[_Moved]) -> _Moved | None:
 
 
 def _channels_added(node: Node) -> tuple[int, int] | None:
-    """How many zeros a pad puts before and behind the channels of an image, if it does no more."""
+    """How many zeros a pad puts before and after the channels of an image, if it does no more."""
     if node.target is not F.pad or len(node.args) < 2:
         return None
     given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
@@ -281,7 +283,7 @@ def _channels_added(node: Node) -> tuple[int, int] | None:
 
 
 class _Watched(fx.Interpreter):
-    """Remembers what every tensor was."""
+    """Records shape, type and device of every tensor."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -303,7 +305,7 @@ def _skip_identities(module: fx.GraphModule) -> None:
 
 
 def _separate_calls(module: fx.GraphModule) -> None:
-    """Every call of a convolution names it by a name of its own: what stands around it differs."""
+    """Give every call of a convolution a module of its own: each is fused by itself."""
     names: set[str] = set()
     for node in module.graph.nodes:
         conv, name = operators.called_module(module, node), str(node.target)

@@ -1,7 +1,7 @@
-"""How long forms of a layer really take, on the device, shapes and number of threads at hand.
+"""Measure forms of a layer on the device, shapes and number of threads at hand.
 
-What was measured is remembered on disk, for a machine, a number of threads and a version of torch
-each in a file of its own. A file that is damaged, or not what it should be, counts as empty.
+Measurements are cached on disk, in one file for each machine, number of threads and version of
+torch. A damaged file counts as empty.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ ROUND_TAKES = 0.003
 
 
 class Measured:
-    """Times of layers by signature, remembered on disk.
+    """Times of layers by signature, cached on disk.
 
     Args:
         device: on which they were measured.
@@ -54,7 +54,7 @@ class Measured:
         return {name: self.known[key] for name, key in signatures.items()}
 
     def save(self) -> None:
-        """Write what is known, whole or not at all; a folder that cannot be written is no error."""
+        """Write all times, atomically; a folder that cannot be written to is no error."""
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
@@ -65,7 +65,7 @@ class Measured:
 
 
 def signature(module: nn.Module, x: Tensor) -> str:
-    """All that the time of `module` for `x` depends on, except the machine."""
+    """A key for the time of `module` for `x`: all that it depends on, except the machine."""
     kind = "channels last" if _is_channels_last(x) else "plain"
     return f"{module!r} {tuple(x.shape)} {x.dtype} {kind}"
 

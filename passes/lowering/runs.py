@@ -1,7 +1,11 @@
-"""Native convolutions, with those that follow and pools behind them, become one call.
+"""Run formation: native convolutions that follow each other, and pools after them, become one call.
 
-A run takes in every convolution that can be computed with it: none of its inputs depends, by way of
-anything that is no native convolution, on a result of the run. What reads results is moved behind.
+    GroupConv2d -> GroupConv2d -> MaxPool2d    becomes    GroupConvRun
+
+1. Plan: a run takes in every convolution that can be computed with it, that is, none of whose
+   inputs depends on a result of the run through an operator outside of it.
+2. Edit: each run becomes one call, and operators between its convolutions that read its results are
+   moved after it.
 """
 
 import operator
@@ -30,7 +34,7 @@ def join_runs(module: fx.GraphModule) -> bool:
 
 
 def layer_of(module: fx.GraphModule, node: Node) -> nn.Module | None:
-    """What the kernel computes for `node`: a convolution or a pool."""
+    """The convolution or pool that the kernel can compute for `node`; None if it cannot."""
     if node.kwargs:
         return None
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
@@ -45,7 +49,7 @@ def layer_of(module: fx.GraphModule, node: Node) -> nn.Module | None:
 
 def _runs(module: fx.GraphModule) -> list[list[Node]]:
     runs: list[list[Node]] = [[]]
-    dependent: set[Node] = set()  # what depends on the run, and is not of it
+    dependent: set[Node] = set()  # nodes outside the run that depend on it
     for node in module.graph.nodes:
         inputs, layer = node.all_input_nodes, layer_of(module, node)
         reads_run = not set(runs[-1]).isdisjoint(inputs)
@@ -93,7 +97,7 @@ def _reads(values: dict[Node, int], node: Node) -> tuple[int, int]:
 
 
 def _move_after(first: Node, last: Node, run: list[Node], end: Node) -> None:
-    """Move what depends on the run, and stands between its convolutions, behind `end`."""
+    """Move what depends on the run, and lies between its convolutions, after `end`."""
     depends = set(run)
     node = first
     while node is not last:

@@ -1,7 +1,7 @@
-"""From a compact model back to the groups of its layers, and to the same model in other forms.
+"""Relowering: read the groups of layers back from a compact model, and emit it in other forms.
 
-Whatever form a layer was emitted in, its weight says which channels each filter reads: those whose
-weights are not all zero. Filters that read the same channels are a group.
+In every form, the weight of a layer shows which channels each filter reads: those whose weights are
+not all zero. Filters that read the same channels are a group.
 """
 
 import copy
@@ -108,7 +108,7 @@ def sites(model: nn.Module, inputs: tuple[Any, ...]) -> list[Site]:
 
 
 def relowered(model: nn.Module, modules: Mapping[Site, nn.Module]) -> nn.Module:
-    """A copy of `model` in which `modules` stand for the layers; the rest is shared.
+    """A copy of `model` in which `modules` replace the layers; the rest is shared.
 
     Raises:
         EquivalenceError: a layer has another weight than before, read back from its new form.
@@ -119,7 +119,7 @@ def relowered(model: nn.Module, modules: Mapping[Site, nn.Module]) -> nn.Module:
         weight, bias = _whole(module, filters, channels, site.structural_groups)
         if not (_equal(weight, site.weight) and _equal(bias, site.bias)):
             raise EquivalenceError(
-                f"layer {site.name!r} changed when it was emitted anew. This is a bug of dspfx; "
+                f"layer {site.name!r} changed when it was emitted again. This is a bug of dspfx; "
                 "please report the model"
             )
         memo[id(model.get_submodule(site.name))] = module

@@ -1,7 +1,7 @@
-"""Which layers Winograd's algorithm makes faster: measured where they stand, in their run.
+"""Algorithm selection: which layers Winograd's algorithm makes faster, measured inside their run.
 
-It has half the products and writes transformed rows instead: layers of many channels gain, those
-of few or of small groups lose.
+It halves the products, and has to write transformed rows: layers of many channels gain, those of
+few channels or of small groups lose.
 """
 
 from collections.abc import Mapping

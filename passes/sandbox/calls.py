@@ -1,4 +1,4 @@
-"""Example inputs: given or inferred, tried on the model, two samples where it takes two."""
+"""Example inputs: given or inferred, checked against the model, with two samples if possible."""
 
 import inspect
 from collections.abc import Callable, Mapping

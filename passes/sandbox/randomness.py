@@ -1,4 +1,4 @@
-"""Random numbers that are not torch's own: a graph cannot draw them anew."""
+"""Random generators: detect draws that a graph cannot repeat (Python, NumPy), and pin seeds."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_SEED = 6_917_529  # nobody's
+_SEED = 6_917_529  # arbitrary
 
 
 def generators_of(root: nn.Module) -> list[Any]:
@@ -28,13 +28,13 @@ def generators_among(values: Iterable[Any]) -> list[Any]:
 
 
 def drawn_so_far(own: Iterable[Any]) -> list[bytes]:
-    """What Python, numpy and the generators `own` will draw; the same as long as nobody draws."""
+    """The states of Python's, numpy's and the generators `own`: they change with every draw."""
     states = [_state(generator) for generator in (*_everybodys(), *own)]
     return [pickle.dumps(x.tolist() if isinstance(x, torch.Tensor) else x) for x in states]
 
 
 def drawn_by_torch() -> list[bytes]:
-    """What the generators of torch itself will draw; the same as long as nobody draws."""
+    """The states of torch's own generators: they change with every draw."""
     begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it so
     on_gpus = torch.cuda.default_generators if begun else ()
     return [g.get_state().numpy().tobytes() for g in (torch.default_generator, *on_gpus)]
@@ -42,7 +42,7 @@ def drawn_by_torch() -> list[bytes]:
 
 @contextmanager
 def generators_kept(own: Iterable[Any] = ()) -> Iterator[None]:
-    """Python, numpy and `own` draw afterwards what they would have drawn."""
+    """Restore the states of Python's, numpy's and `own` generators afterwards."""
     before = [(generator, _state(generator)) for generator in (*_everybodys(), *own)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Other sizes of its inputs that a model takes, found by trying.
+"""Input sizes: find other sizes that a model accepts, by trying.
 
 A graph is analysed on one example. What depends on the size of an image, or on the length of a
 sequence, shows only where the same graph runs on an example of another size:
@@ -66,7 +66,7 @@ def resized(inputs: Any, shapes: Shapes) -> Any:
 
 
 def fix_sizes(graphs: Iterable[fx.Graph], example: tuple[Any, ...], refused: Shapes) -> None:
-    """Let `graphs` refuse, by a check, whatever is not of the size of `example`, as `refused` is.
+    """Guard `graphs`: they refuse sizes other than that of `example`, as that of `refused` is.
 
     Raises:
         TraceError: such a tensor is part of a container, which has no input of its own.
@@ -96,7 +96,7 @@ def _check_size(graph: fx.Graph, tensor: Node, dim: int, size: int) -> None:
     found = graph.call_method("size", (tensor, dim))
     with graph.inserting_after(found):
         same = graph.call_function(operator.eq, (found, size))
-    same.meta["is_wrapped"] = True  # or fx would answer it when it is unpickled
+    same.meta["is_wrapped"] = True  # or fx would evaluate it when it is unpickled
     with graph.inserting_after(same):
         graph.call_function(torch._assert, (same, told))
 
@@ -118,7 +118,7 @@ def other_sizes(inputs: Any, accepts: Callable[[Shapes], bool]) -> tuple[Shapes,
 def sizes_in_steps(inputs: Any) -> tuple[Shapes, ...]:
     """All positions less, and more, by one step of the largest power of two that divides them.
 
-    A graph takes them where its model pads whatever does not fill its patches or windows.
+    A graph takes them where its model pads inputs that do not fill its patches or windows.
     """
     shapes = shapes_of(inputs)
     axes = [axis for axis in _axes(shapes, set()) if axis.divisor > 1]

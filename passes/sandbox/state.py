@@ -1,4 +1,4 @@
-"""What running a model must not change: the values of tensors, and attributes."""
+"""Snapshot and restore module state: the values of tensors, and attributes."""
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator

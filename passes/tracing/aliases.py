@@ -1,8 +1,12 @@
 """Alias tracking: an in-place write makes every other value in the same memory stale.
 
-A node of a graph is one value. Code that overwrites a value in part, by way of a view, and then
-reads or returns the whole of it, or overwrites the whole and then reads a view, has no such graph.
-The caller of the model reads its inputs, too, when the call has ended.
+A node of a graph is one value. Code that overwrites part of a value through a view and then reads
+or returns the whole, or overwrites the whole and then reads a view, has no such graph:
+
+    y = x[:, 0]; y += 1; return x      # refused: `x` is stale
+    y = x[:, 0]; y = y + 1; return x   # fine
+
+The inputs count as read by the caller when the call has ended.
 """
 
 import operator
@@ -55,7 +59,7 @@ class _Input:
 
 
 class Aliases:
-    """The values of one trace, by the memory that they lie in."""
+    """The values of one trace, by the memory that they share."""
 
     def __init__(self) -> None:
         self._seen: dict[int, list[tuple[weakref.ref[Any], Any]]] = defaultdict(list)
@@ -64,18 +68,18 @@ class Aliases:
         self._inputs: dict[int, _Input] = {}
 
     def note(self, proxy: Any) -> None:
-        """Remember where the tensors of `proxy`, a new one, lie."""
+        """Record the memory of the tensors of `proxy`, a new one."""
         if proxy.node.op == "get_attr":
-            return  # the module's own are looked after elsewhere
+            return  # parameters and buffers: see `buffer_writes`
         for item, tensor in _tensors(proxy.concrete):
             if place := _place(tensor):
                 alive = [known for known in self._seen[place] if known[0]() is not None]
                 self._seen[place] = [*alive, (weakref.ref(proxy), item)]
 
     def overwritten(self, node: Node, written: list[Any], before: Node | None, module: str) -> None:
-        """Remember that whatever else lies where the values `written` do is stale.
+        """Record that all other values in the memory of the values `written` are stale.
 
-        But for the values that they were before: who reads one of these later reads what it is now.
+        Their own earlier versions are not: readers of one of these read the new version.
 
         Args:
             node: the call that overwrote them.
@@ -95,7 +99,7 @@ class Aliases:
                         self._stale[other.node].setdefault(item, write)
 
     def put_back(self, whole: Any, key: Any, part: Any) -> None:
-        """Code is to do `whole[key] = part`. After `part = whole[key]; part += 1`, all is well."""
+        """Code is about to do `whole[key] = part`: fine after `part = whole[key]; part += 1`."""
         before = self._version_of.get(part.node) if hasattr(part, "node") else None
         write = self._stale.get(whole.node, {}).get(None)
         if before is None or write is None or write.value != before.name:
@@ -106,10 +110,10 @@ class Aliases:
             del self._stale[whole.node][None]
 
     def check(self, node: Node) -> None:
-        """Look at the values that a new node reads.
+        """Check the values that a new node reads.
 
         Raises:
-            StaleValueError: one was overwritten by way of another.
+            StaleValueError: one was overwritten through another.
         """
         if node.target in _SIZES:
             return
@@ -122,10 +126,10 @@ class Aliases:
                     raise StaleValueError(read.name, write.value, write.module)
 
     def check_returned(self, returned: Iterable[Node], module: str) -> None:
-        """Look at the values that the code of `module`, empty for the root, returns.
+        """Check the values that the code of `module`, empty for the root, returns.
 
         Raises:
-            StaleValueError: that code has overwritten one by way of another.
+            StaleValueError: that code has overwritten one through another.
         """
         for node in returned:
             for write in self._stale.get(node, {}).values():
@@ -133,7 +137,7 @@ class Aliases:
                     raise StaleValueError(node.name, write.value, write.module)
 
     def note_input(self, proxy: Any) -> None:
-        """Remember what the tensors of `proxy`, an input or an item of one, are."""
+        """Record the tensors of `proxy`, an input or an item of one, as they are."""
         for item, x in _tensors(proxy.concrete):
             if not x.is_inference():
                 known = self._inputs.setdefault(id(x), _Input(x, x._version, x.shape, [], []))
@@ -143,7 +147,7 @@ class Aliases:
         """The tensors among the inputs that code has overwritten.
 
         Raises:
-            StaleValueError: by way of a view.
+            StaleValueError: through a view.
             TypeError: one has another shape now.
         """
         found = []
@@ -168,7 +172,7 @@ class Aliases:
                     yield proxy, item
 
     def _versions_of(self, node: Node) -> set[Node]:
-        """The nodes that `node` is the value of, overwritten."""
+        """`node` and the nodes of its earlier versions, before it was overwritten."""
         found = {node}
         while node in self._version_of:
             node = self._version_of[node]

@@ -1,7 +1,8 @@
-"""Functions of autograd: their code is traced where it has the gradient that they say it has.
+"""Custom `autograd.Function`s: traced through where `backward` is the gradient of `forward`.
 
-Autograd finds the gradient of what is traced. That of a memory-saving activation is the same; that
-of an estimator, which lets gradients pass through a rounding, is not, and is no part of a graph.
+Autograd differentiates what is traced. For a memory-saving activation that is the same gradient.
+For a straight-through estimator, which lets gradients pass through a rounding, it is not: it stays
+opaque.
 """
 
 import inspect
@@ -23,7 +24,7 @@ class OwnGradients:
     """The functions that there are, and the calls of them that have been looked at.
 
     Args:
-        as_leaf: calls a function of values with what proxies stand for; nothing in it is traced.
+        as_leaf: calls a function with the values of proxies; nothing in it is traced.
     """
 
     def __init__(self, as_leaf: Callable[[Callable[[Any], Any], Any], Any]) -> None:
@@ -36,7 +37,7 @@ class OwnGradients:
         self.seen: set[FrameType] = set()
 
     def refuse(self) -> None:
-        """Look at the calls under way.
+        """Check the calls on the stack.
 
         Raises:
             TypeError: one is of a function that has another gradient than its code.

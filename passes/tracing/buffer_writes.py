@@ -1,12 +1,12 @@
-"""What code writes into the buffers of a module that is being traced.
+"""Buffer mutation: what code writes into the buffers of a module that is being traced.
 
 1. In-place calls are nodes like others. An assignment, `self.average = ...`, becomes a copy into
-   the buffer at the end of the graph, and whatever reads the buffer before has a copy of its own.
-   That of a tensor to itself, in another type or on another device, is none: `self.mean =
+   the buffer at the end of the graph, and earlier reads of the buffer get a copy of their own.
+   Assigning a tensor to itself in another type or on another device does not count: `self.mean =
    self.mean.to(x)` is computed in every call.
-2. A buffer that is written in evaluation, and decides what comes out, makes the output depend on
-   earlier calls, and so may one that takes another shape. Channels can be followed through one call
-   only.
+2. A buffer that is written in evaluation and read for the output makes the output depend on earlier
+   calls, and so may one that changes its shape. Such a module stays opaque: channels are followed
+   through one call only.
 """
 
 from collections.abc import Iterable, Mapping, Set
@@ -31,7 +31,7 @@ class BufferWrites:
 
     Args:
         root: the module that is traced.
-        leaves: the paths of the modules whose code is not.
+        leaves: the paths of the modules whose code is not traced.
     """
 
     def __init__(self, root: nn.Module, leaves: Set[str]) -> None:
@@ -47,7 +47,7 @@ class BufferWrites:
             if isinstance(value, Tensor)
         }
         self.root = root
-        self.unwritable: list[str] = []  # buffers that have become what a graph cannot make them
+        self.unwritable: list[str] = []  # buffers with a value that a graph cannot give them
 
     def take_back(self) -> dict[str, Node]:
         """Undo all assignments; of proxies, the nodes by the names of the buffers."""

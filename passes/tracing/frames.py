@@ -1,4 +1,4 @@
-"""Whose code is under way: the user's, or torch's and the tracer's."""
+"""Inspect the stack: whose code is running, the user's or torch's and the tracer's."""
 
 import dis
 import linecache

@@ -1,4 +1,4 @@
-"""What traced code is told, and what its graph checks of it in every call.
+"""Guards: the graph checks in every call what traced code branched on while it was traced.
 
 1. A number that is made of sizes of tensors, and of inputs that are no tensors, is compared with
    the answer that the code got. Of a list or a mapping among the inputs, its length or its keys
@@ -7,9 +7,9 @@
    count that follows from the size of what was cut.
 3. Properties that do not change with sizes, a dtype for instance, are not checked; nor are whole
    shapes and counts of elements that tell the count of channels which may be pruned.
-4. All else that is no tensor is computed from the values of tensors: code is not told of it.
-5. Torch looks at the numbers among its arguments before it sees that one is a proxy. Such a number
-   is passed on, not told: its check is taken back.
+4. All other numbers are computed from the values of tensors: code cannot branch on them.
+5. Torch reads the numbers among its arguments before it sees that one is a proxy. Such a number is
+   passed on, not branched on: its guard is removed.
 """
 
 import builtins
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-# functions and methods that tell nothing of the values of a tensor
+# functions and methods whose results do not depend on the values of a tensor
 _PROPERTIES = frozenset([
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "get_device",
     "type", "element_size", "getattr", "is_contiguous", "is_floating_point", "is_complex",
@@ -92,7 +92,7 @@ def _at_least(size: Any, length: Any) -> Any:
 
 
 class Guards:
-    """The answers that code has got, and their checks in one graph.
+    """The guards of one graph.
 
     Args:
         call: makes a traced call of a function.
@@ -113,7 +113,7 @@ class Guards:
         self.cut: dict[Node, _Cut] = {}  # by the node of the pieces
 
     def note(self, made: Any, args: Any, kwargs: Any) -> None:
-        """Remember what `made`, a proxy of a new call, is made of."""
+        """Record what `made`, a proxy of a new call, is computed from."""
         made.node.meta[_ORIGIN] = _made_of(made.node, made.concrete)
         place = _SPLITTING.get(_name(made.node))
         if place is not None:
@@ -122,7 +122,7 @@ class Guards:
             self.cut[made.node] = _Cut(_name(made.node), args[0], given[0] if given else 0, dim)
 
     def guard_number(self, asked: Any, frame: FrameType) -> None:
-        """Check that `asked`, a proxy of a number, is what `frame` is told.
+        """Guard `asked`, a proxy of a number that the code in `frame` reads.
 
         Raises:
             TypeError: it depends on the values of tensors.
@@ -139,7 +139,7 @@ class Guards:
                     self._insist("value", asked, frame, lambda: self._equal(asked, number))
 
     def guard_items(self, container: Any, frame: FrameType) -> None:
-        """Check that `container`, a proxy, has as many items as it has now, or the same keys."""
+        """Guard the number of items, or the keys, of `container`, a proxy."""
         value = container.concrete
         if isinstance(value, torch.Size):
             self.guard_ranks()
@@ -152,16 +152,16 @@ class Guards:
                 self.guard_number(pieces, frame)
 
     def guard_kind(self, asked: Any) -> None:
-        """Check that `asked`, a proxy, is of its present kind, if it is an input or lies in one."""
+        """Guard the class of `asked`, a proxy, if it is an input or lies in one."""
         if is_given(asked.node):
             self._guard_answer(kind_of, asked, kind_of(asked.concrete))
 
     def guard_none(self, asked: Any) -> None:
-        """Check that `asked`, a proxy of an item of a container, is None, as it is now."""
+        """Guard that `asked`, a proxy of an item of a container, is None."""
         self._guard_answer(kind_of, asked, kind_of(None))
 
     def guard_ranks(self) -> None:
-        """Check that the inputs have as many dimensions as they have now."""
+        """Guard the number of dimensions of the inputs."""
         inputs, self.inputs = self.inputs, []
         for tensor in inputs:
             rank = tensor.tracer.create_proxy("call_method", "dim", (tensor,), {})
@@ -175,7 +175,7 @@ class Guards:
         return [self.call(operator.eq, asked, value)]
 
     def _guard_answer(self, question: Callable[[Any], Any], asked: Any, answer: Any) -> None:
-        """Check that `question` is answered alike. It is not torch that asks."""
+        """Guard the answer to `question`, which user code asks, not torch."""
 
         def compare() -> list[Any]:
             found = self.call(question, asked)
@@ -202,7 +202,7 @@ class Guards:
         self.asked = [*earlier, *now]
 
     def passed_on(self, node: Node) -> None:
-        """Take back the checks of numbers that `node`, a new call, is given in one instruction."""
+        """Remove the guards of numbers that `node`, a new call, is given in one instruction."""
         asked, self.asked = self.asked, []
         for own in asked:
             if own.node in node.all_input_nodes and own.under_way():
@@ -213,7 +213,7 @@ class Guards:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Which instruction asked for a number, and the nodes of the check, each behind its users."""
+    """Which instruction asked for a number, and the nodes of its guard, each after its users."""
 
     frame: FrameType
     instruction: int
@@ -229,7 +229,7 @@ class _Asked:
 
 
 def kind_of(value: Any) -> str:
-    """What code that asks for the class of an input tells apart."""
+    """The class of an input, as far as code that asks for it can distinguish."""
     kinds: dict[str, Any] = {
         "tensor": Tensor,
         "bool": bool,

@@ -112,7 +112,7 @@ def _why_not(
 
 
 def _last_linear_layers(root: fx.GraphModule, analysis: ChannelAnalysis) -> frozenset[str]:
-    """The linear layers with no layer behind any of their calls."""
+    """The linear layers with no layer after any of their calls."""
     leads_to_layer: set[Node] = set()
     followed: dict[str, bool] = {}
     for node in reversed(root.graph.nodes):
@@ -156,7 +156,7 @@ def _norm_gate(root: nn.Module, name: str, channels: int, dim: int) -> ChannelGa
 
 
 def _gate_names(plan: GatePlan) -> dict[tuple[str, int], str]:
-    """A name for the gate behind every call, of its own: `a.b` and `a_b` are two norms."""
+    """A unique name for the gate after every call: `a.b` and `a_b` are two norms."""
     names: dict[tuple[str, int], str] = {}
     taken: set[str] = set()
     for name, call in plan.norms:
@@ -175,7 +175,7 @@ def _what_it_reads(node: Node) -> str:
 
 
 def _follow_norms(graph: fx.Graph, plan: GatePlan, gates: dict[tuple[str, int], str]) -> None:
-    """Let the gates, by the call of the norm that they stand behind, follow in `graph`.
+    """Insert the gates, given by the call of the norm that they follow, into `graph`.
 
     In training a norm may be called more often, or in another order: a call has the gate of that
     which reads the same, the last one if there are several more.

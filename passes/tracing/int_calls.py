@@ -1,8 +1,8 @@
-"""Calls of `int`: code that cuts a quotient of sizes goes on with a value of the graph.
+"""Calls of `int`: truncating a quotient of sizes stays symbolic, a value of the graph.
 
-`int(x)` returns a number of Python's own whatever `x` says, and so would tell code what holds for
-one size. Where the calls of `int` are all that a function does with this name, they become calls of
-another function while the model is traced.
+`int(x)` always returns a Python number, and so would specialise code to one size. Where a function
+uses the name `int` for calls only, these become calls of another function while the model is
+traced.
 """
 
 import builtins

@@ -1,7 +1,7 @@
-"""Lists and dicts that code hands to a leaf, which may overwrite them.
+"""Leaf arguments: lists and dicts that code passes to a leaf, which may overwrite them.
 
-A leaf is given plain ones, that hold the values. Where it leaves something else in one, the graph
-makes it before the call, and code that reads it later reads it as the call has left it.
+A leaf is given plain containers of values. Where it changes one, the graph builds the container
+before the call, and later reads of it depend on the call.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dspfx.utils.pytree import leaves
 
 
 class LeafArguments:
-    """What a leaf is given.
+    """The arguments of one call of a leaf.
 
     Args:
         args, kwargs: the values themselves, in containers that are the leaf's own.
@@ -41,7 +41,7 @@ class LeafArguments:
             raise TypeError("a module overwrites a container that lies in another one")
 
     def write_back(self, leaf: ConcreteProxy, args: tuple[Any, ...]) -> None:
-        """Let what code has handed to `leaf`, its `args`, hold what is left in it now."""
+        """Update `args`, the containers that code passed to `leaf`, to their present contents."""
         tracer: Any = leaf.tracer
         for place, same in self._left.items():
             own: Any = args[place]

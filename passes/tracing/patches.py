@@ -1,4 +1,4 @@
-"""What is exchanged while a model is traced, so that its code takes proxies for values."""
+"""Patches of torch and builtins while a model is traced, so that its code accepts proxies."""
 
 import builtins
 import sys
@@ -18,12 +18,12 @@ from torch.utils.checkpoint import CheckpointFunction
 from dspfx.passes.tracing.frames import is_machinery
 from dspfx.passes.tracing.proxy import ConcreteProxy
 
-# nothing in the arguments of these, sizes or types, tells fx of a proxy
+# fx does not see a proxy among the arguments of these, sizes or types
 FACTORIES = (
     *("arange", "zeros", "ones", "full", "empty", "linspace", "eye"),
     *("tensor", "as_tensor", "finfo", "iinfo"),
 )
-# methods that do not tell fx of a proxy among their sizes, of a tensor that is none
+# methods of real tensors: fx does not see a proxy among their sizes
 METHODS = ("expand", "roll", "new_zeros", "new_ones", "new_empty")
 # of numbers alone they are values too, but other ones in every call
 RANDOM = ("rand", "randn", "randint", "randperm", "normal")
@@ -43,7 +43,7 @@ def patched(
     training: bool,
     recording: Callable[[], bool],
 ) -> ExitStack:
-    """Exchange it, until the result is closed.
+    """Apply the patches, until the result is closed.
 
     Args:
         call: makes a traced call of a function.
@@ -69,7 +69,7 @@ def patched(
 
 
 def factories_traced(call: Callable[..., Any], recording: Callable[[], bool]) -> ExitStack:
-    """Exchange the functions that make tensors of numbers alone; see `patched`."""
+    """Patch the functions that make tensors of numbers alone; see `patched`."""
     stack = ExitStack()
     for name in FACTORIES + RANDOM:
         record = recording if name in RANDOM else lambda: False
@@ -158,12 +158,12 @@ def _is_instance(item: Any, kinds: Any) -> bool:
 
 
 def _length(item: Any) -> Any:
-    """`len`, which of a tensor is a size of it."""
+    """`len`, which returns the first size of a tensor."""
     if type(item) is not ConcreteProxy or not _isinstance(item.concrete, Tensor):
         return _len(item)
     return _len(item) if is_machinery(sys._getframe(1)) else item.size(0)
 
 
 def _is_grad_enabled() -> bool:
-    """Code that asks is told that there are no gradients."""
+    """Report to code that gradients are disabled."""
     return is_machinery(sys._getframe(1)) and _records()

@@ -1,7 +1,7 @@
-"""What stands for a value while a model is traced, and knows the value that it had in this run.
+"""Concrete proxies: symbolic values that also hold the concrete value of this run.
 
-Code that asks it for a number (`len`, `int`, `if x.shape[2] > 32`, iteration, unpacking) is
-answered from it; `guards` makes sure that the answers stay true.
+Code that asks for a number (`len`, `int`, `if x.shape[2] > 32`, iteration, unpacking) gets the
+concrete one; `guards` checks in every call that it still holds.
 """
 
 import math
@@ -162,7 +162,7 @@ class ConcreteProxy(Proxy):
         return self._product(other, self)
 
     def _product(self, left: Any, right: Any) -> Any:
-        """Code that makes a list of as many items is told how many."""
+        """The number of items, for code that makes a list of them."""
         if type(left) in (list, tuple) and isinstance(right.concrete, int):
             return left * int(right)
         if type(right) in (list, tuple) and isinstance(left.concrete, int):

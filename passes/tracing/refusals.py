@@ -1,4 +1,4 @@
-"""What a tracer refuses, and whose code it is."""
+"""Refusals of the tracer: the reason, and the module whose code is to stay untraced."""
 
 from dspfx.passes.tracing.aliases import StaleValueError
 

@@ -1,4 +1,4 @@
-"""From a module to graphs.
+"""Tracing: from a module to its `fx` graphs for evaluation and training.
 
 1. The model is copied by `copy_model`; the original is only read.
 2. The copy is traced with example inputs at hand, so that its code may count, compare and iterate
@@ -7,9 +7,9 @@
 3. It is traced twice, in evaluation and in training mode, since `self.training` is a constant
    to the tracer: a functional dropout or an auxiliary head exists in one mode only. Where the
    two graphs agree there is one graph.
-4. In-place operations are followed by their readers: whoever reads a value after it was
-   overwritten reads the node that wrote it, so that values and nodes are the same thing. Where an
-   unknown function overwrote an argument, they read `as_left_by(x, call)`.
+4. In-place operations are functionalised: reads of a value after it was overwritten become reads
+   of the node that wrote it, so that every node is one value. Where an unknown function overwrote
+   an argument, they read `as_left_by(x, call)`.
    An input that is overwritten is a copy of it, until the graph ends with `x.copy_(...)`.
 5. Functional calls on a module's own parameters become calls of the module (`lift`).
 6. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
@@ -189,7 +189,7 @@ def _signature(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def _follow_writes(graph: fx.Graph, root: nn.Module) -> dict[Node, Node]:
-    """Let whoever reads a value after it was overwritten read what it has become.
+    """Make reads of a value after it was overwritten read the node that overwrote it.
 
     Returns:
         What each value that was overwritten has become in the end.
@@ -218,7 +218,7 @@ def _last(value: Node, became: Mapping[Node, Node]) -> Node:
 
 
 def _write_inputs(graph: fx.Graph, became: Mapping[Node, Node]) -> None:
-    """Let a copy of an input be overwritten, and the input itself, which is the caller's, last."""
+    """Overwrite a copy of an input; the caller's input itself is written at the end."""
     inputs = graph.find_nodes(op="placeholder")
     for given in [n for n in graph.nodes if n.meta.pop(WRITTEN_INPUT, False)]:
         with graph.inserting_after(inputs[-1] if given.op == "placeholder" else given):

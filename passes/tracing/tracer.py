@@ -1,6 +1,6 @@
-"""An `fx` tracer that runs the model while it traces it.
+"""Concrete tracing: an `fx` tracer that executes the model while it records the graph.
 
-Every proxy knows the value that it had with the example inputs (`proxy`), and the code is
+Every proxy holds the value that it has with the example inputs (`proxy`), and the code is
 specialised to what it asks of them (`guards`).
 """
 
@@ -63,11 +63,11 @@ class ConcreteTracer(fx.Tracer):
         self.own_gradients = OwnGradients(self._as_leaf)
         self.aliases = Aliases()
         self.constants: dict[int, Tensor] = {}  # of buffers that code has made, by their `id`
-        self.leaf_arguments: LeafArguments | None = None  # what the last leaf was given
+        self.leaf_arguments: LeafArguments | None = None  # of the last leaf
         self.ints = ints  # the code whose calls of `int` are traced
         self.calls_int: set[CodeType] = set()  # that which has called it of a proxy
         self.failed_in: str | None = None
-        self.modules = [""]  # the paths of those whose code is under way, the innermost last
+        self.modules = [""]  # the paths of those whose code is running, the innermost last
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
         """The graph of `root`.
@@ -172,7 +172,7 @@ class ConcreteTracer(fx.Tracer):
         return self.create_proxy("call_method", name, args, kwargs)
 
     def _as_leaf(self, function: Callable[[Any], Any], given: Any) -> Any:
-        """What `function` makes of the values of what it is given; nothing in it is traced."""
+        """The result of `function` on the values of its arguments; nothing in it is traced."""
         outside, self.executing = self.executing, True
         try:
             with generators_kept(self.generators):
@@ -184,7 +184,7 @@ class ConcreteTracer(fx.Tracer):
         return line_under_way(ConcreteTracer.trace_concretely.__code__)
 
     def create_arg(self, a: Any) -> Any:
-        """A proxy is one, whatever it pretends to be; a container of its own class is made."""
+        """A proxy is passed on as it is; containers of classes of their own are built by a node."""
         if type(a) is not ConcreteProxy:
             return super().create_arg(a) if (made := construction(a)) is None else self._make(*made)
         if a.tracer is not self:
@@ -238,7 +238,7 @@ class ConcreteTracer(fx.Tracer):
         return self._item(proxy) if is_item(proxy.node) else proxy
 
     def _note_writes(self, node: Node, written: list[Any]) -> None:
-        """Remember that the call `node` has overwritten the values `written`."""
+        """Record that the call `node` has overwritten the values `written`."""
         for value in written:
             if isinstance(value, Tensor):
                 raise TypeError(f"'{node.name}' writes into a tensor that the code has made")
@@ -263,17 +263,17 @@ class ConcreteTracer(fx.Tracer):
         return proxy
 
     def told(self, proxy: ConcreteProxy, frame: FrameType) -> None:
-        """Code, in `frame`, is told what `proxy` is."""
+        """Code in `frame` reads the value of `proxy`."""
         if not self.executing:
             self.guards.guard_number(proxy, frame)
 
     def told_items(self, container: ConcreteProxy, frame: FrameType) -> None:
-        """Code, in `frame`, is told how many items a container has, or which keys."""
+        """Code in `frame` reads the number of items of a container, or its keys."""
         if not self.executing:
             self.guards.guard_items(container, frame)
 
     def told_rank(self) -> None:
-        """Code is told how many dimensions a tensor has."""
+        """Code reads the number of dimensions of a tensor."""
         if not self.executing:
             self.guards.guard_ranks()
 
@@ -297,7 +297,7 @@ class ConcreteTracer(fx.Tracer):
 
     @contextmanager
     def _inside(self, module: nn.Module) -> Iterator[None]:
-        """The code of `module` is under way, if it is traced."""
+        """Mark the code of `module` as running, if it is traced."""
         path = self.path_of_module(module)
         traced = not self.is_leaf_module(module, path)
         self.modules.append(path if traced else self.modules[-1])

@@ -1,9 +1,9 @@
-"""What autograd does not record in the model, it does not in the graph: `with torch.no_grad()`.
+"""`torch.no_grad()` blocks: the graph detaches what autograd does not record in the model.
 
-1. Nodes that are made while recording is off are unrecorded. Where a recorded one reads them, it
-   reads them detached; among themselves they need nothing.
-2. What an unrecorded call writes into parameters and buffers is detached. Into a tensor that has a
-   history, and keeps it, no traced call can write: that is refused.
+1. Nodes that are made while gradients are disabled are unrecorded. A recorded node reads them
+   detached; among themselves nothing is inserted.
+2. What an unrecorded call writes into parameters and buffers is detached. A write into a tensor
+   that requires a gradient and keeps its history cannot be traced, and is refused.
 """
 
 import operator
@@ -28,7 +28,7 @@ class Unrecorded:
         self.nodes: set[Node] = set()
 
     def note(self, node: Node) -> None:
-        """Remember of `node`, a new one, whether it is unrecorded, as are parts of what is."""
+        """Record whether `node`, a new one, is unrecorded, as are items of unrecorded values."""
         off = node.op.startswith("call") and not torch.is_grad_enabled()
         part = node.target in (operator.getitem, getattr) and node.all_input_nodes[0] in self.nodes
         if off or part:
@@ -54,7 +54,7 @@ class Unrecorded:
         return target, *map_aggregate(values, detached)
 
     def refuse(self, written: Any) -> None:
-        """Look at what an unrecorded call, of any kind, has overwritten.
+        """Check what an unrecorded call, of any kind, has overwritten.
 
         Raises:
             TypeError: its history cannot be kept.

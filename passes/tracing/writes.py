@@ -1,4 +1,4 @@
-"""In-place writes: which of its arguments a call has overwritten, wherever their tensors lie."""
+"""In-place writes: which of its arguments, nested or not, a call has overwritten."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class Arguments:
         ]
 
     def overwritten(self) -> list[Any]:
-        """Those that are other than they were: tensors, and proxies of tensors or containers."""
+        """The arguments that have changed: tensors, and proxies of tensors or containers."""
         changed = {
             id(value): value
             for value, x, version, copied in self._before

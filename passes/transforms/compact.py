@@ -73,8 +73,8 @@ class _Emitter:
         self.graph = fx.Graph()
         self.env: dict[Node, Any] = {}
         self.aligned: dict[tuple[Node, bytes], Node] = {}
-        self.taken: dict[str, int] = defaultdict(int)  # how often a name was asked for
-        self.emitted: dict[tuple[object, ...], str] = {}  # modules, by whose they are and the plan
+        self.taken: dict[str, int] = defaultdict(int)  # the last number given to a name
+        self.emitted: dict[tuple[object, ...], str] = {}  # modules, by original module and plan
         self.constants: dict[Node, Tensor] = {}
         self.copies: dict[tuple[Node, Node], Node] = {}  # of values, by the call that overwrites
         self.computed: set[Node] = set()
@@ -83,7 +83,7 @@ class _Emitter:
         self.device = device_of(source)
 
     def finish(self) -> Compacted:
-        fx.GraphModule(self.root, self.graph)  # purity of calls is asked of the owner
+        fx.GraphModule(self.root, self.graph)  # fx looks up purity of calls in the owning module
         remove_unused(self.graph, self.root)
         self.graph.lint()
         alive = set(self.graph.nodes)
@@ -94,7 +94,7 @@ class _Emitter:
     def emit(self, node: Node) -> None:
         op = self.analysis.ops.get(node)
         if op is not None and not isinstance(op, Query) and node not in self.plan.order:
-            return  # nobody needs it
+            return  # dead code
         match op:
             case Query(constant=int(size)):
                 self.env[node] = size
@@ -132,7 +132,7 @@ class _Emitter:
         return aligned | self._own_copies(node, aligned)
 
     def _own_copies(self, node: Node, operands: dict[Node, Node]) -> dict[Node, Node]:
-        """Copies of what `node` overwrites unseen: the operand may be another value's memory here.
+        """Copies of operands that `node` overwrites in place: their memory may be shared here.
 
         Also for `as_left_by(x, call)`, which is `x` as that call has left it.
         """
@@ -196,7 +196,7 @@ class _Emitter:
         return self._constant_buffer(node, f"_{node.name}", cut)
 
     def _constant_buffer(self, node: Node, name: str, value: Tensor) -> Node:
-        """What is read in place of the `Constant` node."""
+        """The buffer that replaces a `Constant` node."""
         target = self._put(name, value)
         if node in self.computed:
             self.computed_buffers[target] = node
@@ -315,7 +315,7 @@ class _Emitter:
     # -- modules and buffers -----------------------------------------------------------------
 
     def _module(self, name: str, key: tuple[object, ...], make: Callable[[], nn.Module]) -> str:
-        """Where what was emitted for `key` is; it is made, under `name`, for its first call."""
+        """The path of the module for `key`, which is made, under `name`, on its first use."""
         if key not in self.emitted:
             self.emitted[key] = self._put(name, make())
         return self.emitted[key]

@@ -1,4 +1,4 @@
-"""What is left of a module: its masked weight, its channels, and no parts that nobody names."""
+"""Slice modules to their kept channels, fold masks and norms in, and remove what is unused."""
 
 import copy
 from typing import Any
@@ -87,14 +87,14 @@ def device_of(root: nn.Module) -> torch.device:
 
 
 def remove_unused(graph: fx.Graph, root: nn.Module) -> None:
-    """Drop nodes nobody reads, and then the modules and buffers no node names."""
+    """Remove dead nodes, and then the modules and buffers that no node uses."""
     operators.remove_dead_code(graph)
     named = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     _prune_tree(root, "", named)
 
 
 def _prune_tree(module: nn.Module, prefix: str, named: set[str]) -> bool:
-    """Remove from `module` what is not named; whether anything is left of it."""
+    """Remove what is not in `named` from `module`; whether anything is left of it."""
     if prefix[:-1] in named:
         return True
     for name, child in list(module.named_children()):

@@ -1,4 +1,4 @@
-"""What a network costs as it is emitted: the zeros that fill up its forms included.
+"""Cost of the emitted network: including the zeros that fill up the forms of its layers.
 
 1. A layer costs what its lowering has, not what its masks leave.
 2. A batch norm that is folded into a layer costs nothing; the layer has a bias then.
@@ -37,7 +37,7 @@ def emitted_costs(
 
 
 def emitted_total(analysis: ChannelAnalysis, live: Liveness, plan: CompactionPlan) -> Cost:
-    """Of the whole model: MACs for every call, parameters once for every module emitted."""
+    """The cost of the model: MACs for every call, parameters once for every module emitted."""
     forms: dict[Node, object] = {
         node: (node in plan.folded, None if order is None else order.tobytes())
         for node, order in plan.order.items()
@@ -79,7 +79,7 @@ def kept_ties(analysis: ChannelAnalysis, plan: CompactionPlan) -> list[Tie]:
 
 
 def broken_ties(analysis: ChannelAnalysis, plan: CompactionPlan) -> tuple[str, ...]:
-    """Of parameters that were shared, and of which two emitted modules have each their own."""
+    """Parameters that were shared, and are stored twice because two emitted modules differ."""
     kept = kept_ties(analysis, plan)
     return tuple(
         f"{tie.name} and {tie.owner_name} share a parameter, of which not the same is left: in the "

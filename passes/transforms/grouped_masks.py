@@ -53,7 +53,7 @@ def grouped_masks(
 
     Args:
         analysis: of the evaluation graph.
-        plan: made anew or read from a file.
+        plan: computed, or read from a file.
         masks: of the gated layers by name, bool `[O, C/S]`, with their consequences drawn.
     """
     found = []

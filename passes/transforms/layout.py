@@ -1,4 +1,4 @@
-"""In which order channels are stored, so that what groups read and write lies side by side.
+"""Layout: the order in which channels are stored, so that groups read and write contiguous ones.
 
 Channels that are added to each other share a place in every tensor they are in: the order is one of
 coupling classes. Every layer would like
@@ -10,9 +10,9 @@ coupling classes. Every layer would like
 3. what it writes to a stream side by side, and what is used of the stream, where that is not all:
    then the rest is padding, or cut off.
 
-The layer that saves the most time by it has its way first; the others sort within what is left
-open, every second stretch backwards, so that the ends of neighbouring stretches meet.
-Channels whose place the user sees keep it.
+The layer that saves the most time by it comes first; the others sort within ranges that are still
+unordered, every second range backwards, so that the ends of neighbouring ranges meet.
+Pinned channels keep their place.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""From liveness to a plan: which channels every compact value holds, and in which order.
+"""Planning: from liveness to the channels that every compact value holds, and their order.
 
 A compact value is a tensor that holds some channels of the original one; the others are zero or
 unread. Every operator wants its operands aligned to certain lists of channels:
@@ -80,7 +80,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class CompactionPlan:
-    """What `compact` does.
+    """The decisions that `compact` carries out.
 
     Attributes:
         order: for every node that is emitted, the original channels its tensor holds.

@@ -1,4 +1,4 @@
-"""What became of every layer, as plain data that a compact model can carry along."""
+"""Summary of a compaction, layer by layer, as plain data that a compact model carries."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ class LayerSummary:
 
     @property
     def follows(self) -> bool:
-        """Whether it has no gate since its filters go with the channels that they read."""
+        """Whether it needs no gate: its filters go with the channels that they read (depthwise)."""
         return not self.gated and self.why_not == ONE_CHANNEL_EACH
 
 
@@ -119,7 +119,7 @@ def summarise(
 
 
 def _fixed_row(node: Node, analysis: ChannelAnalysis, live: Liveness) -> LayerSummary:
-    """Of what does multiply-accumulates and is no layer with channels to prune."""
+    """The summary of an operator with multiply-accumulates but no channels to prune."""
     name = str(node.target) if node.op == "call_module" else node.name
     fixed = analysis.fixed
     before = Cost(fixed.macs[node], max(0, fixed.parameters.get(node, 0)))

@@ -1,4 +1,4 @@
-"""From the compact graph of evaluation to that of training, where the code differs in a flag only.
+"""Derive the compact training graph from the evaluation graph, where they differ in flags only.
 
 Functional dropout and stochastic depth are told by `training=` whether the model is in training.
 Two graphs that are the same but for such flags have the same channels, so that what one was

@@ -1,4 +1,4 @@
-"""Proof by running: masked and compact model on the same random inputs, node by node if need be.
+"""Verification by execution: masked and compact model agree on random inputs in float64.
 
 The masked model is copied to float64 and compacted there, by the same plan, so that only a real
 difference shows; layers that cast to a narrower type inside cast to float64 then. A model that
@@ -91,7 +91,7 @@ def _at_another_size(masked: fx.GraphModule, compact: fx.GraphModule, inputs: An
 
 
 def _outputs(module: fx.GraphModule, inputs: Any) -> Any:
-    """What `module` computes; it draws the same at every call, and remembers none of them."""
+    """The results of `module`; random numbers are equal in every call, and state is restored."""
     with _drawing_alike(inputs), state_kept(module, written=list(module.buffers())):
         return module.forward(*fresh(inputs))  # a call would print where it fails
 
@@ -181,7 +181,7 @@ def _random(inputs: Any, generator: torch.Generator) -> Any:
 
 
 class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Whoever asks for a narrower floating type is given float64, as some norms do."""
+    """Replace narrower floating types by float64 where code asks for them, as some norms do."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -57,7 +57,7 @@ Settings = tuple[list[int], list[int], list[int], list[int]]
 
 @functools.cache
 def _library() -> Any:
-    """Make the operator known to torch, with an implementation for every device."""
+    """Register the operators with torch, with an implementation for every device."""
     library: Any = torch.library.Library("dspfx", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema, name, portable, fake in (
         (ONE, "group_conv2d", _one, _one_fake),
@@ -71,7 +71,7 @@ def _library() -> Any:
 
 @functools.cache
 def filters_in_a_block() -> int:
-    """In blocks of how many filters the kernel takes its weight; it is built where need be."""
+    """How many filters the kernel packs into one block; it is built if necessary."""
     if not built():
         return PORTABLE_BLOCK
     return int(torch.ops.dspfx.filters_in_a_block())
@@ -118,7 +118,7 @@ def built() -> bool:
 
 
 def _build_name(isa: str) -> str:
-    """A folder of its own for everything that the build depends on."""
+    """The build folder: a different one for everything that the build depends on."""
     sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
     digest = hashlib.sha256(sources).hexdigest()[:12]
     return as_file_name(f"native {torch.__version__} {processor()} {isa} {digest}")
@@ -186,7 +186,7 @@ def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
 
 
 def as_text(layers: Iterable[Sequence[int]]) -> str:
-    """The numbers of layers, as the operator is given them; inductor cannot quote line breaks."""
+    """The numbers of layers as the operator's text argument; inductor cannot quote line breaks."""
     return " ".join(str(number) for numbers in layers for number in numbers)
 
 
@@ -197,7 +197,7 @@ def as_numbers(layers: str) -> list[list[int]]:
 
 
 def described(layers: str) -> Iterator[tuple[Sequence[int], Settings, int]]:
-    """Of each layer kind, source, residual, groups and filters; its settings; its activation."""
+    """For each layer: kind, source, residual, groups and filters; settings; activation."""
     for own in as_numbers(layers):
         yield own[:5], (own[5:7], own[7:9], own[9:11], own[11:13]), own[13]
 
@@ -209,7 +209,7 @@ def transformed(weight: Tensor) -> Tensor:
 
 
 def untransformed(weight: Tensor) -> Tensor:
-    """What `transformed` was given, but for rounding."""
+    """The inverse of `transformed`, up to rounding."""
     points = torch.tensor(POINTS, dtype=torch.float64, device=weight.device)
     return torch.einsum("kp,fpcw->fckw", torch.linalg.pinv(points), weight.double()).to(
         weight.dtype
@@ -243,7 +243,7 @@ def _run(
     layers: str,
     outputs: list[int],
 ) -> list[Tensor]:
-    """The same by torch's convolutions, one for each group, on any device."""
+    """The portable implementation: one of torch's convolutions for each group, on any device."""
     values = list(inputs)
     for layer in unpacked(weight, plan, layers):
         x, (_, stride, padding, dilation) = values[layer.source], layer.settings
@@ -339,7 +339,7 @@ def _no_gradient(*args: Any) -> Any:
 
 @contextmanager
 def _own_programs_on_path() -> Iterator[None]:
-    """A `ninja` that lies beside this Python is found although the environment is not active."""
+    """Find a `ninja` beside this Python although the environment is not active."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
     try:
