@@ -85,8 +85,8 @@ class GroupConv2d(nn.Module):
         ]
         self.register_buffer("weight", native.packed([g.weight for g in groups], self.block))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        plan = np.concatenate([[self.block, channels], *numbers]).astype(np.int64)
-        self.register_buffer("plan", torch.from_numpy(plan))
+        indices = np.concatenate([[self.block, channels], *numbers]).astype(np.int64)
+        self.register_buffer("indices", torch.from_numpy(indices))
         self.adds = added is not None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class GroupConv2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`[N, C, H, W]`, and a residual `[N, R, H', W']` if one is added, to `[N, O, H', W']`."""
         result: Tensor = torch.ops.dspfx.group_conv2d(
-            *(x, self.weight, self.bias, self.plan, residual, len(self.sizes), self.count),
+            *(x, self.weight, self.bias, self.indices, residual, len(self.sizes), self.count),
             *(*self.settings, native.ACTIVATIONS.index(self.activation)),
         )
         return result
@@ -150,9 +150,9 @@ class GroupConv2d(nn.Module):
 
     def _unpacked(self) -> native.Layer:
         weight: Any = self.weight
-        plan: Any = self.plan
+        indices: Any = self.indices
         (layer,) = native.unpacked(
-            weight, plan, native.as_text([self.numbers(0, 1 if self.adds else -1)])
+            weight, indices, native.as_text([self.numbers(0, 1 if self.adds else -1)])
         )
         return layer
 
@@ -234,11 +234,11 @@ class GroupConvRun(nn.Module):
         ]
         self.layers = native.as_text(numbers)
         parts: list[Any] = [layer for layer in layers if isinstance(layer, GroupConv2d)]
-        plan = [parts[0].plan[:1], *(part.plan[1:] for part in parts)]
+        indices = [parts[0].indices[:1], *(part.indices[1:] for part in parts)]
         bias = [p.weight.new_zeros(p.count) if p.bias is None else p.bias for p in parts]
         self.register_buffer("weight", torch.cat([part.weight for part in parts]))
         self.register_buffer("bias", torch.cat(bias))
-        self.register_buffer("plan", torch.cat(plan))
+        self.register_buffer("indices", torch.cat(indices))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the operator, which a process that unpickles may not have done."""
@@ -271,8 +271,8 @@ class GroupConvRun(nn.Module):
             numbers[number][0] = kind
             own = [weight for _, _, weight in layer.groups]
             weights += [native.transformed(w) for w in own] if by_winograd else own
-        plan: Any = self.plan
-        twin.weight = native.packed(weights, int(plan[0]))
+        indices: Any = self.indices
+        twin.weight = native.packed(weights, int(indices[0]))
         twin.layers = native.as_text(numbers)
         return twin
 
@@ -283,13 +283,13 @@ class GroupConvRun(nn.Module):
 
     def _unpacked(self) -> list[native.Layer]:
         weight: Any = self.weight
-        plan: Any = self.plan
-        return list(native.unpacked(weight, plan, self.layers))
+        indices: Any = self.indices
+        return list(native.unpacked(weight, indices, self.layers))
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The inputs, each `[N, C, H, W]`, to the values that are returned."""
         results: list[Tensor] = torch.ops.dspfx.group_conv_run(
-            list(inputs), self.weight, self.bias, self.plan, self.layers, self.outputs
+            list(inputs), self.weight, self.bias, self.indices, self.layers, self.outputs
         )
         return results
 
@@ -300,7 +300,7 @@ class GroupConvRun(nn.Module):
         Only where the kernel is built.
         """
         result: Tensor = torch.ops.dspfx.group_conv_run_seconds(
-            list(inputs), self.weight, self.bias, self.plan, self.layers, self.outputs
+            list(inputs), self.weight, self.bias, self.indices, self.layers, self.outputs
         )
         return result
 

@@ -1,4 +1,4 @@
-"""The project's own kernel: equal to torch's convolutions, and not to be led astray by a plan."""
+"""The project's own kernel: equal to torch's convolutions, and safe against damaged indices."""
 
 import contextlib
 import copy
@@ -128,7 +128,7 @@ def test_equal_to_convolutions(call: dict[str, Any]) -> None:
     wanted = expected(conv, x, residual, call["activation"])
     assert_equal(wanted, own(*given_too), 1e-5)
     assert torch.equal(own.whole(), conv.weight.float())
-    buffers: Any = (own.weight, own.bias, own.plan)
+    buffers: Any = (own.weight, own.bias, own.indices)
     numbers = native.as_text([own.numbers(0, len(given_too) * 2 - 3)])
     (portable,) = native._run(given_too, *buffers, numbers, [len(given_too)])
     assert_equal(wanted, portable, 1e-5)
@@ -204,7 +204,7 @@ def test_equal_to_the_reference_for_any_lists(call: dict[str, Any]) -> None:
     bias = torch.randn(call["filters"], generator=generator)
     own = GroupConv2d(call["settings"], groups, call["size"][1], call["filters"], bias)
     x = torch.randn(call["size"], generator=generator)
-    buffers: Any = (own.weight.double(), own.bias.double(), own.plan)
+    buffers: Any = (own.weight.double(), own.bias.double(), own.indices)
     (wanted,) = native._run([x.double()], *buffers, native.as_text([own.numbers(0, -1)]), [1])
     assert_equal(wanted.float(), own(laid_out(x, call["layout"])), 1e-5)
 
@@ -231,7 +231,7 @@ def test_winograd_is_equal_to_the_reference(call: dict[str, Any]) -> None:
         inputs.append(torch.randn(len(x), call["residual"], *size, generator=generator))
     last = len(inputs)
     run = GroupConvRun([own], [(0, 2 * last - 3)], last, [last])
-    buffers: Any = (run.weight.double(), run.bias.double(), run.plan)
+    buffers: Any = (run.weight.double(), run.bias.double(), run.indices)
     doubles = [given.double() for given in inputs]
     (wanted,) = native._run(doubles, *buffers, run.layers, run.outputs)
     assert run.transformable() == [0]
@@ -239,7 +239,7 @@ def test_winograd_is_equal_to_the_reference(call: dict[str, Any]) -> None:
     for _ in range(2):  # the second call finds the memory of the first
         (result,) = fast(*(laid_out(given, call["layout"]) for given in inputs))
         assert_equal(wanted.float(), result, 1e-5)
-    (portable,) = native._run(inputs, fast.weight, fast.bias, fast.plan, fast.layers, [last])
+    (portable,) = native._run(inputs, fast.weight, fast.bias, fast.indices, fast.layers, [last])
     assert_equal(wanted.float(), portable, 1e-5)
 
 
@@ -308,7 +308,7 @@ def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
     wanted = [values[number] for number in case["outputs"]]
     for _ in range(2):  # the second call finds the memory of the first
         assert_equal(wanted, run(*inputs), 1e-5)
-    buffers: Any = (run.weight, run.bias, run.plan)
+    buffers: Any = (run.weight, run.bias, run.indices)
     assert_equal(wanted, native._run(inputs, *buffers, run.layers, run.outputs), 1e-5)
 
 
@@ -381,12 +381,12 @@ def test_the_operators_are_such_that_torch_can_work_with_them() -> None:
     adding = own.remade(added=Added(5, np.arange(5)))
     x, residual = torch.randn(2, 6, 8, 8), torch.randn(2, 5, 8, 8)
     for conv, added in ((own, None), (adding, residual)):
-        args = (x, conv.weight, conv.bias, conv.plan, added, len(conv.sizes), conv.count)
+        args = (x, conv.weight, conv.bias, conv.indices, added, len(conv.sizes), conv.count)
         torch.library.opcheck(torch.ops.dspfx.group_conv2d.default, (*args, *conv.settings, 1))
     run = GroupConvRun([own, adding], [(0, -1), (0, 1)], 1, [2])
     torch.library.opcheck(
         torch.ops.dspfx.group_conv_run.default,
-        ([x], run.weight, run.bias, run.plan, run.layers, run.outputs),
+        ([x], run.weight, run.bias, run.indices, run.layers, run.outputs),
     )
 
 
@@ -439,10 +439,10 @@ def test_it_is_not_for_training() -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("plan", lambda t: t[:-1]),
-        ("plan", lambda t: torch.cat([t, t[-1:]])),
-        ("plan", lambda t: t.float()),
-        ("plan", lambda t: t[:0]),
+        ("indices", lambda t: t[:-1]),
+        ("indices", lambda t: torch.cat([t, t[-1:]])),
+        ("indices", lambda t: t.float()),
+        ("indices", lambda t: t[:0]),
         ("weight", lambda t: t[:-1]),
         ("weight", lambda t: t.double()),
         ("bias", lambda t: t[:-1]),
@@ -466,14 +466,14 @@ def test_a_damaged_plan_raises(name: str, change: Any) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> None:
-    """Each number of a plan is in turn something else: whatever is computed, memory is its own."""
+    """Each number of the indices is changed in turn: no memory outside is touched."""
     own, _ = layer(nn.Conv2d(6, 9, 3, padding=1), 2, seed=0)
     run = GroupConvRun(
         [own, own.remade(added=Added(9, np.arange(9)))], [(0, -1), (0, 1)], 1, [1, 2]
     )
     run = run.transformed(data.draw(st.sets(st.sampled_from([0, 1]))))
     layers = native.as_numbers(run.layers)
-    numbers: Any = data.draw(st.sampled_from([run.plan, *layers, run.outputs]))
+    numbers: Any = data.draw(st.sampled_from([run.indices, *layers, run.outputs]))
     place = data.draw(st.integers(0, len(numbers) - 1))
     numbers[place] = data.draw(st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62]))
     run.layers = native.as_text(layers)
@@ -514,7 +514,7 @@ def test_a_plan_that_changed_is_read_again() -> None:
     own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 1, seed=0, keep=1)
     x = torch.randn(2, 6, 8, 8)
     before = own(x)
-    own.plan[-6:] = torch.tensor([1, 0, 2, 3, 4, 5])
+    own.indices[-6:] = torch.tensor([1, 0, 2, 3, 4, 5])
     swapped = expected(conv, x[:, [1, 0, 2, 3, 4, 5]], None, "none")
     assert not torch.equal(before, own(x))
     assert_equal(swapped, own(x), 1e-5)
@@ -526,14 +526,14 @@ def test_an_input_that_does_not_fit_raises() -> None:
         with pytest.raises(RuntimeError):
             own(x)
     wide, numbers = torch.randn(2, 7, 8, 8), native.as_text([own.numbers(0, -1)])
-    for call in (own, lambda x: native._run([x], own.weight, own.bias, own.plan, numbers, [1])):
+    for call in (own, lambda x: native._run([x], own.weight, own.bias, own.indices, numbers, [1])):
         with pytest.raises(RuntimeError, match="an input of 6 channels, got 7"):
             call(wide)
     adding, x = own.remade(added=Added(5, np.arange(5))), torch.randn(2, 6, 8, 8)
     with pytest.raises(RuntimeError, match="residual"):
         adding(x, torch.randn(2, 5, 7, 8))
     numbers = native.as_text([adding.numbers(0, 1)])
-    buffers: Any = (adding.weight, adding.bias, adding.plan, numbers, [2])
+    buffers: Any = (adding.weight, adding.bias, adding.indices, numbers, [2])
     for call in (adding, lambda *inputs: native._run(list(inputs), *buffers)):
         with pytest.raises(RuntimeError, match="a residual of 5 channels, got 9"):
             call(x, torch.randn(2, 9, 8, 8))  # its first ones were added

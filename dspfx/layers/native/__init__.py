@@ -25,15 +25,15 @@ from dspfx.utils.cache import as_file_name, cache_folder, processor
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "group_conv.cpp"
-# a plan is explained in program.h, as are the numbers that describe a layer of a run; they are
+# indices and the numbers that describe a layer are explained in build_program.h; the latter are
 # passed as text, which torch hands on faster than numbers
 ONE = (
-    "group_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor plan, Tensor? residual, "
+    "group_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor indices, Tensor? residual, "
     "int groups, int filters, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
     "int activation) -> Tensor"
 )
 RUN = (
-    "group_conv_run(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, str layers, "
+    "group_conv_run(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor indices, str layers, "
     "int[] outputs) -> Tensor[]"
 )
 CONVOLUTION, MAX_POOL, WINOGRAD, AVERAGE_POOL = range(4)
@@ -126,7 +126,7 @@ def _build_name(isa: str) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a run, with its part of weights and plan.
+    """One layer of a run, with its part of weights and indices.
 
     Attributes:
         kind: CONVOLUTION or WINOGRAD, or one of `POOLS`, which have no groups. An average of a
@@ -154,20 +154,20 @@ class Layer:
     addends: int = 0
 
 
-def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
+def unpacked(weight: Tensor, indices: Tensor, layers: str) -> Iterator[Layer]:
     """The layers of a run, from what `group_conv_run` is given."""
-    block, plan = int(plan[0]), plan[1:]
+    block, indices = int(indices[0]), indices[1:]
     for (kind, source, residual, count, filters), settings, activation in described(layers):
         kernel = settings[0]
         if kind in POOLS:
-            yield Layer(kind, source, -1, settings, 0, -1, plan[:0], ())
+            yield Layer(kind, source, -1, settings, 0, -1, indices[:0], ())
             continue
-        channels, plan = int(plan[0]), plan[1:]
-        sizes, written = plan[: 2 * count], plan[2 * count : 2 * count + filters]
-        plan = plan[2 * count + filters :]
+        channels, indices = int(indices[0]), indices[1:]
+        sizes, written = indices[: 2 * count], indices[2 * count : 2 * count + filters]
+        indices = indices[2 * count + filters :]
         groups, left = [], written
         for size, reads in sizes.reshape(-1, 2).tolist():
-            inputs, plan = plan[:reads], plan[reads:]
+            inputs, indices = indices[:reads], indices[reads:]
             pieces = []
             shape = (len(POINTS), reads, kernel[1]) if kind == WINOGRAD else (reads, *kernel)
             for rows in rows_of_blocks(size, block):
@@ -180,7 +180,8 @@ def unpacked(weight: Tensor, plan: Tensor, layers: str) -> Iterator[Layer]:
             left = left[size:]
         added, addends = None, 0
         if residual >= 0:
-            addends, added, plan = int(plan[0]), plan[1 : filters + 1], plan[filters + 1 :]
+            addends, added = int(indices[0]), indices[1 : filters + 1]
+            indices = indices[filters + 1 :]
         told = kind, source, residual, settings, activation, channels
         yield Layer(*told, written, tuple(groups), added, addends)
 
@@ -239,13 +240,13 @@ def _run(
     inputs: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    plan: Tensor,
+    indices: Tensor,
     layers: str,
     outputs: list[int],
 ) -> list[Tensor]:
     """The portable implementation: one of torch's convolutions for each group, on any device."""
     values = list(inputs)
-    for layer in unpacked(weight, plan, layers):
+    for layer in unpacked(weight, indices, layers):
         x, (_, stride, padding, dilation) = values[layer.source], layer.settings
         if layer.kind in POOLS:
             values.append(_pool(x, layer))
@@ -291,7 +292,7 @@ def _run_fake(
     inputs: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    plan: Tensor,
+    indices: Tensor,
     layers: str,
     outputs: list[int],
 ) -> list[Tensor]:
@@ -305,13 +306,13 @@ def _run_fake(
 
 
 def _one(
-    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Tensor, *args: Any, run: Any = _run
+    x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, *args: Any, run: Any = _run
 ) -> Tensor:
     residual, groups, filters, kernel, stride, padding, dilation, activation = args
     inputs = [x] if residual is None else [x, residual]
     settings = (*kernel, *stride, *padding, *dilation)
     numbers = [CONVOLUTION, 0, len(inputs) * 2 - 3, groups, filters, *settings, activation]
-    result: Tensor = run(inputs, weight, bias, plan, as_text([numbers]), [len(inputs)])[0]
+    result: Tensor = run(inputs, weight, bias, indices, as_text([numbers]), [len(inputs)])[0]
     return result
 
 

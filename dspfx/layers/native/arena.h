@@ -1,4 +1,4 @@
-// Where every value lies in the arena, by liveness, and which zeros lie around its pixels.
+// Static memory planning: the place of every value in the arena, by liveness, and its zero padding.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace dspfx {
 
-// Values inside get the zeros that those need who read them as they are, and rows as long as those who
-// write them by strides have; all of a size the same, so that their pixels lie side by side.
+// Intermediate values get the zero padding that layers need which read them in place, and the row
+// length that strided writers have; all values of one size get the same, so that their pixels align.
 inline void choose_zeros(Program& p) {
   std::map<std::pair<int64_t, int64_t>, std::array<int64_t, 2>> zeros;
   for (const Layer& l : p.layers) {
@@ -44,9 +44,9 @@ inline void find_late_layers(Program& p) {
   }
 }
 
-// Gives every value inside a place in the arena for as long as it is read. A place is used for
-// values of one size only: its zeros stay what they are.
-inline void choose_places(Program& p) {
+// Gives every intermediate value a slot in the arena until its last read. A slot is reused for values
+// of the same size only: so its padding stays zero.
+inline void assign_slots(Program& p) {
   struct Slot {
     int64_t height, width, free_from, channels;
     bool late;

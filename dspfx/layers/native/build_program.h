@@ -1,4 +1,4 @@
-// What is computed from a plan and the sizes of the images, once.
+// Program construction: parse indices and layers, plan tiling and memory for given image sizes.
 
 #pragma once
 
@@ -8,12 +8,14 @@
 
 namespace dspfx {
 
-// Args: given: channels, height and width of every value that is given; layers: LAYER_NUMBERS
-// each: kind, source, residual or -1, groups, filters, kernel, stride, padding, dilation, activation.
-// Values are counted from the given ones on. Plan: the rows of a block for which the weights are
-// packed; then for each convolution the channels of its input, the sizes of its groups, filters and
-// inputs, its filters' channels, its groups' inputs, and if there is a residual its channels, and for
-// every channel of the result that of the residual or -1.
+// given: channels, height and width of every input of the run; values are numbered from these on.
+// layers: LAYER_NUMBERS each: kind, source, residual or -1, groups, filters, kernel, stride, padding,
+//   dilation, activation.
+// numbers (the indices): how many filters a packed block of weights has; then for each convolution
+//   1. the channels of its input,
+//   2. the size of each group: its filters and inputs,
+//   3. the output channel of every filter, and the input channels of every group,
+//   4. if there is a residual, its channels, and for every output channel that of the residual or -1.
 inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
                             c10::ArrayRef<int64_t> layers, c10::ArrayRef<int64_t> outputs,
                             c10::ArrayRef<int64_t> numbers, int64_t weights_given,
@@ -23,18 +25,18 @@ inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
     p.values.push_back({Value::GIVEN, channels, height, width});
   TORCH_CHECK(layers.size() % LAYER_NUMBERS == 0, "group_conv2d: ", LAYER_NUMBERS,
               " numbers are needed for a layer");
-  Reader plan(numbers), settings(layers);
-  const int64_t rows = plan.next(1)[0];
+  Reader indices(numbers), settings(layers);
+  const int64_t rows = indices.next(1)[0];
   TORCH_CHECK(rows == MOST_ROWS, "group_conv2d: the weight is packed in blocks of ", rows,
               " filters, this build takes ", MOST_ROWS);
   int64_t weights = 0, biases = 0;
   while (!settings.done())
-    read_layer(p, settings.next(LAYER_NUMBERS), plan, weights, biases);
-  TORCH_CHECK(plan.done(), "group_conv2d: the plan has more than its layers use");
-  TORCH_CHECK(weights == weights_given, "group_conv2d: the plan needs ", weights,
+    read_layer(p, settings.next(LAYER_NUMBERS), indices, weights, biases);
+  TORCH_CHECK(indices.done(), "group_conv2d: the indices have more than its layers use");
+  TORCH_CHECK(weights == weights_given, "group_conv2d: the indices need ", weights,
               " weights, there are ", weights_given);
   if (biases_given < 0) p.no_bias.resize(biases);
-  TORCH_CHECK(biases_given < 0 || biases == biases_given, "group_conv2d: the plan needs ",
+  TORCH_CHECK(biases_given < 0 || biases == biases_given, "group_conv2d: the indices need ",
               biases, " biases, there are ", biases_given);
   for (const int64_t number : outputs) {
     TORCH_CHECK(number >= static_cast<int64_t>(given.size()) &&
@@ -48,7 +50,7 @@ inline Program read_program(const std::vector<std::array<int64_t, 3>>& given,
     p.zeros.resize(std::max<size_t>(p.zeros.size(), v.width));
   choose_zeros(p);
   find_late_layers(p);
-  choose_places(p);
+  assign_slots(p);
   for (Layer& l : p.layers) {
     l.alone = cut_for(p, l, 1);
     l.together = cut_for(p, l, threads);

@@ -1,6 +1,6 @@
-// Computes a program. A run takes one image after the other through all its layers, so that what is
-// between them stays in the cache. Threads have images of their own; where there are too few, they
-// share every layer of one, and all of it is done before the next.
+// Execution: a run takes one image after the other through all its layers, so that intermediate
+// values stay in the cache. Threads compute images of their own; where there are too few images, they
+// share every layer of one, with a barrier between layers.
 
 #pragma once
 
@@ -43,7 +43,7 @@ struct Call {
   }
 };
 
-// A strip of an image: what it is computed from and written to.
+// A strip of an image: its input pixels and its target.
 struct Strip {
   const float* pixels;
   Target target;
@@ -54,8 +54,8 @@ struct Strip {
   }
 };
 
-// Weights come from far away, and once only: those of the next block are asked for early, some before
-// each tile.
+// Software prefetch: weights come from memory, and are used once; those of the next block are
+// prefetched, some before each tile.
 class Prefetch {
  public:
   Prefetch(const float* from, const float* until, int64_t tiles)
@@ -78,8 +78,8 @@ inline const OfRows<Compute>& kernels(const Layer& l, const Block& block) {
   return l.kind == AVERAGE_POOL ? POOL<true> : COMPUTE[block.rows];
 }
 
-// Blocks of filters that read the same pixels, tile by tile and part by part of the products: so the
-// pixels of a tile come from the first cache for all blocks but one.
+// Blocks of filters that read the same pixels, tile by tile and chunk by chunk of the sum: so the
+// pixels of a tile are in the L1 cache for all blocks but the first.
 inline void compute_tiles(const Layer& l, const Cut& cut, const Block* blocks, int64_t number,
                    const std::vector<Tile>& tiles, const float* weights, Strip& strip,
                    Prefetch& prefetch) {
@@ -126,7 +126,7 @@ inline void compute_direct(const Call& call, const Layer& l, const Cut& cut, int
   }
 }
 
-// The same by Winograd's algorithm.
+// The same with Winograd's algorithm.
 inline void compute_winograd(const Call& call, const Layer& l, const Cut& cut, int64_t number,
                       Strip* strips, int64_t images, int64_t from, int64_t until) {
   std::vector<BandVector> vectors;

@@ -15,7 +15,7 @@
 namespace dspfx {
 namespace {
 
-// `x` if its planes lie one behind the other in every image, as in a slice of channels, else a copy.
+// `x` if its planes are contiguous in every image, as in a slice of channels, else a copy.
 at::Tensor with_whole_planes(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.is_cpu(),
               "group_conv2d: images must be float32 tensors of 4 dimensions on the CPU");
@@ -33,11 +33,11 @@ std::vector<int64_t> as_numbers(const std::string& text) {
 }
 
 std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
-                                const std::optional<at::Tensor>& bias, const at::Tensor& plan,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& indices,
                                 const std::string& layers, at::IntArrayRef outputs,
                                 double* seconds) {
-  TORCH_CHECK(plan.scalar_type() == at::kLong && plan.is_contiguous() && plan.is_cpu(),
-              "group_conv2d: the plan must be a contiguous int64 tensor");
+  TORCH_CHECK(indices.scalar_type() == at::kLong && indices.is_contiguous() && indices.is_cpu(),
+              "group_conv2d: the indices must be a contiguous int64 tensor");
   TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.is_cpu(),
               "group_conv2d: the packed weight must be contiguous float32");
   TORCH_CHECK(!inputs.empty(), "group_conv2d: an image is needed");
@@ -55,8 +55,8 @@ std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
   }
   const int64_t biases = bias ? bias->numel() : -1;
   key.numbers.insert(key.numbers.end(), {static_cast<int64_t>(outputs.size()), weight.numel(), biases, threads});
-  const auto entry = Programs::instance().get(plan, std::move(key), [&] {
-    const c10::ArrayRef<int64_t> numbers(plan.const_data_ptr<int64_t>(), plan.numel());
+  const auto entry = Programs::instance().get(indices, std::move(key), [&] {
+    const c10::ArrayRef<int64_t> numbers(indices.const_data_ptr<int64_t>(), indices.numel());
     return read_program(sizes, as_numbers(layers), outputs, numbers, weight.numel(), biases, threads);
   });
   const Program& p = entry->program;
@@ -83,22 +83,22 @@ std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
 
 std::vector<at::Tensor> group_conv_run(at::TensorList inputs, const at::Tensor& weight,
                                        const std::optional<at::Tensor>& bias,
-                                       const at::Tensor& plan, const std::string& layers,
+                                       const at::Tensor& indices, const std::string& layers,
                                        at::IntArrayRef outputs) {
-  return compute(inputs, weight, bias, plan, layers, outputs, nullptr);
+  return compute(inputs, weight, bias, indices, layers, outputs, nullptr);
 }
 
 at::Tensor group_conv_run_seconds(at::TensorList inputs, const at::Tensor& weight,
-                                  const std::optional<at::Tensor>& bias, const at::Tensor& plan,
+                                  const std::optional<at::Tensor>& bias, const at::Tensor& indices,
                                   const std::string& layers, at::IntArrayRef outputs) {
   const int64_t count = static_cast<int64_t>(as_numbers(layers).size()) / LAYER_NUMBERS;
   const at::Tensor seconds = at::zeros({count}, at::kDouble);
-  compute(inputs, weight, bias, plan, layers, outputs, seconds.mutable_data_ptr<double>());
+  compute(inputs, weight, bias, indices, layers, outputs, seconds.mutable_data_ptr<double>());
   return seconds;
 }
 
 at::Tensor group_conv2d(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias, const at::Tensor& plan,
+                        const std::optional<at::Tensor>& bias, const at::Tensor& indices,
                         const std::optional<at::Tensor>& residual, int64_t groups, int64_t filters,
                         at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                         at::IntArrayRef dilation, int64_t activation) {
@@ -112,7 +112,7 @@ at::Tensor group_conv2d(const at::Tensor& x, const at::Tensor& weight,
   if (residual) inputs.push_back(*residual);
   std::string text;
   for (const int64_t number : layer) text += std::to_string(number) + ' ';
-  return group_conv_run(inputs, weight, bias, plan, text,
+  return group_conv_run(inputs, weight, bias, indices, text,
                         {static_cast<int64_t>(inputs.size())})[0];
 }
 
@@ -125,7 +125,7 @@ void refuse_gradient(const at::Tensor& x) {
 
 at::Tensor group_conv2d_without_gradient(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const at::Tensor& plan, const std::optional<at::Tensor>& residual, int64_t groups,
+    const at::Tensor& indices, const std::optional<at::Tensor>& residual, int64_t groups,
     int64_t filters, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t activation) {
   static const auto op = c10::Dispatcher::singleton()
@@ -134,20 +134,20 @@ at::Tensor group_conv2d_without_gradient(
   refuse_gradient(x), refuse_gradient(weight);
   if (residual) refuse_gradient(*residual);
   const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, weight, bias, plan, residual, groups, filters, kernel, stride, padding,
+  return op.call(x, weight, bias, indices, residual, groups, filters, kernel, stride, padding,
                  dilation, activation);
 }
 
 std::vector<at::Tensor> group_conv_run_without_gradient(
     at::TensorList inputs, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const at::Tensor& plan, const std::string& layers, at::IntArrayRef outputs) {
+    const at::Tensor& indices, const std::string& layers, at::IntArrayRef outputs) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("dspfx::group_conv_run", "")
                              .typed<decltype(group_conv_run)>();
   refuse_gradient(weight);
   for (const at::Tensor& x : inputs) refuse_gradient(x);
   const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(inputs, weight, bias, plan, layers, outputs);
+  return op.call(inputs, weight, bias, indices, layers, outputs);
 }
 
 }  // namespace
@@ -164,7 +164,7 @@ TORCH_LIBRARY_IMPL(dspfx, Autograd, m) {
 
 TORCH_LIBRARY_FRAGMENT(dspfx, m) {
   m.def("filters_in_a_block() -> int", &filters_in_a_block);
-  m.def("group_conv_run_seconds(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor plan, "
+  m.def("group_conv_run_seconds(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor indices, "
         "str layers, int[] outputs) -> Tensor", &group_conv_run_seconds);
 }
 

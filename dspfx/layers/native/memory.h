@@ -1,5 +1,5 @@
-// Memory that is kept: fresh pages cost a fault for every 4 KiB, each time, since malloc gives large
-// blocks back to the system.
+// Memory pool: malloc returns large blocks to the system, and new pages cost a page fault for every
+// 4 KiB.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Some filters times some vectors of pixels, held in registers:
+// Register-blocked microkernel: some filters times some vectors of pixels, sums held in registers:
 //
 //     y[o, p] = clamp(bias[o] + sum_k w[k, o] * pixels[offset[k] + p] + residual[o, p])
 
@@ -37,8 +37,8 @@ struct Segment {
   int64_t row, column;  // of the output
 };
 
-// A tile of pixels: where it begins among those of the strip and of the output, and what of it is
-// wanted. A direct one is stored as it is, zeros where the mask has no bits; others by segments.
+// A tile of pixels: its offset in the strip and in the output, and which of its pixels are valid. A
+// direct one is stored as it is, zeros where the mask has no bits; others are stored by segments.
 struct Tile {
   int64_t at, to, vectors;
   bool direct;
@@ -146,7 +146,7 @@ C10_ALWAYS_INLINE void accumulate(const float* weight, const Pixels& pixels, Vec
   }
 }
 
-// What a tile adds and where it is written, both far away, while its products are summed up.
+// Prefetches the residual and the output of a tile, both in memory, while its products are summed.
 template <int64_t R, int64_t V>
 C10_ALWAYS_INLINE void ask_for(const Tile& tile, const Target& target) {
   constexpr int64_t last = V * LANES - 1;
@@ -161,8 +161,8 @@ C10_ALWAYS_INLINE void ask_for(const Tile& tile, const Target& target) {
   }
 }
 
-// The sums of a tile for a part of the products: what is there of them so far is in `sums`, if this is
-// not the first part; after the last one they are finished.
+// Partial sums of a tile over a chunk of the products: the sums so far are in `sums`, except for the
+// first chunk; after the last one the epilogue is applied.
 struct PartialSums {
   bool first, last;
   float* sums;  // [filter][vector]

@@ -1,4 +1,4 @@
-// Copies strips of rows into the frames in which a layer reads them.
+// Copies strips of rows into the padded frames in which a layer reads them.
 
 #pragma once
 
@@ -19,7 +19,7 @@ inline void copy(float* to, const float* from, int64_t count) {
 }
 
 // Every `step`-th pixel. There are `before` pixels of the row before the first one that is taken, and
-// `behind` behind the last one: no others may be read.
+// `behind` after the last one: no others may be read.
 inline void copy(float* to, const float* from, int64_t count, int64_t step, int64_t before,
                  int64_t behind) {
   if (step == 1) return copy(to, from, count);
@@ -32,7 +32,7 @@ inline void copy(float* to, const float* from, int64_t count, int64_t step, int6
   };
   int64_t i = 0;
   for (; i + LANES < count; i += LANES) std::get<0>(pairs(from + 2 * i)).store(to + i);
-  // the last vector steps back; it has one pixel too many, before the first or behind the last
+  // the last vector steps back; it has one pixel too many, before the first or after the last
   const int64_t last = count - LANES;
   if (behind > 0) std::get<0>(pairs(from + 2 * last)).store(to + last);
   else std::get<1>(pairs(from + 2 * last - 1)).store(to + last);

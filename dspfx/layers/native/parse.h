@@ -1,4 +1,4 @@
-// Reads a plan, and checks all that it claims: a damaged one raises, and nothing is read outside.
+// Parses and validates indices: damaged ones raise, and nothing is read out of bounds.
 
 #pragma once
 
@@ -11,14 +11,14 @@
 
 namespace dspfx {
 
-// Reads the numbers of a plan one after the other, and no further.
+// Reads numbers one after the other, never past the end.
 class Reader {
  public:
   explicit Reader(c10::ArrayRef<int64_t> numbers) : left_(numbers) {}
 
   c10::ArrayRef<int64_t> next(int64_t count) {
     TORCH_CHECK(count >= 0 && count <= static_cast<int64_t>(left_.size()),
-                "group_conv2d: the plan ends too early");
+                "group_conv2d: the indices end too early");
     const auto found = left_.slice(0, count);
     left_ = left_.slice(count);
     return found;
@@ -30,12 +30,12 @@ class Reader {
 };
 
 inline void read_groups(Layer& l, const Value& source, int64_t groups, int64_t filters,
-                        Reader& plan, int64_t& weights) {
-  const int64_t channels = plan.next(1)[0];
+                        Reader& indices, int64_t& weights) {
+  const int64_t channels = indices.next(1)[0];
   TORCH_CHECK(source.channels == channels, "group_conv2d: expected an input of ", channels,
               " channels, got ", source.channels);
-  const auto sizes = plan.next(2 * groups);
-  l.filters = plan.next(filters).vec();
+  const auto sizes = indices.next(2 * groups);
+  l.filters = indices.next(filters).vec();
   std::vector<bool> written(filters, false);
   for (const int64_t o : l.filters) {
     TORCH_CHECK(o >= 0 && o < filters && !written[o], "group_conv2d: filter ", o,
@@ -46,8 +46,8 @@ inline void read_groups(Layer& l, const Value& source, int64_t groups, int64_t f
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t count = sizes[2 * g], reads = sizes[2 * g + 1];
     TORCH_CHECK(count >= 0 && count <= filters - first, "group_conv2d: group ", g,
-                " is larger than the plan");
-    const auto inputs = plan.next(reads);
+                " is larger than the indices");
+    const auto inputs = indices.next(reads);
     const int64_t start = static_cast<int64_t>(l.inputs.size());
     l.inputs.insert(l.inputs.end(), inputs.begin(), inputs.end());
     const int64_t blocks = (count + MOST_ROWS - 1) / MOST_ROWS;
@@ -58,7 +58,7 @@ inline void read_groups(Layer& l, const Value& source, int64_t groups, int64_t f
     }
     first += count;
   }
-  TORCH_CHECK(first == filters, "group_conv2d: the plan has more filters than its groups");
+  TORCH_CHECK(first == filters, "group_conv2d: the indices have more filters than its groups");
   std::vector<int64_t> place(source.channels, -1);
   for (const int64_t c : l.inputs) {
     TORCH_CHECK(c >= 0 && c < source.channels, "group_conv2d: input channel ", c,
@@ -78,8 +78,8 @@ inline void pool_channels(Layer& l, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) l.blocks.push_back({1, c, 0, l.taps(), c * l.taps()});
 }
 
-// A layer and the value that it computes, which is appended; all that a plan claims is checked.
-inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan, int64_t& weights,
+// Parses a layer, and appends it and its result; every number is validated.
+inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& indices, int64_t& weights,
                        int64_t& biases) {
   Layer l;
   TORCH_CHECK(numbers[0] >= CONVOLUTION && numbers[0] <= AVERAGE_POOL,
@@ -119,16 +119,16 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& plan,
     pool_channels(l, filters);
   } else {
     biases += filters;
-    read_groups(l, source, groups, filters, plan, weights);
+    read_groups(l, source, groups, filters, indices, weights);
   }
   if (l.residual >= 0) {
     const Value& residual = p.values[l.residual];
     TORCH_CHECK(residual.height == out[0] && residual.width == out[1],
                 "group_conv2d: the residual must be of the size of the output");
-    const int64_t channels = plan.next(1)[0];
+    const int64_t channels = indices.next(1)[0];
     TORCH_CHECK(residual.channels == channels, "group_conv2d: expected a residual of ", channels,
                 " channels, got ", residual.channels);
-    const auto added = plan.next(filters);  // by channel of the result; here by filter
+    const auto added = indices.next(filters);  // by channel of the result; here by filter
     for (const int64_t c : added)
       TORCH_CHECK(c >= -1 && c < residual.channels, "group_conv2d: channel ", c,
                   " of the residual is out of range");

@@ -1,4 +1,4 @@
-// What a plan consists of: values, the layers between them, and how the work of a layer is cut.
+// The program of a run: values, layers, and the tiling of each layer.
 
 #pragma once
 
@@ -14,11 +14,11 @@ constexpr int64_t LAYER_NUMBERS = 14;  // that describe a layer
 
 enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1, WINOGRAD = 2, AVERAGE_POOL = 3 };
 
-// An image between layers.
+// A value: an input, an output, or an image between layers.
 struct Value {
   enum Place { GIVEN, INSIDE, RETURNED } place;
   int64_t channels, height, width;
-  int64_t zeros[2] = {0, 0};  // rows before a plane, pixels behind a row
+  int64_t zeros[2] = {0, 0};  // rows before a plane, pixels after a row
   int64_t at = 0;             // of pixel 0 of channel 0, in the arena
   bool late = false;          // read or written by late layers: one for each image of a batch
   int64_t row() const { return width + zeros[1]; }
@@ -34,19 +34,19 @@ struct Block {
   int64_t list;           // place of its offsets
 };
 
-// The frame into which a strip is copied.
+// The padded frame into which a strip is copied.
 struct Frame {
   int64_t phases[2];      // of each axis that any tap needs
   int64_t height, width;  // of one phase of one channel
   int64_t channel() const { return phases[0] * phases[1] * height * width; }
 };
 
-// How the work is cut: strips of rows, and the blocks of filters, at `splits`, if strips are too few.
+// Tiling: strips of rows, and shares of the blocks of filters, at `splits`, if strips are too few.
 struct Cut {
   int64_t rows, strips;
   std::vector<int64_t> splits;
   bool in_place;
-  int64_t row;  // distance of the rows of what is read
+  int64_t row;  // stride of the rows that are read
   Frame frame;
   std::vector<int64_t> offsets;
   // by strip and vectors in a tile
@@ -64,7 +64,7 @@ struct Layer {
   int64_t kernel[2], stride[2], padding[2], dilation[2], activation;
   int64_t bias;
   std::vector<int64_t> filters, added;  // channels of the result; of the residual
-  std::vector<int64_t> used, inputs;    // channels that anybody reads; lists, in terms of `used`
+  std::vector<int64_t> used, inputs;    // channels that are read; lists, as positions in `used`
   std::vector<Block> blocks;
   Cut alone, together;                  // for one thread, for all
   int64_t weights() const {

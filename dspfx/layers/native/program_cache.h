@@ -1,4 +1,4 @@
-// Programs of plans that are alive: what was checked and laid out once need not be again.
+// Program cache: what was validated and planned once is kept while its indices are alive.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace dspfx {
 
-// Of a plan the programs for the last few sizes are kept, for each holds memory.
+// For each tensor of indices the programs of the last few sizes are kept; each holds memory.
 class Programs {
  public:
   struct Key {
@@ -26,12 +26,12 @@ class Programs {
 
   struct Entry {
     Key key;
-    c10::weak_intrusive_ptr<c10::StorageImpl> plan;
+    c10::weak_intrusive_ptr<c10::StorageImpl> indices;
     Program program;
     Arenas arenas;
     Entry(Key k, const at::Tensor& tensor, Program p)
         : key(std::move(k)),
-          plan(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(
+          indices(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(
               tensor.storage().unsafeGetStorageImpl())),
           program(std::move(p)) {}
   };
@@ -42,17 +42,17 @@ class Programs {
   }
 
   template <typename F>
-  std::shared_ptr<Entry> get(const at::Tensor& plan, Key key, const F& read) {
-    key.numbers.push_back(plan.numel());
-    key.numbers.push_back(plan.is_inference() ? 0 : plan._version());
+  std::shared_ptr<Entry> get(const at::Tensor& indices, Key key, const F& read) {
+    key.numbers.push_back(indices.numel());
+    key.numbers.push_back(indices.is_inference() ? 0 : indices._version());
     const std::lock_guard<std::mutex> guard(mutex_);
-    Entries& known = known_[plan.const_data_ptr()];
+    Entries& known = known_[indices.const_data_ptr()];
     for (const auto& entry : known)
-      if (entry->key == key && !entry->plan.expired()) return entry;
-    const auto made = std::make_shared<Entry>(std::move(key), plan, read());
+      if (entry->key == key && !entry->indices.expired()) return entry;
+    const auto made = std::make_shared<Entry>(std::move(key), indices, read());
     if (known.size() >= MOST_SIZES) known.erase(known.begin());
     known.push_back(made);
-    forget_plans_that_are_gone();
+    remove_expired();
     return made;
   }
 
@@ -60,10 +60,10 @@ class Programs {
   using Entries = std::vector<std::shared_ptr<Entry>>;
   static constexpr size_t MOST_SIZES = 4;
 
-  void forget_plans_that_are_gone() {
+  void remove_expired() {
     for (auto it = known_.begin(); it != known_.end();) {
       auto& entries = it->second;
-      const auto gone = [](const auto& entry) { return entry->plan.expired(); };
+      const auto gone = [](const auto& entry) { return entry->indices.expired(); };
       entries.erase(std::remove_if(entries.begin(), entries.end(), gone), entries.end());
       it = entries.empty() ? known_.erase(it) : std::next(it);
     }

@@ -1,8 +1,8 @@
-// Threads that do the tasks of one step after the other.
+// Work stealing: a team of threads that do the tasks of one step after the other.
 //
-// A member begins with its own tasks, the same in every call, whose weights its core has seen before.
-// Then it takes those that others have not begun: a thread without a core holds up the rest only
-// with the task that it is in.
+// A member begins with its own tasks, the same in every call, whose weights are in its core's cache.
+// Then it steals tasks that others have not begun: a thread that loses its core delays the rest only
+// by the task that it is in.
 
 #pragma once
 
@@ -28,7 +28,7 @@ class Team {
     std::atomic<int64_t> tasks{0};
   };
 
-  // The number of a task of `owner`, from `first` on, that is the caller's now; none from `end` on.
+  // Claims a task of `owner`, from number `first` on; `end` or more if none is left.
   int64_t claim(int64_t owner, int64_t first, int64_t end) {
     std::atomic<int64_t>& claimed = claimed_[owner].tasks;
     int64_t before = claimed.load(std::memory_order_relaxed);
@@ -44,7 +44,7 @@ class Team {
       if (spins > PATIENCE) std::this_thread::yield();
   }
 
-  std::vector<Count> claimed_;  // up to which number, by owner
+  std::vector<Count> claimed_;  // tasks claimed so far, by owner
   std::atomic<int64_t> done_{0};
 };
 
@@ -52,8 +52,8 @@ class Member {
  public:
   Member(Team& team, int64_t number) : team_(team), number_(number) {}
 
-  // Calls `f(task)` for those of `count` tasks that it gets; all are done when it returns. Every
-  // member must take the same steps. Task i belongs to member i modulo the size of the team.
+  // Calls `f(task)` for each of `count` tasks that this member gets, and waits until all are done.
+  // All members must make the same sequence of calls. Task i is owned by member i modulo team size.
   template <typename F>
   void do_tasks(int64_t count, const F& f) {
     const int64_t size = team_.size();
@@ -72,7 +72,7 @@ class Member {
  private:
   Team& team_;
   const int64_t number_;
-  int64_t first_ = 0, all_ = 0;  // what tasks of this step are numbered from; how many there were
+  int64_t first_ = 0, all_ = 0;  // number of the first task of this step; tasks so far
 };
 
 }  // namespace dspfx

@@ -1,13 +1,12 @@
-// How the work of a layer is cut into strips of rows, tiles of pixels and shares of the filters, and
-// where the pixels lie that a tile reads.
+// Tiling: a layer is split into strips of rows, tiles of pixels and shares of the filters; and the
+// offsets of the pixels that a tile reads.
 //
-// Values inside a run lie in frames: rows have zeros behind them, and planes zero rows before them,
-// as many as the convolutions that read them pad. A row's zeros serve the next row as well, a
-// plane's the plane before. So the pixels of a tap lie at a constant distance from those of the
-// output, for every tap and channel, and a group of filters is one matrix product whose rows are
-// found by a list of offsets. Where that is not so from the start (the stride is not 1, or no zeros
-// are there), a strip of rows is copied into such a frame first, one phase of the stride beside the
-// other.
+// Intermediate values lie in padded frames: zeros follow each row, and zero rows precede each plane,
+// as many as the convolutions that read them pad. The zeros of a row also precede the next one, those
+// of a plane follow the one before. So every tap of every channel has a constant offset from the
+// output pixel, and a group of filters is one matrix product (implicit GEMM) whose rows are found by a
+// list of offsets. Where a value has no such frame (the stride is not 1, or there is no padding), a
+// strip of rows is copied into one first, the phases of the stride side by side.
 
 #pragma once
 
@@ -28,7 +27,7 @@ inline bool is_in_place(const Layer& l, const Value& from, const Value& to, int6
   if (l.stride[0] != 1 || l.stride[1] != 1 || from.row() != row || row < to.width) return false;
   const int64_t size[2] = {from.height, from.width}, out[2] = {to.height, to.width};
   for (int axis = 0; axis < 2; ++axis) {
-    if (l.kind == MAX_POOL && l.padding[axis] != 0) return false;  // zeros are not what it pads
+    if (l.kind == MAX_POOL && l.padding[axis] != 0) return false;  // max pools pad with -infinity
     const int64_t behind = out[axis] - 1 + l.reach(axis) - l.padding[axis] - (size[axis] - 1);
     if (l.padding[axis] > from.zeros[axis] || behind > from.zeros[axis]) return false;
   }
@@ -73,7 +72,7 @@ inline std::vector<Tile> tiles_of(Cut& cut, const Value& to, const Value* residu
 inline void choose_frame(const Layer& l, const Value& from, const Value& to, Cut& cut) {
   for (int axis = 0; axis < 2; ++axis)
     cut.frame.phases[axis] = std::min(l.reach(axis) + 1, l.stride[axis]);
-  // where nothing is skipped, what is padded behind a row is what is padded before the next
+  // at stride 1, the padding after a row is the padding before the next
   const int64_t needed = l.stride[1] == 1 && l.padding[1] <= l.reach(1)
       ? std::max(to.width, from.width + l.padding[1])
       : to.width + l.reach(1) / l.stride[1];
@@ -81,7 +80,7 @@ inline void choose_frame(const Layer& l, const Value& from, const Value& to, Cut
   cut.row = cut.frame.width;
 }
 
-// Cuts the blocks of a layer into parts of about as much work each; where they begin and end.
+// Splits the blocks of a layer into shares of about equal work; returns their boundaries.
 inline std::vector<int64_t> split_blocks(const Layer& l, int64_t parts) {
   constexpr int64_t A_FILTER = 32;  // what it takes to write one, in products
   const auto work = [&](const Block& b) { return b.rows * (b.count * l.points() + A_FILTER); };
@@ -173,7 +172,7 @@ inline Cut cut_for(const Program& p, const Layer& l, int64_t threads) {
   return cut;
 }
 
-// Where the taps of all lists lie, from the pixel of the output.
+// The offsets of the taps of all index lists from the output pixel.
 inline void find_offsets(const Layer& l, const Value& from, Cut& cut) {
   const Frame& f = cut.frame;
   cut.offsets.reserve(l.inputs.size() * l.taps());

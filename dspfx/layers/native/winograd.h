@@ -32,7 +32,7 @@ inline void store(Vec x, float* to, int64_t count) {
   else x.store(to, static_cast<int>(count));
 }
 
-// B^T d for `count` pixels of six rows, from `to` on, one plane behind the other.
+// B^T d for `count` pixels of six rows, from `to` on, one plane after the other.
 inline void transform_pixels(const float* const (&rows)[POINTS], int64_t x, int64_t count, float* to,
                              int64_t plane) {
   Vec d[POINTS];
@@ -48,7 +48,7 @@ inline void transform_pixels(const float* const (&rows)[POINTS], int64_t x, int6
   (four * d[1] - five * d[3] + d[5]).store(to + 5 * plane);
 }
 
-// Whole rows; the last vector steps back. Rows of less than a vector are stored as one, zeros behind.
+// Whole rows; the last vector steps back. Rows of less than a vector are stored as one, followed by zeros.
 inline void transform_rows(const float* const (&rows)[POINTS], int64_t width, float* to,
                            int64_t plane) {
   if (width < LANES) return transform_pixels(rows, 0, width, to, plane);
