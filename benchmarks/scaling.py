@@ -3,8 +3,13 @@
     python -m benchmarks.scaling [--output docs/scaling.md]
 
 ResNets at 224x224, and chains of residual blocks. `convert` includes verification in float64.
+
+And both in forward passes of the network, once by the time and once by the multiply-accumulates
+that were executed, those of gradients included; in float64 one takes about twice as long.
 """
 
+import copy
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +25,13 @@ from tqdm import tqdm
 import dspfx
 from benchmarks.coverage import GROUPS, random_masks
 from benchmarks.zoo import fill
+from dspfx.passes.analysis.products import Products
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 RESNETS = ("resnet18", "resnet50", "resnet152")
 BLOCKS = (125, 250, 500, 1000)
+VERBS, COUNTED = ("prepare", "convert"), ("time", "MACs")
+PASSES = ("resnet50", "vit_b_16", "swin_t")
 
 
 class Block(nn.Module):
@@ -60,6 +68,11 @@ def main(
         rows.append((f"chain of {name} blocks" if name.isdigit() else name, *measure(model, size)))
     header = ("network", "nodes", "prepare s", "set_masks s", "convert s", "all three s")
     table = tabulate(rows, header, tablefmt="github", floatfmt=("", "", *[".2f"] * 4))
+    in_passes = [
+        (name, *passes(torchvision.models.get_model(name))) for name in tqdm(PASSES, disable=None)
+    ]
+    header = ("network", "forward s", *(f"{verb}, {by}" for verb in VERBS for by in COUNTED))
+    further = tabulate(in_passes, header, tablefmt="github", floatfmt=("", ".3f", *[".1f"] * 4))
     text = "\n".join(
         [
             "# Time by size",
@@ -68,6 +81,11 @@ def main(
             f"{torch.__version__}. ResNets at 224x224, chains at 16x16, two images.",
             "",
             table,
+            "",
+            "`prepare` and `convert` in forward passes of two images of 224x224, by time and by "
+            "the multiply-accumulates that they execute:",
+            "",
+            further,
             "",
         ]
     )
@@ -87,6 +105,31 @@ def measure(model: nn.Module, size: int) -> tuple[int, float, float, float, floa
     _, converting = _timed(lambda: dspfx.convert(prepared))
     nodes = len(prepared.graph.nodes)
     return nodes, preparing, masking, converting, preparing + masking + converting
+
+
+def passes(model: nn.Module) -> tuple[float, float, float, float, float]:
+    """Seconds of a forward pass; `prepare` and `convert` in such passes, by time and by MACs."""
+    model = fill(model).eval()
+    x = torch.zeros(2, 3, 224, 224)
+    with torch.no_grad():
+        model(x)
+        forward = statistics.median(_timed(lambda: model(x))[1] for _ in range(5))
+        _, one = _counted(lambda: model(x))
+    config = dspfx.PrepareConfig(groups=GROUPS)
+    prepared, preparing = _timed(lambda: dspfx.prepare(model, x, config=config))
+    _, prepare_macs = _counted(lambda: dspfx.prepare(model, x, config=config))
+    dspfx.set_masks(prepared, random_masks(prepared))
+    _, converting = _timed(lambda: dspfx.convert(copy.deepcopy(prepared)))
+    _, convert_macs = _counted(lambda: dspfx.convert(copy.deepcopy(prepared)))
+    by_time = preparing / forward, converting / forward
+    return forward, by_time[0], prepare_macs / one, by_time[1], convert_macs / one
+
+
+def _counted(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What `call` returns, and the multiply-accumulates that it executes."""
+    with Products() as products:
+        result = call()
+    return result, products.macs
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
