@@ -5,7 +5,7 @@
    steps, the rest of the steps fine-tunes what remains. The learning rate falls along a cosine.
 3. `convert` emits the compact model and verifies it.
 
-Whoever wants another loop writes it with these three; see docs/training.md.
+For another training loop, call these three yourself; see docs/training.md.
 """
 
 import itertools

@@ -70,13 +70,13 @@ class GroupLearning(Callback):
         precision.optimizer_step = partial(_step, self.learner, precision)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the optimizer step as ever."""
+        """Let the optimizer step without the learner again."""
         vars(trainer.precision_plugin).pop("optimizer_step", None)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let the optimizer step as ever."""
+        """Let the optimizer step without the learner again."""
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _step(
     closure: Callable[[], Any],
     **_: Any,
 ) -> Tensor:
-    """What stands for `Precision.optimizer_step`."""
+    """Replaces `Precision.optimizer_step`."""
     return learner.step(
         _Closure(model, closure),
         # hooks and clipping, where all precisions have them
@@ -127,7 +127,7 @@ class _Closure:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stands for `LightningModule.log`."""
+    """Replaces `LightningModule.log`."""
 
 
 def _total_steps(trainer: Trainer) -> int:

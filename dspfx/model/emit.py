@@ -39,7 +39,7 @@ def _share(root: nn.Module, owner: str, name: str) -> None:
 
 
 def indices(prepared: PreparedModule) -> dict[str, Tensor]:
-    """The buffers of the user's that hold no floating-point numbers: where channels go, may be."""
+    """The user's buffers of integers and flags, which may hold indices of channels."""
     gates = (FilterGate, ChannelGate)
     return {
         full_name(path, name): buffer

@@ -67,7 +67,7 @@ class TwoModeModule(fx.GraphModule):
         vars(self).update({kind: copy.copy(vars(root)[kind]) for kind in (*_STATE, *_HOOKS)})
 
     def answer_for(self, module: nn.Module) -> None:
-        """Be an instance of the class of `module`, for which this stands, with its attributes.
+        """Pass for an instance of the class of `module`, which this replaces, and forward its attributes.
 
         The code around a child may use more of it than its `forward`, and ask for its class. Its
         parameters have their names, too, if it is a layer that has another name here.
@@ -322,7 +322,7 @@ class CompactModule(TwoModeModule):
 
 
 class NarrowModule(TwoModeModule):
-    """What `dspfx.narrow` returns: the living part of a prepared model, to be trained.
+    """What `dspfx.narrow` returns: the live part of a prepared model, to be trained.
 
     Attributes:
         origins: for every tensor of it that training changes, which elements of which tensor of

@@ -1,4 +1,4 @@
-"""The whole road from a dense network to a compact one, in a folder, resumable.
+"""A whole run, from a dense network to a compact one, in a folder; it can be resumed.
 
 from dspfx.recipe import preset
 from dspfx.recipe import run

@@ -1,4 +1,4 @@
-"""What a run says of every epoch while it trains, and who is told besides the terminal.
+"""What a run reports of every epoch while it trains, and the loggers that receive it.
 
 A logger is any function that takes an `Epoch`. Those here write files beside `metrics.jsonl`, with
 the packages that are made for it; a run that is resumed writes over what it does again.

@@ -1,4 +1,4 @@
-"""The whole road: train, prune, fine-tune, convert, save, report."""
+"""A whole run: train, prune, fine-tune, convert, save, report."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ def run(
         resume: go on from the last checkpoint; on a CPU, with the same number of threads, bit for
             bit.
         machine: how to compute it.
-        say: is told what is being done, and a line of every epoch.
+        say: called with a line on what is being done, and on every epoch.
         loggers: functions that are called with every `Epoch` that is done, in the first process.
 
     Raises:
@@ -316,7 +316,7 @@ class _Steps:
         return outcome
 
     def _write_page(self, outcome: Outcome) -> None:
-        """The report as a page; the run is none the worse without one."""
+        """The report as a page; a run is complete without it."""
         try:
             outcome.report.to_html(self.files.page)
         except PlotError as error:

@@ -43,9 +43,9 @@ class Recipe:
     """A whole run: a dense network, its groups, pruning, fine-tuning, conversion.
 
     Attributes:
-        model: see `dspfx.recipe.libraries`.
+        model: see `dspfx.recipe.networks.libraries`.
         data: `digits`, `fashion-mnist`, `cifar10`, or a folder of images, see
-            `dspfx.recipe.sources`.
+            `dspfx.recipe.images.sources`.
         folder: where the files of a named data set are; None for the usual places.
         image_size: images are brought to so many pixels a side; None for the size that they have,
             of a folder of images for that which the network is made for.

@@ -54,7 +54,7 @@ def speed(
         compact: from `dspfx.convert`.
         x: `[N, C, H, W]`, on the device of both.
         rounds: how often each is timed.
-        say: is told what is being done.
+        say: called with a line on what is being done.
     """
     dense.eval()
     calls: dict[str, Callable[[], Any]] = {"dense, eager": partial(_without_gradients, dense, x)}

@@ -93,7 +93,7 @@ class Team:
         return made if made is not None else make()
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait here until all processes have come here."""
         if self.count > 1:
             dist.barrier()
 

@@ -31,7 +31,7 @@ class MaskRecord:
     Attributes:
         lists: the different lists of input channels that its filters read.
         reads: for every filter the number of its list, -1 for none.
-        groups: for every filter the group that it was learned or told to be in.
+        groups: for every filter the group that it is in, learned or set.
     """
 
     lists: tuple[Channels, ...]
@@ -51,7 +51,7 @@ class Blueprint:
         frozen: the layers that keep all their filters and inputs.
         opaque: the modules that were not to be traced into.
         gate_first, dtype: see `Origin`.
-        arguments: the call it was traced for, see `stored_inputs`; a pair of args and kwargs.
+        arguments: the call it was traced for, see `example_inputs`; a pair of args and kwargs.
         notes: for the report.
         graphs: the listing of the evaluation graph, and of the training graph if it is another.
         masks: of the gated layers.

@@ -1,7 +1,8 @@
 """What a model's modules see of some batches: the moments of their inputs, channel by channel.
 
-`input_moments` measures what the weights alone do not tell: how much of a layer's output comes in
-by each of its channels. Behind a norm and an activation channels differ by orders of magnitude.
+`input_moments` measures what the weights alone do not show: how much each input channel
+contributes to a layer's output. After a norm and an activation, channels differ by orders of
+magnitude.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON, read back with every type checked: what a file says is not believed."""
+"""Dataclasses as JSON, read back with every type checked: files are not trusted."""
 
 import dataclasses
 import math

@@ -82,7 +82,7 @@ def batches(
 
 
 def augment(x: Tensor, generator: torch.Generator, *, shift: int = 0, flip: bool = False) -> Tensor:
-    """Move every image of `[N, C, H, W]` by up to `shift` pixels and mirror every other, by chance.
+    """Move every image of `[N, C, H, W]` by up to `shift` pixels and mirror about half, at random.
 
     What moves in from outside is zero, the mean of normalised images. Returns a new tensor of the
     same shape, or `x` itself where there is nothing to do.
@@ -118,7 +118,7 @@ def read_idx(path: Path) -> Tensor:
     shape = struct.unpack(f">{raw[3]}I", raw[4:start])
     if math.prod(shape) != len(raw) - start:
         raise DataError(
-            f"{path} is damaged, fetch it again: its header promises {math.prod(shape)} bytes, "
+            f"{path} is damaged, fetch it again: its header says {math.prod(shape)} bytes, "
             f"{len(raw) - start} are there"
         )
     return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).reshape(shape)

@@ -1,7 +1,7 @@
 """Random numbers that depend on where a run is, not on how it came there.
 
 What is drawn for a batch follows from the seed of the run, the phase, the epoch and the number of
-the batch alone. A run that is resumed in the midst of an epoch draws what it would have drawn.
+the batch alone. A run that is resumed in the middle of an epoch draws what it would have drawn.
 """
 
 import hashlib

@@ -159,7 +159,7 @@ class InMemory(Source):
 class ImageFiles(Source):
     """A folder with `train` and `val` (or `test`), in which there is a folder for every class.
 
-    Training images are cut out at random (`RandomResizedCrop`) and mirrored by chance; size,
+    Training images are cut out at random (`RandomResizedCrop`) and mirrored at random; size,
     interpolation and normalisation are those that the network is made for, see `Preprocessing`.
     """
 

@@ -1,4 +1,4 @@
-"""Networks by name (see `dspfx.recipe.libraries`), and the weights they start from.
+"""Networks by name (see `dspfx.recipe.networks.libraries`), and the weights they start from.
 
 A `package.module:factory` is called with those of `num_classes` and `in_channels` (or `in_chans`)
 that it takes.
@@ -38,8 +38,8 @@ class Architecture:
 
     Attributes:
         name: see above.
-        classes: how many it tells apart.
-        channels: of its images; networks that cannot be told get three.
+        classes: how many labels there are.
+        channels: of its images; networks that take no such argument get three.
         image_size: of the images that it was trained with, or is analysed for.
         pretrained: it is made for the weights that its library offers, whether it has them or not:
             with these, torchvision's Inception and GoogLeNet normalise their input again.

@@ -55,7 +55,7 @@ class GroupLearner:
         prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
         optimizer: the user's, over the model's parameters. At every step, its present learning
             rates count, and the layers that it trains at present: any scheduler works, and layers
-            may be frozen and thawed. It may be wrapped by Accelerate or Lightning.
+            may be frozen and unfrozen. It may be wrapped by Accelerate or Lightning.
         strength: lambda, the weight of the regulariser; it grows linearly over `total_steps`.
         total_steps: T, how often `step` will be called.
         temperature: tau of the soft assignment `softmax(logits / tau + Gumbel noise)`.

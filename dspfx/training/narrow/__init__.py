@@ -1,1 +1,1 @@
-"""Trains the living part of a prepared model."""
+"""Trains the live part of a prepared model."""

@@ -1,4 +1,4 @@
-"""From a compact module to one that can be trained: the living part of the parameters it is from.
+"""From a compact module to one that can be trained: the live part of its parameters.
 
 1. Zeros that a layer is filled up with, where its filters read different channels, stay zero.
 2. What was a parameter is one again, frozen if it was, and shared if it was.
