@@ -23,7 +23,7 @@ from dspfx.errors import DataError, LearnError
 from dspfx.model.config import PrepareConfig
 from dspfx.model.rebuilt import plain_copy
 from dspfx.passes.sandbox.calls import Call, of_few_samples, parameter_dtype_and_device
-from dspfx.passes.sandbox.randomness import drawing_anew
+from dspfx.passes.sandbox.randomness import fixed_seeds
 from dspfx.prepare import prepare
 from dspfx.pruning.budget import Budget
 from dspfx.pruning.gradual import GradualPruning
@@ -238,7 +238,7 @@ def _inputs_of(model: nn.Module, loss: Loss, batch: Any) -> Call:
         lambda _, args, kwargs: calls.append(Call(args, kwargs)), with_kwargs=True
     )
     try:
-        with torch.no_grad(), drawing_anew(parameter_dtype_and_device(model)[1]):
+        with torch.no_grad(), fixed_seeds(parameter_dtype_and_device(model)[1]):
             loss(twin, batch)
     except Exception as error:
         raise LearnError(

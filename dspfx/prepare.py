@@ -97,7 +97,7 @@ def _prepared(model: nn.Module, example_inputs: Any, config: PrepareConfig) -> n
 def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module | None:
     """`root` with its children prepared; None if none of them can be, or only single layers.
 
-    No channel could leave such a model, and what has to be moved out of it would stay unsaid.
+    With single layers alone no channel could be removed; the error says what to move out instead.
     """
     calls = calls_of(root, inputs)
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -29,6 +30,8 @@ from dspfx.commands.app import app
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+SOURCES = sorted(path for room in ("dspfx", "passes") for path in (ROOT / room).rglob("*.py"))
+GLOSSARY = ("README.md", "docs/index.md", "docs/start.md", "docs/look.md", "docs/your_model.md")
 HARMLESS = {"apt-get", "cd", "git", "open", "pip", "torchrun"}  # first words of other commands
 
 
@@ -47,6 +50,19 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     namespace: dict[str, Any] = {}
     for block in blocks(page, "python"):
         run_and_check(block, namespace)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *SOURCES], ids=name_of)
+def test_code_that_a_text_names_exists(text: Path) -> None:
+    """`dspfx.prune` or `passes.lowering.forms`, wherever the modules have moved to."""
+    for name in re.findall(r"`((?:dspfx|passes)(?:\.\w+)+)", text.read_text()):
+        if not name.startswith("dspfx.lightning"):  # which may be missing
+            pkgutil.resolve_name(re.sub(r"^passes\b", "dspfx.passes", name))
+
+
+@pytest.mark.parametrize("text", GLOSSARY)
+def test_the_glossary_is_linked(text: str) -> None:
+    assert re.search(r"\]\((?:docs/)?glossary\.md\)", (ROOT / text).read_text())
 
 
 def run_and_check(block: str, namespace: dict[str, Any]) -> None:

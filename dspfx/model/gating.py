@@ -92,7 +92,7 @@ def gate(
         raise PrepareError(
             f"{name} has no layer to prune: dspfx gates convolutions and linear layers, apart from "
             "depthwise ones, those that read the model's inputs directly, and linear layers that "
-            "come last" + _of_computed(prepared)
+            "come last" + _hint_on_hooks(prepared)
         )
     insert_gates(prepared, set(prepared.graphs.values()), plan, config.groups)
     prepared.recompile()
@@ -104,7 +104,7 @@ def gate(
     return prepared
 
 
-def _of_computed(prepared: nn.Module) -> str:
+def _hint_on_hooks(prepared: nn.Module) -> str:
     """What to do about the first layer that a hook keeps from being gated, if there is one."""
     reasons = ((name, why_computed(module)) for name, module in prepared.named_modules())
     return next((f"; of '{name}', {why}" for name, why in reasons if why), "")

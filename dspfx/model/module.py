@@ -67,7 +67,7 @@ class TwoModeModule(fx.GraphModule):
         vars(self).update({kind: copy.copy(vars(root)[kind]) for kind in (*_STATE, *_HOOKS)})
 
     def answer_for(self, module: nn.Module) -> None:
-        """Pass for an instance of the class of `module`, which this replaces, and forward its attributes.
+        """Pass for an instance of the class of `module`, which this replaces, with its attributes.
 
         The code around a child may use more of it than its `forward`, and ask for its class. Its
         parameters have their names, too, if it is a layer that has another name here.

@@ -32,7 +32,7 @@ from dspfx.passes.sandbox.calls import (
     of_one_sample,
     parameter_dtype_and_device,
 )
-from dspfx.passes.sandbox.randomness import drawing_anew
+from dspfx.passes.sandbox.randomness import fixed_seeds
 from dspfx.passes.sandbox.sizes import (
     Place,
     Shapes,
@@ -101,7 +101,7 @@ class SameGraph:
         with (
             prepared.evaluation_view() as view,
             state_kept(prepared, written=written_by(view)),
-            drawing_anew(device),
+            fixed_seeds(device),
         ):
             yield view
 

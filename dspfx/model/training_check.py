@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.passes.sandbox.calls import Call, fresh, parameter_dtype_and_device
-from dspfx.passes.sandbox.randomness import drawing_anew
+from dspfx.passes.sandbox.randomness import fixed_seeds
 from dspfx.passes.tracing.autograd import ZERO, positions
 from dspfx.passes.tracing.patches import checkpoints_run_once
 from dspfx.utils.pytree import leaves
 
 TOLERANCE = 1e-3  # of the largest number: what threads make of the order of sums is far less
-_SHAKEN = 3  # how often they are measured; the largest counts
-_NUDGE = 1e-3  # tells apart what starts equal, such as a network and its moving average
+_TRIALS = 3  # how often they are measured; the largest counts
+_PERTURBATION = 1e-3  # tells apart what starts equal, such as a network and its moving average
 
 _ROW = 4096  # numbers of a tensor that are summed at once
 
@@ -40,9 +40,9 @@ def training_pass(module: nn.Module, call: Call) -> Results | None:
     parameters and buffers. But for outputs, there are two numbers of each tensor, see `_sketch`.
     Neither `module` changes nor the arguments.
     """
-    with _unseen(module):
+    with _isolated(module):
         try:
-            twin = _nudged(module)
+            twin = _perturbed_copy(module)
             twin.train(True)
             owned = _owned(twin)
             before = {what: x.detach().clone() for what, x in owned.items()}
@@ -76,11 +76,11 @@ def rounding_errors(module: nn.Module, call: Call) -> dict[str, float]:
     """
     norms: dict[str, float] = {}
     exact: dict[str, Tensor | None] = {}
-    for shake in range(1 + _SHAKEN):
-        with _unseen(module):
-            twin = _nudged(module)
-            if shake:
-                _shake(twin, shake)
+    for trial in range(1 + _TRIALS):
+        with _isolated(module):
+            twin = _perturbed_copy(module)
+            if trial:
+                _round_otherwise(twin, trial)
             twin.train(True)
             found = _gradients(twin, _outputs(twin, call))
         exact = exact or found
@@ -118,11 +118,11 @@ def difference(
 
 
 @contextmanager
-def _unseen(module: nn.Module) -> Iterator[None]:
-    """As in training, but nothing that is global changes, and nothing is computed twice."""
+def _isolated(module: nn.Module) -> Iterator[None]:
+    """Gradients as in training, with fixed seeds and no effect outside; checkpoints run once."""
     _, device = parameter_dtype_and_device(module)
     with (
-        drawing_anew(device),
+        fixed_seeds(device),
         checkpoints_run_once(),
         warnings.catch_warnings(action="ignore"),
         torch.inference_mode(mode=False),
@@ -131,13 +131,13 @@ def _unseen(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _nudged(module: nn.Module) -> nn.Module:
-    """A copy with slightly other parameters."""
+def _perturbed_copy(module: nn.Module) -> nn.Module:
+    """A copy whose parameters are slightly different."""
     twin = copy.deepcopy(module)
     with torch.no_grad():
         for i, (_, p) in enumerate(twin.named_parameters()):
             if p.is_floating_point():
-                most = _NUDGE * (1 + i % 16 / 16)
+                most = _PERTURBATION * (1 + i % 16 / 16)
                 for dim, size in enumerate(p.shape):
                     shape = [size if d == dim else 1 for d in range(p.dim())]
                     steps = torch.linspace(-most, most, size, dtype=p.dtype, device=p.device)
@@ -145,8 +145,8 @@ def _nudged(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _shake(module: nn.Module, seed: int) -> None:
-    """Change the parameters of `module` by about their last bit."""
+def _round_otherwise(module: nn.Module, seed: int) -> None:
+    """Change the parameters of `module` by about their last bit, as other rounding would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

@@ -22,7 +22,7 @@ from dspfx.model.parts import Part
 from dspfx.model.single import tensors_hidden
 from dspfx.model.training_check import difference, rounding_errors, training_pass
 from dspfx.passes.sandbox.calls import Call, evaluate, fresh, parameter_dtype_and_device
-from dspfx.passes.sandbox.randomness import drawing_anew
+from dspfx.passes.sandbox.randomness import fixed_seeds
 from dspfx.passes.sandbox.state import state_kept
 from dspfx.utils.pytree import leaves, structure
 
@@ -171,7 +171,7 @@ def _evaluate(model: nn.Module, call: Call, parts: Collection[nn.Module], after:
     """
     _, device = parameter_dtype_and_device(model)
     call = call.map(fresh)
-    with modes_kept(model), torch.no_grad(), state_kept(model), drawing_anew(device):
+    with modes_kept(model), torch.no_grad(), state_kept(model), fixed_seeds(device):
         put_all(model, mode=False)
         with ExitStack() as stack:
             kinds: list[Any] = [type(part) for part in parts]  # each has a class of its own

@@ -45,12 +45,13 @@ def reopened(
 
 def _emitted(op: Mix, layer: LayerPlan) -> BoolArray:
     """Bool `[O, C/S]`: what the filters of a layer are emitted to read."""
-    width, family = op.channels // op.structural_groups, op.filters // op.structural_groups
-    found = np.zeros((op.filters, width), bool)
+    groups = op.structural_groups
+    inputs_each, filters_each = op.channels // groups, op.filters // groups
+    found = np.zeros((op.filters, inputs_each), bool)
     for part in layer.lowering:
         for filters, inputs in zip(part.filters, part.inputs, strict=True):
             readers, read = layer.filters[filters[filters >= 0]], layer.inputs[inputs[inputs >= 0]]
-            for own in np.unique(readers // family):
-                of_own = readers[readers // family == own]
-                found[np.ix_(of_own, read[read // width == own] % width)] = True
+            for own in np.unique(readers // filters_each):
+                of_own = readers[readers // filters_each == own]
+                found[np.ix_(of_own, read[read // inputs_each == own] % inputs_each)] = True
     return found

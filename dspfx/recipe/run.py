@@ -239,13 +239,13 @@ class _Steps:
             reference=training.facts.get("dense_validation"),
             macs_left=left,
         )
-        told: PruneReport | None = None
+        reported: PruneReport | None = None
 
         def at_start(epoch: int) -> None:
-            nonlocal told
+            nonlocal reported
             found, cycle = tune.finetune.report, tune.finetune.cycle
-            if found is not None and found is not told:
-                told = found
+            if found is not None and found is not reported:
+                reported = found
                 self._pruned(found, cycle, prepared, training)
 
         training.train(tune, at_start)

@@ -185,9 +185,9 @@ class Training:
         )
         if self.team.first and self.loggers:
             each = seconds * phase.steps / (phase.steps - first)
-            self._tell(phase, place.epoch + 1, loss, score, rate, seconds, each)
+            self._log_epoch(phase, place.epoch + 1, loss, score, rate, seconds, each)
 
-    def _tell(
+    def _log_epoch(
         self,
         phase: Phase,
         number: int,
@@ -197,7 +197,7 @@ class Training:
         seconds: float,
         each: float,
     ) -> None:
-        """Tell all loggers of an epoch; `each` is how many seconds a whole one takes."""
+        """Call all loggers with an epoch; `each` is how many seconds a whole one takes."""
         epochs = [getattr(self.recipe, name).epochs for name in NAMES]
         done = sum(epochs[: NAMES.index(phase.name)]) + number
         epoch = Epoch(

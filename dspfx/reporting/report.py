@@ -166,7 +166,7 @@ def _named(part: str, name: str) -> str:
 
 
 def _total(costs: Iterable[tuple[str, Cost]]) -> Cost:
-    """MACs of every call, parameters once for every layer, by name, as in `passes.analysis.cost.total`."""
+    """MACs of every call, parameters once for every layer; see `passes.analysis.cost.total`."""
     calls = list(costs)
     parameters = {name: cost.parameters for name, cost in calls}
     return Cost(sum(cost.macs for _, cost in calls), sum(parameters.values()))

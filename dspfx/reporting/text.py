@@ -148,7 +148,7 @@ def _inputs(layer: LayerSummary) -> str:
 
 
 def _coupled(coupled: Sequence[str], names: Sequence[str]) -> str:
-    """The first of `coupled`, shortened so that no other of `names` looks like it, and how many more."""
+    """The first of `coupled`, shortened but unlike all other `names`, and how many more."""
     more = f" +{len(coupled) - 1}" if len(coupled) > 1 else ""
     return distinct(coupled[0], names, COUPLED - len(more)) + more if coupled else ""
 

@@ -30,7 +30,7 @@ class BranchRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """See `passes.transforms.plan.LayerPlan`; `filters` and `inputs` are numbers of lists of channels."""
+    """See `passes.transforms.plan.LayerPlan`; `filters` and `inputs` are numbers of lists."""
 
     filters: int
     inputs: int

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.errors import DspfxError, PrepareError
-from dspfx.passes.sandbox.randomness import drawing_anew
+from dspfx.passes.sandbox.randomness import fixed_seeds
 from dspfx.passes.sandbox.state import Values, state_kept
 from dspfx.utils.pytree import leaves, map_leaves
 
@@ -211,7 +211,7 @@ def run(
     """What `root` computes, as `evaluate`, in either mode and with or without gradients."""
     call = call.map(fresh)
     _, device = parameter_dtype_and_device(root)
-    with torch.set_grad_enabled(gradients), state_kept(root, values=values), drawing_anew(device):
+    with torch.set_grad_enabled(gradients), state_kept(root, values=values), fixed_seeds(device):
         root.train(training)  # anybody's; it may return nothing
         return root(*call.args, **call.kwargs)
 

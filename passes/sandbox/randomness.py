@@ -52,7 +52,7 @@ def generators_kept(own: Iterable[Any] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def drawing_anew(device: torch.device) -> Iterator[None]:
+def fixed_seeds(device: torch.device) -> Iterator[None]:
     """All generators, torch's for the CPU and `device`, draw the same whenever this is entered."""
     on_gpu = device.type == "cuda"
     with generators_kept(), torch.random.fork_rng([device] if on_gpu else []):

@@ -21,7 +21,7 @@ from dspfx.errors import EquivalenceError
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis
 from dspfx.passes.analysis.liveness import Liveness
 from dspfx.passes.sandbox.calls import fresh
-from dspfx.passes.sandbox.randomness import drawing_anew
+from dspfx.passes.sandbox.randomness import fixed_seeds
 from dspfx.passes.sandbox.sizes import Shapes, resized, shapes_of, sizes_to_prove
 from dspfx.passes.sandbox.state import buffers_kept, state_kept
 from dspfx.passes.transforms.compact import compact
@@ -98,7 +98,7 @@ def _outputs(module: fx.GraphModule, inputs: Any) -> Any:
 
 def _drawing_alike(inputs: Any) -> AbstractContextManager[None]:
     devices = (leaf.device for leaf in leaves(inputs) if isinstance(leaf, Tensor))
-    return drawing_anew(next(devices, torch.device("cpu")))
+    return fixed_seeds(next(devices, torch.device("cpu")))
 
 
 def _told(where: str) -> str:

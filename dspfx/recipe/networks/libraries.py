@@ -104,15 +104,15 @@ def offered_by_torchvision(name: str) -> Any:
 
 def _of_torchvision(weights: Any) -> Preprocessing:
     usual = Preprocessing()
-    told: dict[str, Any] = getattr(getattr(weights, "transforms", None), "keywords", {})
-    if "crop_size" not in told:  # of no classifier
+    keywords: dict[str, Any] = getattr(getattr(weights, "transforms", None), "keywords", {})
+    if "crop_size" not in keywords:  # the network is no classifier
         return usual
     return Preprocessing(
-        told["crop_size"],
-        told.get("resize_size", usual.resized),
-        getattr(told.get("interpolation"), "value", usual.interpolation),
-        told.get("mean", usual.mean),
-        told.get("std", usual.deviation),
+        keywords["crop_size"],
+        keywords.get("resize_size", usual.resized),
+        getattr(keywords.get("interpolation"), "value", usual.interpolation),
+        keywords.get("mean", usual.mean),
+        keywords.get("std", usual.deviation),
     )
 
 
