@@ -18,8 +18,10 @@ from torch.export import ExportedProgram
 
 from dspfx.errors import ExportError, PrepareError
 from dspfx.layers.group_conv import GroupConv2d, GroupConvRun
+from dspfx.model.absent import Withheld, made_of_values, withholding
 from dspfx.model.deployable import check_deployable
-from dspfx.passes.sandbox.calls import Call, choose_inputs
+from dspfx.passes.sandbox.calls import Call, choose_inputs, evaluate
+from dspfx.passes.transforms.verify import difference
 from dspfx.utils.atomic_write import replacing
 from dspfx.utils.pytree import map_leaves
 
@@ -84,7 +86,13 @@ def export(
     except PrepareError as error:
         raise ExportError(str(error)) from error
     shapes = _dynamic_shapes(model, call, dynamic_batch, dynamic_size)
-    program = _program(model, call, shapes)
+    with withholding(model) as withheld:
+        program = _program(model, call, shapes)
+        if first := tuple(withheld):
+            withheld.clear()
+            _check_withheld(model, call, shapes, withheld)
+    if first:
+        _check_calls(model, program, call, first, dynamic_batch, dynamic_size)
     with replacing(path, ExportError) as temporary:
         write(program, temporary)
 
@@ -155,6 +163,60 @@ def _program(model: nn.Module, call: Call, shapes: dict[str, Any] | None) -> Exp
             "its batch, pass dynamic_batch=False, if it fixes that of images, dynamic_size=False; "
             "if its code depends on the values of tensors, export the children that do not"
         ) from error
+
+
+def _check_withheld(
+    model: nn.Module, call: Call, shapes: dict[str, Any] | None, withheld: list[Withheld]
+) -> None:
+    """Trace `model` again, with what is withheld as further outputs, and see what it is made of."""
+
+    def and_withheld(_: nn.Module, __: Any, outputs: Any) -> Any:
+        return outputs, [each.value for each in withheld]
+
+    hook = model.register_forward_hook(and_withheld)
+    try:
+        program = _program(model, call, shapes)
+    finally:
+        hook.remove()
+    if depend := made_of_values(program, len(withheld)):
+        raise _not_without(withheld[depend[0]], "which depends on the values of the inputs")
+
+
+def _check_calls(
+    model: nn.Module,
+    program: ExportedProgram,
+    call: Call,
+    withheld: tuple[Withheld, ...],
+    dynamic_batch: bool,
+    dynamic_size: bool,
+) -> None:
+    """Run `model`, whose parts check that they are given nothing, and compare the program."""
+    if dynamic_size:
+        raise _not_without(withheld[0], "which may depend on their sizes (dynamic_size=False)")
+    calls = [call, call.map(_one_more)] if dynamic_batch else [call]
+    for tried in calls:
+        try:
+            expected = evaluate(model, tried)
+        except Exception as error:
+            raise _not_without(withheld[0], f"outside a trace, too ({error})") from error
+        with torch.no_grad():
+            actual = program.module()(*tried.args, **tried.kwargs)
+        if difference(expected, actual) is None:
+            raise _not_without(withheld[0], "without which the outputs are others")
+
+
+def _one_more(leaf: Any) -> Any:
+    batched = isinstance(leaf, Tensor) and leaf.dim() > 0
+    return torch.cat([leaf, leaf[:1]]) if batched else leaf
+
+
+def _not_without(withheld: Withheld, why: str) -> ExportError:
+    return ExportError(
+        f"while it is traced, the model gives its part '{withheld.part}' a tensor for "
+        f"'{withheld.argument}', {why}; the part was prepared without any. Prepare the model with "
+        "an example for which it gives one, such as a mask that masks something, or leave the "
+        "input that it is made of out of example_inputs"
+    )
 
 
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
