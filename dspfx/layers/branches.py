@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dspfx.utils.arrays import IntArray
 
 # (first, count): consecutive channels; None: all of them; a name: the buffer of their numbers
-Channels = tuple[int, int] | str | None
+Selection = tuple[int, int] | str | None
 
 
 class Branches(nn.Module):
@@ -48,7 +48,7 @@ class Branches(nn.Module):
 
     def _hold(
         self, name: str, count: int, wanted: IntArray | None, device: torch.device
-    ) -> Channels:
+    ) -> Selection:
         """How to take the channels `wanted` out of `count`."""
         if wanted is None or np.array_equal(wanted, np.arange(count)):
             return None
@@ -72,7 +72,7 @@ class Branches(nn.Module):
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, self.dim)
         return self._take(y, self.order)
 
-    def _take(self, x: Tensor, channels: Channels) -> Tensor:
+    def _take(self, x: Tensor, channels: Selection) -> Tensor:
         if channels is None:
             return x
         if isinstance(channels, str):
@@ -87,7 +87,7 @@ class Branches(nn.Module):
         """For every channel of the output its position in the concatenation."""
         return self._numbers(self.order, sum(_width(layer) for layer in self.children()))
 
-    def _numbers(self, channels: Channels, count: int) -> IntArray:
+    def _numbers(self, channels: Selection, count: int) -> IntArray:
         if channels is None:
             return np.arange(count)
         if isinstance(channels, str):

@@ -34,7 +34,7 @@ class Added:
     """What is added to the output: channels of another value.
 
     Attributes:
-        channels: R, those of that value.
+        channels: R, how many the value has.
         places: int `[O]`, which one is added to each of the output; -1 for none.
     """
 
@@ -51,8 +51,8 @@ class GroupConv2d(nn.Module):
         settings: kernel size, stride, padding and dilation.
         groups: none of them writes what another writes; channels of the output that none writes
             are zero before bias, residual and activation.
-        channels: C, those of the input.
-        filters: O, those of the output.
+        channels: C, how many the input has.
+        filters: O, how many channels the output has.
         bias: `[O]`, or None.
         activation: one of `native.ACTIVATIONS`.
         added: of a residual, or None.
@@ -180,8 +180,8 @@ def group_conv_like(
 
     Args:
         conv: its kernel size, stride, padding and dilation are taken over.
-        groups: for each the output channels that it writes, int `[f]`, and those of the input
-            that it reads, int `[c]`; all channels of the output together.
+        groups: for each the output channels that it writes, int `[f]`, and the input channels
+            that it reads, int `[c]`; together they write all channels of the output.
         weight: `[O, C/S, kh, kw]`, of which only what groups read is taken.
         bias: `[O]`, or None.
         structural_groups: S, structural groups; each group is within one.

@@ -17,5 +17,5 @@ def as_left_by(value: Any, call: Any) -> Any:
 
 
 def with_item(x: Tensor, key: Any, value: Any) -> Tensor:
-    """What `x[key] = value` makes of `x`, which stays as it is."""
+    """A copy of `x` after `x[key] = value`."""
     return set_item(x.clone(), key, value)

@@ -18,7 +18,7 @@ from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.passes.analysis.operators import Key
 from dspfx.storage.example_inputs import to_plain
 from dspfx.storage.fingerprint import listing
-from dspfx.storage.plan_record import Channels, Compaction, checked
+from dspfx.storage.plan_record import Compaction, Numbers, checked
 from dspfx.utils.arrays import any_along, equal_rows
 
 Listing = tuple[str, ...]
@@ -34,9 +34,9 @@ class MaskRecord:
         groups: for every filter the group that it is in, learned or set.
     """
 
-    lists: tuple[Channels, ...]
-    reads: Channels
-    groups: Channels
+    lists: tuple[Numbers, ...]
+    reads: Numbers
+    groups: Numbers
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Blueprint:
     notes: tuple[str, ...]
     graphs: tuple[Listing, ...]
     masks: dict[str, MaskRecord]
-    dead: dict[str, Channels]
+    dead: dict[str, Numbers]
     compaction: Compaction | None
     samples: float | None = None
 
@@ -151,5 +151,5 @@ def _mask_record(gate: FilterGate) -> MaskRecord:
     return MaskRecord(lists, tuple(reads.tolist()), _numbers(gate.assignment))
 
 
-def _numbers(tensor: Tensor) -> Channels:
+def _numbers(tensor: Tensor) -> Numbers:
     return tuple(tensor.tolist())

@@ -17,15 +17,15 @@ from dspfx.passes.transforms.plan import CompactionPlan, LayerPlan, Order
 from dspfx.passes.transforms.summary import Summary
 from dspfx.utils.arrays import IntArray
 
-Channels = tuple[int, ...]
+Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class BranchRecord:
     """See `forms.Branch`: `[k, f]` filters and `[k, c]` inputs."""
 
-    filters: tuple[Channels, ...]
-    inputs: tuple[Channels, ...]
+    filters: tuple[Numbers, ...]
+    inputs: tuple[Numbers, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Compaction:
         structure: a digest of the compact module without its weights.
     """
 
-    channels: tuple[Channels, ...]
+    channels: tuple[Numbers, ...]
     holds: dict[str, int | None]
     wants: dict[str, tuple[int | None, ...]]
     left_out: dict[str, tuple[bool, ...]]
@@ -71,7 +71,7 @@ def compaction(
     structure: str,
 ) -> Compaction:
     """What is saved of `plan`, and of the compact module that it led to."""
-    lists: dict[Channels, int] = {}
+    lists: dict[Numbers, int] = {}
 
     def number(order: IntArray) -> int:
         return lists.setdefault(tuple(order.tolist()), len(lists))
@@ -190,7 +190,7 @@ def _branch(record: BranchRecord, filters: int, inputs: int) -> Branch:
     return Branch(np.stack(rows), np.stack(lists))
 
 
-def checked(numbers: Channels, least: int, count: int) -> IntArray:
+def checked(numbers: Numbers, least: int, count: int) -> IntArray:
     """`numbers` as an array; ValueError if one is not of `least` to `count - 1`."""
     if numbers and not least <= min(numbers) <= max(numbers) < count:
         raise ValueError(f"channels {min(numbers)} to {max(numbers)} where there are {count}")
@@ -203,5 +203,5 @@ def _layer_record(layer: LayerPlan, number: Callable[[IntArray], int]) -> LayerR
     return LayerRecord(number(layer.filters), number(layer.inputs), norm, parts)
 
 
-def _rows(numbers: IntArray) -> tuple[Channels, ...]:
+def _rows(numbers: IntArray) -> tuple[Numbers, ...]:
     return tuple(tuple(row) for row in numbers.tolist())

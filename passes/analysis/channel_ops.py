@@ -197,8 +197,8 @@ class Tie:
     """A parameter that two modules share.
 
     Attributes:
-        node, name: the call of the one that has it again, and the parameter's full name there.
-        owner, owner_name: the same of the first one, which it is counted for.
+        node, name: the call of the module that shares it, and the parameter's full name there.
+        owner, owner_name: the same of the first module, for which it is counted.
         count: of its elements.
     """
 

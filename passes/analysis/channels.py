@@ -12,7 +12,7 @@ once, with the record of its run on the example inputs; labels are carried along
    atoms on; atoms that meet in an elementwise operator are coupled, by union-find.
 3. **Data movement** is executed for real, on a tensor that numbers the elements of its inputs.
    What comes out says which element went where; where whole channels moved, the operator is a
-   gather of channels or works on every channel alike, whatever its name.
+   gather of channels or does the same within every channel.
 4. **Anything else** is opaque: it gets its inputs at full width and makes new atoms.
 
 Whether a zero channel stays zero is found by running the operator on zeros.

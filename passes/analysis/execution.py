@@ -4,7 +4,7 @@ A graph is run once for every size of its inputs. An analysis, which may be made
 reads from the record what every node gave:
 
 1. Of a tensor it keeps shape, type and device, but no memory: one zero, expanded.
-2. All else is kept as it is.
+2. Everything else is kept as it is.
 3. What it cost, whether it drew random numbers, and whether a module computes something else than
    its class would.
 """

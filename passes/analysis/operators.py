@@ -1,8 +1,8 @@
 """Tables of torch's operators: sets of functions, methods and module types, by what they do.
 
 An operator is found by identity, a method by its name, a module by its exact type; torchvision's by
-their full names, for importing it takes as long as importing torch. Whatever is in no set is
-opaque: correct, and left at its full width.
+their full names, for importing it takes as long as importing torch. An operator in no set is
+opaque: converted correctly, at its full width.
 """
 
 import inspect
@@ -282,7 +282,7 @@ def along(node: Node) -> Any:
 
 
 def reduced(node: Node, rank: int) -> set[int] | None:
-    """The dimensions that a reduction is told to reduce; None if it is not told so."""
+    """The dimensions that a reduction is given to reduce; None if it is given none."""
     dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
         return None

@@ -23,7 +23,7 @@ _PASSING = operators.ELEMENTWISE | operators.RELAYOUTS | operators.BATCH_NORMS |
 
 
 class Positions:
-    """The positions of the values of one graph, as far as it is analysed.
+    """The positions of the values of one graph, as far as it has been analysed.
 
     Args:
         root: the module whose graph it is.

@@ -197,7 +197,7 @@ def aligned_dim(a: State, value: Value | None, result: Tensor) -> int | None:
 
 
 def spans_channels(a: State, operand: Node, result: Tensor, dim: int) -> bool | None:
-    """Whether an operand has the result's channels; None if they cannot be told apart."""
+    """Whether an operand has the result's channels; None if that cannot be decided."""
     value = a.values.get(operand)
     if value is None:
         return None

@@ -138,7 +138,7 @@ class State:
         self.values[node] = Value(tuple(result.shape), dim, self.coupling.new(count))
 
     def pass_atoms(self, node: Node, result: Tensor, dim: int, atoms: IntArray) -> None:
-        """Give the tensor of `node` channels along `dim` that are those of `atoms`."""
+        """Give the tensor of `node` the channels `atoms` along `dim`."""
         self.values[node] = Value(tuple(result.shape), dim, atoms)
 
     def is_index(self, node: Node) -> bool:

@@ -70,7 +70,7 @@ def choose_inputs(root: nn.Module, given: Any) -> Chosen:
 
 
 def of_few_samples(root: nn.Module, call: Call) -> Chosen:
-    """The same call with two samples, or as it is if `root` does not accept that.
+    """The same call with two samples, or unchanged if `root` does not accept that.
 
     Raises:
         PrepareError: it accepts neither.
@@ -141,7 +141,7 @@ def fresh(inputs: Any) -> Any:
 
 
 def parameter_dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Those of the first floating-point parameter or buffer; torch's default without any."""
+    """Device and type of the first floating-point parameter or buffer, else torch's defaults."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype, tensor.device

@@ -9,7 +9,8 @@ sequence, shows only where the same graph runs on an example of another size:
    Dimensions of one size in several inputs change together, as tokens and their mask do.
 3. All that was accepted is tried together, so that one example shows as much as possible.
 
-An example is `Shapes`, those of the tensors among the inputs; their values are repeated or cut.
+An example is given by its `Shapes`, the shapes of the tensors among the inputs; their values are
+repeated or cut.
 """
 
 import math
@@ -92,17 +93,17 @@ def fix_sizes(graphs: Iterable[fx.Graph], example: tuple[Any, ...], refused: Sha
 
 
 def _check_size(graph: fx.Graph, tensor: Node, dim: int, size: int) -> None:
-    told = f"the model was prepared for inputs whose dimension {dim} is {size}, and no other"
+    message = f"the model was prepared for inputs whose dimension {dim} is {size}, and no other"
     found = graph.call_method("size", (tensor, dim))
     with graph.inserting_after(found):
         same = graph.call_function(operator.eq, (found, size))
     same.meta["is_wrapped"] = True  # or fx would evaluate it when it is unpickled
     with graph.inserting_after(same):
-        graph.call_function(torch._assert, (same, told))
+        graph.call_function(torch._assert, (same, message))
 
 
 def other_sizes(inputs: Any, accepts: Callable[[Shapes], bool]) -> tuple[Shapes, ...]:
-    """Shapes that `accepts` says yes to, and that differ from those of `inputs`; fewest first.
+    """Shapes that `accepts` accepts, and that differ from those of `inputs`; fewest first.
 
     Args:
         inputs: the example.
@@ -219,7 +220,7 @@ def _batch(shapes: Shapes) -> Axis | None:
 
 
 def _axes(shapes: Shapes, taken: set[Place]) -> list[Axis]:
-    """All dimensions that are not `taken`, those of several inputs joined where they are equal."""
+    """All dimensions that are not `taken`; equal ones of several inputs are joined."""
     places: dict[tuple[int, int], list[Place]] = defaultdict(list)
     for n, shape in enumerate(shapes):
         for dim, size in enumerate(shape):

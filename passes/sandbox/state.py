@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from dspfx.passes.sandbox.randomness import generators_kept, generators_of
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, set, list)  # such as those of parameters
+_CONTAINERS = (dict, OrderedDict, defaultdict, set, list)  # as of parameters
 
 
 class Values:
@@ -42,12 +42,12 @@ def values_kept(values: Values) -> Iterator[None]:
 
 
 def of_python(root: nn.Module) -> list[nn.Module]:
-    """The modules of `root` but for those of TorchScript, which only look like them."""
+    """The modules of `root` except TorchScript's, which are no Python modules."""
     return [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def values_of(root: nn.Module) -> Values:
-    """Those of all parameters and buffers."""
+    """The values of all parameters and buffers."""
     return Values([*root.parameters(), *root.buffers()])
 
 

@@ -21,7 +21,7 @@ ZERO = 10.0  # times the rounding errors of a gradient: one that is not larger m
 
 
 class OwnGradients:
-    """The functions that there are, and the calls of them that have been looked at.
+    """The functions in use, and the calls of them that have been checked.
 
     Args:
         as_leaf: calls a function with the values of proxies; nothing in it is traced.
@@ -105,7 +105,7 @@ def positions(x: Tensor) -> Tensor:
 def _gradients(
     function: Callable[..., Any], args: Any, scale: float, weight: float, *, shaken: bool = False
 ) -> list[Tensor]:
-    """Those of a weighted sum of the results, for every argument that can have one.
+    """The gradients of a weighted sum of the results, for every argument that can have one.
 
     Args:
         function: of `args`.

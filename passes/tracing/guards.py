@@ -6,7 +6,7 @@
 2. Of a number of dimensions, it is enough to check those of the inputs; of a number of pieces, the
    count that follows from the size of what was cut.
 3. Properties that do not change with sizes, a dtype for instance, are not checked; nor are whole
-   shapes and counts of elements that tell the count of channels which may be pruned.
+   shapes and counts of elements that depend on a count of channels which may be pruned.
 4. All other numbers are computed from the values of tensors: code cannot branch on them.
 5. Torch reads the numbers among its arguments before it sees that one is a proxy. Such a number is
    passed on, not branched on: its guard is removed.
@@ -194,8 +194,8 @@ class Guards:
         for proxy in calls:
             proxy.node.meta["is_wrapped"] = True  # fx traces it again when it is unpickled
         place = f" ({line})" if (line := self.line()) else ""
-        told = f"for other inputs, and its code may do otherwise for these{place}; {_HOW}"
-        calls.append(self.check([asked, *calls][-1], told))
+        reason = f"for other inputs, and its code may do otherwise for these{place}; {_HOW}"
+        calls.append(self.check([asked, *calls][-1], reason))
         self.checked.add((asked.node, what))
         made = [proxy.node for proxy in reversed(calls)]
         now = [] if frame is None else [_Asked(frame, frame.f_lasti, asked.node, made)]

@@ -82,7 +82,7 @@ def plan_gates(
             value = analysis.values[node]
             assert value.dim is not None
             norms[name, len(calls[name])] = value.channels, value.dim
-        calls[name].append(_what_it_reads(node))  # of whatever kind: they are numbered
+        calls[name].append(_what_it_reads(node))  # of every kind: calls are numbered
     layers = {name: elements for name, elements in layers.items() if name not in left_alone}
     return GatePlan(layers, norms, dict(calls), left_alone)
 

@@ -187,7 +187,7 @@ def _same_settings(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _replace_module(root: nn.Module, name: str, plain: nn.Module) -> None:
-    """Put `plain` wherever the module `name` stands, with its state and children."""
+    """Replace the module `name` by `plain` everywhere, with its state and children."""
     old = root.get_submodule(name)
     for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         vars(plain)[kind] = vars(old)[kind]

@@ -48,7 +48,7 @@ def patched(
     Args:
         call: makes a traced call of a function.
         call_method: makes a traced call of the method of a name.
-        training: whether the model is in training; else code that asks is told that there are no
+        training: whether the model is in training; else code that asks sees that there are no
             gradients, as where the model is tried.
         recording: whether calls are traced now.
     """
@@ -104,7 +104,7 @@ def _call_checkpointed(function: Callable[..., Any], _: bool, *args: Any) -> Any
 def _inlined(script: Any, *args: Any, **kwargs: Any) -> Any:
     """A scripted function of proxies is the function that was scripted.
 
-    Not so one that was traced, which does whatever that one did for its example.
+    Not for a function that was traced, which repeats what it did for its example.
     """
     traced = any(given.isCompleteTensor() for given in script.graph.inputs())
     if traced or not _holds_a_proxy((args, kwargs)):

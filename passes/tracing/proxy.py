@@ -54,7 +54,7 @@ class ConcreteProxy(Proxy):
             if self.node.op == "get_attr":  # of a parameter: it has one for good
                 return value
             if name in ("dim", "ndim"):
-                self.tracer.told_rank()
+                self.tracer.read_rank()
                 return value
         if name == "type" and isinstance(
             self.concrete, torch.device
@@ -102,7 +102,7 @@ class ConcreteProxy(Proxy):
         count = len(self.concrete)
         if isinstance(self.concrete, Tensor):
             return int(self.size(0))
-        self.tracer.told_items(self, sys._getframe(1))
+        self.tracer.read_items(self, sys._getframe(1))
         return count
 
     def __hash__(self) -> int:
@@ -174,7 +174,7 @@ class ConcreteProxy(Proxy):
 
     def keys(self) -> Any:
         """The keys of a mapping, as they were."""
-        self.tracer.told_items(self, sys._getframe(1))
+        self.tracer.read_items(self, sys._getframe(1))
         return self.concrete.keys()
 
     def _item(self, key: Any) -> Any:
@@ -184,7 +184,7 @@ class ConcreteProxy(Proxy):
         """The value, unless it depends on the data."""
         if isinstance(self.concrete, Tensor):
             raise TypeError(f"control flow depends on the values of '{self.node.name}'")
-        self.tracer.told(self, sys._getframe(2))
+        self.tracer.read_value(self, sys._getframe(2))
         return self.concrete
 
 

@@ -55,7 +55,7 @@ class Traced:
 
 
 def copy_model(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
-    """A private copy of `model`, but for what is `shared` by its `id`.
+    """A private copy of `model`, except for what is `shared` by its `id`.
 
     Raises:
         TraceError: it cannot be copied.
@@ -137,7 +137,7 @@ def _trace_graph(
 ) -> fx.Graph:
     """Trace until it succeeds, every submodule that refuses becoming one that `failed`.
 
-    Again where code was told, by `int`, what it may go on with as a value.
+    Tracing is repeated where code called `int` of what can stay a value of the graph.
     """
     ints: set[CodeType] = set()
     while True:

@@ -156,14 +156,14 @@ class ConcreteTracer(fx.Tracer):
         if name in self.inputs and not isinstance(value, str | bool | None):
             return proxy
         same = operator.is_ if value is None else operator.eq
-        told = f"with {name}={value!r} and cannot be called otherwise"
+        reason = f"with {name}={value!r} and cannot be called otherwise"
         asked = self._call(same, proxy, value)
         asked.node.meta["is_wrapped"] = True  # or fx would answer it when it is unpickled
-        self._check(asked, told)
+        self._check(asked, reason)
         return value
 
-    def _check(self, condition: Any, told: str) -> Any:
-        return self._call(torch._assert, condition, f"the model was prepared {told}")
+    def _check(self, condition: Any, reason: str) -> Any:
+        return self._call(torch._assert, condition, f"the model was prepared {reason}")
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.create_proxy("call_function", function, args, kwargs)
@@ -262,17 +262,17 @@ class ConcreteTracer(fx.Tracer):
             self.guards.inputs.append(proxy)
         return proxy
 
-    def told(self, proxy: ConcreteProxy, frame: FrameType) -> None:
+    def read_value(self, proxy: ConcreteProxy, frame: FrameType) -> None:
         """Code in `frame` reads the value of `proxy`."""
         if not self.executing:
             self.guards.guard_number(proxy, frame)
 
-    def told_items(self, container: ConcreteProxy, frame: FrameType) -> None:
+    def read_items(self, container: ConcreteProxy, frame: FrameType) -> None:
         """Code in `frame` reads the number of items of a container, or its keys."""
         if not self.executing:
             self.guards.guard_items(container, frame)
 
-    def told_rank(self) -> None:
+    def read_rank(self) -> None:
         """Code reads the number of dimensions of a tensor."""
         if not self.executing:
             self.guards.guard_ranks()

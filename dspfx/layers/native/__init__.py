@@ -182,8 +182,8 @@ def unpacked(weight: Tensor, indices: Tensor, layers: str) -> Iterator[Layer]:
         if residual >= 0:
             addends, added = int(indices[0]), indices[1 : filters + 1]
             indices = indices[filters + 1 :]
-        told = kind, source, residual, settings, activation, channels
-        yield Layer(*told, written, tuple(groups), added, addends)
+        read = kind, source, residual, settings, activation, channels
+        yield Layer(*read, written, tuple(groups), added, addends)
 
 
 def as_text(layers: Iterable[Sequence[int]]) -> str:
