@@ -23,7 +23,7 @@ _ROUNDS = 20
 
 @dataclass(frozen=True)
 class SizeFacts:
-    """What is known of the nodes of a graph, by their names.
+    """Facts about the nodes of a graph, by name, that come from comparing sizes.
 
     Attributes:
         varying: the dimensions of a node's tensor whose size depends on that of the inputs.
@@ -114,7 +114,7 @@ def _is_same(node: Node, first: ChannelAnalysis, other: ChannelAnalysis) -> bool
 
 
 def _facts(op: Op) -> tuple[object, ...]:
-    """What an operation is, apart from what it costs and how it may be made cheaper."""
+    """The fields of an operation that must agree: all but costs and optional savings."""
     match op:
         case Mix():
             op = replace(op, positions=0)

@@ -108,7 +108,7 @@ class _Recorder(fx.Interpreter):
 
 
 def _plain(tree: Any) -> Any:
-    """`tree` with the lists and dicts that the code of a graph makes of those of its nodes."""
+    """`tree` with plain lists and dicts in place of those of `fx` nodes."""
     if isinstance(tree, immutable_list):
         return [_plain(item) for item in tree]
     if isinstance(tree, immutable_dict):

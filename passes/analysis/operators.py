@@ -203,7 +203,7 @@ _FUNCTIONAL: dict[Any, Callable[..., Any]] = {
 
 
 def overwritten(node: Node, root: nn.Module) -> Node | None:
-    """The value that an in-place operator overwrites and returns; None if the call is no such."""
+    """The value that an in-place operator overwrites and returns; None of other operators."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         in_place = is_torchs(module) and bool(getattr(module, "inplace", False))
@@ -215,7 +215,7 @@ def overwritten(node: Node, root: nn.Module) -> Node | None:
 
 
 def left_by(node: Node) -> tuple[Node, Node] | None:
-    """Of `as_left_by(x, call)`, both."""
+    """`x` and `call` of a node `as_left_by(x, call)`; None of other nodes."""
     if node.target is not as_left_by:
         return None
     value, call = node.args
@@ -236,7 +236,7 @@ def remove_dead_code(graph: fx.Graph) -> None:
 
 
 def is_torchs(module: nn.Module) -> bool:
-    """Whether no code but torch's runs in a call of `module`."""
+    """Whether only torch's code runs in a call of `module`."""
     return type(module).__module__.startswith("torch.nn.")
 
 
@@ -248,7 +248,7 @@ def overwrites(kind: str, target: Any) -> bool:
 
 
 def rank_with_batch(key: Key) -> int | None:
-    """How many dimensions a `CHANNELWISE` operator's tensors have, unless any number will do.
+    """How many dimensions a `CHANNELWISE` operator's tensors have, None if any number is accepted.
 
     With one fewer, what looks like a batch are its channels: `F.max_pool1d` takes `[C, L]`.
     """
@@ -320,7 +320,7 @@ def _has_in_place_name(name: str) -> bool:
 
 
 def _twin(function: Any) -> Any:
-    """The function that does out of place what `function` does in place; None if it does not."""
+    """The out-of-place version of an in-place `function`; None of other functions."""
     name = getattr(function, "__name__", "")
     if not _has_in_place_name(name):
         return None

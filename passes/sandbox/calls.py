@@ -192,7 +192,7 @@ def _inferred(root: nn.Module) -> Chosen:
 
 
 def evaluate(root: nn.Module, call: Call, values: Values | None = None) -> Any:
-    """What `root` computes in evaluation mode; nothing of it changes, nor of the arguments.
+    """The outputs of `root` in evaluation mode; neither it nor the arguments change.
 
     Args:
         values: of its parameters and buffers, kept once for many calls.
@@ -208,7 +208,7 @@ def run(
     gradients: bool = False,
     values: Values | None = None,
 ) -> Any:
-    """What `root` computes, as `evaluate`, in either mode and with or without gradients."""
+    """The outputs of `root`, as `evaluate`, in either mode and with or without gradients."""
     call = call.map(fresh)
     _, device = parameter_dtype_and_device(root)
     with torch.set_grad_enabled(gradients), state_kept(root, values=values), fixed_seeds(device):
@@ -217,7 +217,7 @@ def run(
 
 
 def _tried(root: nn.Module, call: Call) -> tuple[Any, Exception | None]:
-    """What `root` computes, or why it does not."""
+    """The outputs of `root`, or the error that it raises."""
     try:
         return evaluate(root, call), None
     except Exception as error:

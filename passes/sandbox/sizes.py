@@ -145,7 +145,7 @@ def changed_places(shapes: Shapes, other: Shapes) -> set[Place]:
 
 
 def shown_places(shapes: Shapes, other: Shapes) -> set[Place]:
-    """Where `other` differs so much that what layers with strides make of it does, too.
+    """Where `other` differs so much that it also does after strided layers.
 
     An image of 39 pixels has as many positions as one of 64 once it is 32 times smaller.
     """
@@ -193,7 +193,7 @@ class _Search:
         return tuple(_changed(self.shapes, new) for new in ([found] if found else []) + separate)
 
     def _try(self, new: dict[Place, int]) -> bool:
-        """Whether the model takes inputs of the sizes `new`; not asked twice, nor too often."""
+        """Whether the model takes inputs of the sizes `new`, tried once and if trials are left."""
         shapes = _changed(self.shapes, new)
         if shapes == self.shapes:
             return False
@@ -212,7 +212,7 @@ def _changed(shapes: Shapes, new: dict[Place, int]) -> Shapes:
 
 
 def _batch(shapes: Shapes) -> Axis | None:
-    """The samples of the first input, and of all that have as many."""
+    """The batch dimension: of the first input, and of all inputs with as many samples."""
     if not shapes or not shapes[0]:
         return None
     count = shapes[0][0]
@@ -242,7 +242,7 @@ def _smaller(axes: Sequence[Axis]) -> dict[Place, int]:
 
 
 def _multiples(axes: Sequence[Axis]) -> dict[Place, int]:
-    """Sizes that the same power of two divides, all changed by one step of it."""
+    """Sizes with the same large divisor: each changed by one step of its power of two."""
     new: dict[Place, int] = {}
     for axis in axes:
         step = axis.divisor
@@ -258,7 +258,7 @@ def _odd(size: int) -> int:
 def sizes_to_prove(
     shapes: Shapes, others: Sequence[Shapes], generator: torch.Generator
 ) -> list[Shapes]:
-    """Sizes besides `shapes`, one of them at random, none larger: proofs shall be cheap.
+    """Sizes besides `shapes`, one of them at random, none larger, to keep proofs cheap.
 
     Args:
         shapes: of the example.
@@ -275,9 +275,9 @@ def sizes_to_prove(
 
 
 def _drawn(shapes: Shapes, other: Shapes, generator: torch.Generator) -> Shapes:
-    """A size between half of `shapes` and all of them, along the dimensions that `other` changes.
+    """Random sizes between half of `shapes` and all of it, along the dimensions `other` changes.
 
-    By multiples of what the two differ by: where that is 32, only multiples of 32 are drawn.
+    In steps of the difference of the two: where that is 32, only multiples of 32 are drawn.
     """
     joined: dict[int, int] = {}  # equal sizes of several inputs stay equal
     drawn = []

@@ -15,7 +15,7 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, set, list)  # as of parameters
 
 
 class Values:
-    """What `tensors` hold now, to be put back as often as it may have changed."""
+    """A snapshot of the values of `tensors`, which can be restored several times."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._before = [(x, _version(x), x.requires_grad, x.detach().clone()) for x in tensors]
@@ -34,7 +34,7 @@ class Values:
 
 @contextmanager
 def values_kept(values: Values) -> Iterator[None]:
-    """They are put back afterwards."""
+    """Restore the values afterwards."""
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ def values_of(root: nn.Module) -> Values:
 
 @contextmanager
 def buffers_kept(root: nn.Module) -> Iterator[None]:
-    """The buffers of `root` are afterwards the tensors that they were, with the same values."""
+    """Restore the buffers of `root` afterwards: the same tensors, with the same values."""
     own = {module: dict(module._buffers) for module in of_python(root)}
     with values_kept(Values(root.buffers())):
         try:
@@ -70,7 +70,7 @@ def state_kept(
     written: Iterable[Tensor] | None = None,
     values: Values | None = None,
 ) -> Iterator[None]:
-    """Everything that `root` and its modules own is afterwards what it was, caches included.
+    """Restore everything that `root` and its modules own afterwards, caches included.
 
     Args:
         root: any module.
@@ -110,7 +110,7 @@ def written_by(graph: fx.GraphModule) -> list[Tensor]:
 
 
 def only_reads(module: nn.Module) -> bool:
-    """Whether no code but torch's and ours runs in `module`, which leaves parameters alone."""
+    """Whether only torch's and our code runs in `module`, which leaves parameters alone."""
     own = type(module).__module__.startswith(("torch.nn.", "dspfx."))
     return own and not is_altered(module)
 

@@ -44,7 +44,7 @@ _HOW = "prepare it with an example of the sizes and the items that it is called 
 
 
 class _Origin(enum.Enum):
-    """What a value is made of."""
+    """The kind of inputs that a value is computed from."""
 
     INPUTS = "an input that is no tensor, or an item of one"
     SIZES = "sizes of tensors, and such inputs"
@@ -57,11 +57,11 @@ _CHECKED = frozenset((_Origin.INPUTS, _Origin.SIZES))
 
 @dataclass(frozen=True)
 class _Cut:
-    """A call that cuts a tensor along a dimension.
+    """A call that splits a tensor along a dimension.
 
     Attributes:
         name: of the function or method.
-        tensor: what is cut, a proxy.
+        tensor: the tensor that is split, a proxy.
         into: how many pieces, or how long they are; a list of lengths; or nothing of that.
         dim: the dimension.
     """
@@ -72,7 +72,7 @@ class _Cut:
     dim: Any
 
     def pieces(self) -> Any:
-        """What says how many pieces there are, a proxy, or a number where it is always the same."""
+        """The number of pieces: a proxy, or a number where it is always the same."""
         size, into = self.tensor.size(self.dim), self.into
         if isinstance(into, tuple | list):
             return size
@@ -87,7 +87,7 @@ class _Cut:
 
 
 def _at_least(size: Any, length: Any) -> Any:
-    """How many pieces of a length make a size, the last one being shorter."""
+    """How many pieces of a length cover a size: the quotient, rounded up."""
     return (size + length - 1) // length
 
 
@@ -97,7 +97,7 @@ class Guards:
     Args:
         call: makes a traced call of a function.
         check: makes a traced call that raises a text where a condition does not hold.
-        line: the line of the user's code under way, empty if it is not known.
+        line: the current line of the user's code, empty if unknown.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Guards:
     def _insist(
         self, what: str, asked: Any, frame: FrameType | None, compare: Callable[[], list[Any]]
     ) -> None:
-        """Check, once, what the last of the calls that `compare` makes says; `asked` if none."""
+        """Assert, once, the result of the last call that `compare` makes; or `asked`."""
         if (asked.node, what) in self.checked:
             return
         earlier, self.asked = self.asked, []
@@ -221,7 +221,7 @@ class _Asked:
     check: list[Node]
 
     def under_way(self) -> bool:
-        """Whether that instruction has not ended."""
+        """Whether that instruction is still running."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
@@ -243,17 +243,17 @@ def kind_of(value: Any) -> str:
 
 
 def takes_out(node: Node) -> bool:
-    """Whether it takes an item out of a container, or an attribute."""
+    """Whether a node takes an item from a container, or an attribute."""
     return node.target in _ITEMS
 
 
 def is_item(node: Node) -> bool:
-    """Whether it takes an item out of an input."""
+    """Whether a node takes an item from an input."""
     return takes_out(node) and _origin(node.all_input_nodes[0]) is _Origin.INPUTS
 
 
 def is_given(node: Node) -> bool:
-    """Whether it is an input, or an item of one."""
+    """Whether a node is an input, or an item of one."""
     return node.op == "placeholder" or is_item(node)
 
 
@@ -293,13 +293,13 @@ def _is_size(node: Node) -> bool:
 
 
 def _is_property(node: Node) -> bool:
-    """Whether it asks tensors for what does not depend on their values."""
+    """Whether a node reads a property of tensors that does not depend on their values."""
     compared = node.target in (operator.eq, operator.ne) and None in node.args
     return compared or _name(node) in _PROPERTIES
 
 
 def _is_shape(node: Node) -> bool:
-    """Whether it is the shape of a tensor."""
+    """Whether a node is the shape of a tensor."""
     match node.op, node.target, *node.args[1:], *node.kwargs.values():
         case ("call_method", "size") | (_, builtins.getattr, "shape"):
             return True
@@ -307,11 +307,11 @@ def _is_shape(node: Node) -> bool:
 
 
 def _name(node: Node) -> str:
-    """What the method or function is called."""
+    """The name of the method or function."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _without_channels(items: slice) -> bool:
-    """Whether these items of a shape are sizes of an image alone."""
+    """Whether these items of a shape are sizes of positions only, not channels."""
     first = items.start
     return isinstance(first, int) and (first >= 2 or -2 <= first < 0) and items.step is None

@@ -25,7 +25,7 @@ CONTAINER = "channel_gates"
 
 @dataclass(frozen=True)
 class GatePlan:
-    """Which gates go where.
+    """The gates to insert, and where.
 
     Attributes:
         layers: the convolutions to gate, with the elements of their input for one sample.
@@ -177,8 +177,8 @@ def _what_it_reads(node: Node) -> str:
 def _follow_norms(graph: fx.Graph, plan: GatePlan, gates: dict[tuple[str, int], str]) -> None:
     """Insert the gates, given by the call of the norm that they follow, into `graph`.
 
-    In training a norm may be called more often, or in another order: a call has the gate of that
-    which reads the same, the last one if there are several more.
+    In training a norm may be called more often, or in another order: a call gets the gate of the
+    call that reads the same, of the last one if there are several.
     """
     calls: dict[str, list[Node]] = defaultdict(list)
     for node in graph.nodes:

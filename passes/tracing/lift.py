@@ -66,7 +66,7 @@ def _leave_counting_to(norm: str, graph: fx.Graph) -> None:
 
 
 def _module_of(node: Node, root: nn.Module, modes: set[bool]) -> tuple[str, nn.Module] | None:
-    """The module that would do what `node` does, and the name of the one it takes over from.
+    """The module equivalent to `node`, and the name of the module that it replaces.
 
     In all `modes` that it is called in, True being training.
     """
@@ -124,7 +124,7 @@ def _convolution(node: Node, root: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def _is_fixed(setting: Any) -> bool:
-    """Whether it is the same in every call, not computed from the input."""
+    """Whether a value is the same in every call, not computed from the input."""
     numbers = setting if isinstance(setting, tuple | list) else [setting]
     return all(isinstance(n, int | str) for n in numbers)
 
@@ -173,7 +173,7 @@ def _own_weight(given: dict[str, Any]) -> str | None:
 
 
 def _owner(arguments: dict[str, Any]) -> str | None:
-    """The one module whose attributes of these very names the arguments are."""
+    """The one module that has the arguments as attributes of these names."""
     owners = set()
     for name, node in arguments.items():
         target = str(node.target) if isinstance(node, Node) and node.op == "get_attr" else ""

@@ -83,7 +83,7 @@ def _by_name(name: str, call_method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def checkpoints_run_once() -> ExitStack:
-    """Let what is computed twice, to save memory, be computed once, until the result is closed."""
+    """Run checkpointed functions (`torch.utils.checkpoint`) once, until the result is closed."""
     stack = ExitStack()
     stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _call_checkpointed))
     for name in _CHECKPOINTING:
@@ -97,12 +97,12 @@ def _saves_everything(*_: Any, **__: Any) -> Iterator[None]:
 
 
 def _call_checkpointed(function: Callable[..., Any], _: bool, *args: Any) -> Any:
-    """What is computed twice to save memory is traced once."""
+    """Trace a checkpointed function once, without recomputation."""
     return function(*args)
 
 
 def _inlined(script: Any, *args: Any, **kwargs: Any) -> Any:
-    """A scripted function of proxies is the function that was scripted.
+    """Call the Python function behind a scripted one if there are proxies.
 
     Not for a function that was traced, which repeats what it did for its example.
     """
@@ -113,7 +113,7 @@ def _inlined(script: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _variable(kind: Any, data: Any = None, requires_grad: bool = False, **rest: Any) -> Any:
-    """`Variable(proxy)`: as of old, a tensor that no gradient goes back from."""
+    """`Variable(proxy)`, the deprecated form of `proxy.detach()`."""
     if not _holds_a_proxy(data):
         return type.__call__(kind, data, requires_grad, **rest)
     if requires_grad or rest:
@@ -146,7 +146,7 @@ def _noticing(
 
 
 def _is_instance(item: Any, kinds: Any) -> bool:
-    """`isinstance`, to which a proxy is of the class of its value; but not for torch's own code."""
+    """`isinstance`: for user code, a proxy is an instance of the class of its value."""
     if type(item) is not ConcreteProxy:
         return _isinstance(item, kinds)
     frame = sys._getframe(1)

@@ -22,7 +22,7 @@ PLAIN = int | float | str | bool | None  # values that an input can be compared 
 
 
 def _in_place(name: str) -> Callable[[Any, Any], Any]:
-    """The operator that overwrites a tensor; of a number, the one that does not."""
+    """The in-place operator for tensors, the ordinary one for numbers, which are immutable."""
 
     def overwrite(self: Any, other: Any) -> Any:
         if not isinstance(self.concrete, Tensor):
@@ -75,7 +75,7 @@ class ConcreteProxy(Proxy):
         return iter([self._item(i) for i in range(count)])
 
     def __getitem__(self, key: Any) -> Any:
-        """Of parts of a tensor, some are as many values."""
+        """An item; a slice of the pieces of a split tensor is a tuple of proxies."""
         some = type(key) is slice and self.node in self.tracer.guards.cut
         return tuple(self)[key] if some else self._item(key)
 
@@ -93,7 +93,7 @@ class ConcreteProxy(Proxy):
         written.node.meta["is_wrapped"] = True  # fx's own proxies have no items to assign
 
     def _sum(self, left: Any, right: Any) -> Any:
-        """Of two lists of values, if this one is known item by item, all of them."""
+        """The concatenation of two lists, where this one is known item by item."""
         if self.node not in self.tracer.guards.cut:
             return self.tracer.create_proxy("call_function", operator.add, (left, right), {})
         return (*left, *right)
@@ -148,7 +148,7 @@ class ConcreteProxy(Proxy):
         return self._rounded(math.trunc)
 
     def _rounded(self, how: Callable[..., Any], *digits: int) -> Any:
-        """Of a number, a value of the graph, as its sums and quotients are."""
+        """Rounding of a number: a value of the graph, like its sums and quotients."""
         if isinstance(self.concrete, Tensor):
             return how(self._number(), *digits)
         rounded = self.tracer.create_proxy("call_function", how, (self, *digits), {})
@@ -173,7 +173,7 @@ class ConcreteProxy(Proxy):
         return format(self._number(), how) if how else str(self)
 
     def keys(self) -> Any:
-        """The keys of a mapping, as they were."""
+        """The keys of a mapping, as concrete values."""
         self.tracer.read_items(self, sys._getframe(1))
         return self.concrete.keys()
 

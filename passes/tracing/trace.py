@@ -118,7 +118,7 @@ def trace(
 
 
 def _hooked(root: nn.Module, tracer: ConcreteTracer) -> dict[str, str]:
-    """The modules that `tracer` would enter, though hooks are to see the values there."""
+    """The modules with hooks that `tracer` would enter; hooks must see values, not proxies."""
     why = "a hook was registered on it, which is called with values as before"
     return {
         name: why

@@ -40,7 +40,7 @@ LINE = "line of source"  # a key of `Node.meta`
 
 
 class ConcreteTracer(fx.Tracer):
-    """Enters everything but torch's own layers and the modules named `opaque`."""
+    """A tracer that enters all modules except torch's own layers and those in `opaque`."""
 
     proxy_buffer_attributes = True
 
@@ -148,7 +148,7 @@ class ConcreteTracer(fx.Tracer):
         return self._input(parameter.name, () if default is parameter.empty else (default,))
 
     def _input(self, name: str, default: tuple[Any, ...]) -> Any:
-        """A proxy; for a value that code may branch on the value, and a check that it stays so."""
+        """A proxy; for a plain value that code may branch on, the value, and a guard."""
         proxy = self.create_proxy("placeholder", name, default, {})
         value = proxy.concrete
         if isinstance(value, Tensor):
@@ -249,13 +249,13 @@ class ConcreteTracer(fx.Tracer):
         self.aliases.overwritten(node, written, becomes, self.modules[-1])
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        """A node that reads what is so; this one may be the output."""
+        """Create a node, perhaps the output, and check that it reads no stale value."""
         node = super().create_node(*args, **kwargs)
         self.aliases.check(node)
         return node
 
     def _item(self, proxy: ConcreteProxy) -> Any:
-        """An item of an input; that it is there, as it may not be for `dict.get`, is checked."""
+        """An item of an input, guarded to be there, which `dict.get` leaves open."""
         if proxy.node.target is not operator.getitem:
             self.guards.guard_kind(proxy)
         if isinstance(proxy.concrete, Tensor):

@@ -34,7 +34,7 @@ MOST_READERS = 60  # bits of an integer
 
 @dataclass(frozen=True)
 class _Wish:
-    """Seconds that are saved where `classes` are sorted by `key`; both int `[n]`."""
+    """A preference of a layer: seconds saved if `classes` are sorted by `key`; both int `[n]`."""
 
     saves: float
     classes: IntArray
@@ -69,7 +69,7 @@ def _wishes(analysis: ChannelAnalysis, live: Liveness, model: CostModel) -> Iter
 def _of_layer(
     node: Node, op: Mix, analysis: ChannelAnalysis, live: Liveness, model: CostModel
 ) -> Iterator[_Wish]:
-    """1 and 2, if anything is gained where both are granted."""
+    """Preferences 1 and 2 of a layer, if both together save time."""
     held, filters = np.flatnonzero(live.kept[op.operands[0]]), np.flatnonzero(live.kept[node])
     row = live.reads[op.layer].row[filters]
     groups = groups_of(np.arange(len(filters)), row, live.reads_live(node, op)[:, held])
@@ -90,7 +90,7 @@ def _of_layer(
 def _of_stream(
     node: Node, op: Elementwise, analysis: ChannelAnalysis, live: Liveness, model: CostModel
 ) -> Iterator[_Wish]:
-    """3."""
+    """Preference 3."""
     kept, value = live.kept[node], analysis.values[node]
     each = math.prod(value.shape) // max(1, value.shape[0]) // max(1, value.channels)
     for operand, spans, out in zip(op.operands, op.spans, live.skipped[node], strict=True):
@@ -105,7 +105,7 @@ def _of_stream(
 
 
 def geometry(analysis: ChannelAnalysis, node: Node, op: Mix, channels: int) -> Geometry:
-    """Where the layer that `node` calls stands, when it is given `channels` channels."""
+    """The geometry of the layer that `node` calls, if its input has `channels` channels."""
     shape, result = analysis.values[op.operands[0]].shape, analysis.values[node].shape
     samples = max(1, shape[0])
     return Geometry(
@@ -138,7 +138,7 @@ def _by_reader(groups: list[Group], channels: int) -> IntArray:
 
 
 def _refine(order: IntArray, stretch: IntArray, key: IntArray) -> tuple[IntArray, IntArray]:
-    """Sort every stretch of `order` by `key`, and let equal keys be the new stretches."""
+    """Sort every range of `order` by `key`; equal keys within a range form the new ranges."""
     backwards = np.where(stretch % 2 == 1, -1, 1) * key[order]
     by = np.lexsort((np.arange(len(order)), backwards, stretch))
     order, stretch, backwards = order[by], stretch[by], backwards[by]

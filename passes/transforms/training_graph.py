@@ -52,7 +52,7 @@ def training_graph(
 
 
 def _alike(node: Node, twin: Node, twins: Mapping[Node, Node], root: nn.Module) -> bool:
-    """Whether they do the same with the same, but for arguments that are no nodes."""
+    """Whether two nodes apply one operator to corresponding nodes; other arguments may differ."""
     read = [twins.get(n) for n in node.all_input_nodes]
     if node.op != twin.op or read != twin.all_input_nodes:
         return False
@@ -96,7 +96,7 @@ def _anything(_: Node) -> str:
 
 
 def _name(node: Node, place: int | str) -> str:
-    """What the function calls its argument at `place`; empty if that is not known."""
+    """The parameter name of the argument at `place`; empty if unknown."""
     if isinstance(place, str):
         return place
     try:

@@ -135,7 +135,7 @@ def difference(expected: Any, actual: Any) -> float | None:
 
 @dataclass(frozen=True)
 class _Masked:
-    """The masked model in the widest type that it runs in, with inputs and what it makes of them.
+    """The masked model in the widest type that it runs in, with inputs and outputs.
 
     Attributes:
         module: a float64 copy over the same graph, or the model itself.
@@ -170,7 +170,7 @@ def _as_double(leaf: Any) -> Any:
 
 
 def _random(inputs: Any, generator: torch.Generator) -> Any:
-    """Normal numbers in place of the floating-point ones of `inputs`, of the same types."""
+    """`inputs` with normally distributed numbers in floating-point tensors, same types."""
 
     def draw(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():

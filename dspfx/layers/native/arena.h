@@ -75,7 +75,7 @@ inline void assign_slots(Program& p) {
     const Value& like = p.values[slot.values[0]];
     int64_t& end = slot.late ? p.late_arena : p.early_arena;
     for (const int64_t number : slot.values) p.values[number].at = end + like.before();
-    const int64_t floats = like.before() + slot.channels * like.plane() + like.behind();
+    const int64_t floats = like.before() + slot.channels * like.plane() + like.after();
     end += (floats + LINE - 1) / LINE * LINE;
   }
 }

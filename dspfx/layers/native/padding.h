@@ -19,11 +19,11 @@ inline void copy(float* to, const float* from, int64_t count) {
 }
 
 // Every `step`-th pixel. There are `before` pixels of the row before the first one that is taken, and
-// `behind` after the last one: no others may be read.
+// `after` after the last one: no others may be read.
 inline void copy(float* to, const float* from, int64_t count, int64_t step, int64_t before,
-                 int64_t behind) {
+                 int64_t after) {
   if (step == 1) return copy(to, from, count);
-  if (step != 2 || count < LANES || (count == LANES && before + behind == 0)) {
+  if (step != 2 || count < LANES || (count == LANES && before + after == 0)) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
     return;
   }
@@ -34,7 +34,7 @@ inline void copy(float* to, const float* from, int64_t count, int64_t step, int6
   for (; i + LANES < count; i += LANES) std::get<0>(pairs(from + 2 * i)).store(to + i);
   // the last vector steps back; it has one pixel too many, before the first or after the last
   const int64_t last = count - LANES;
-  if (behind > 0) std::get<0>(pairs(from + 2 * last)).store(to + last);
+  if (after > 0) std::get<0>(pairs(from + 2 * last)).store(to + last);
   else std::get<1>(pairs(from + 2 * last - 1)).store(to + last);
 }
 

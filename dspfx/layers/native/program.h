@@ -24,7 +24,7 @@ struct Value {
   int64_t row() const { return width + zeros[1]; }
   int64_t plane() const { return (height + zeros[0]) * row(); }
   int64_t before() const { return zeros[0] * row() + zeros[1]; }
-  int64_t behind() const { return before() + MOST_VECTORS * LANES; }
+  int64_t after() const { return before() + MOST_VECTORS * LANES; }
 };
 
 // Some filters of one group.

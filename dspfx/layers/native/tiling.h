@@ -28,8 +28,8 @@ inline bool is_in_place(const Layer& l, const Value& from, const Value& to, int6
   const int64_t size[2] = {from.height, from.width}, out[2] = {to.height, to.width};
   for (int axis = 0; axis < 2; ++axis) {
     if (l.kind == MAX_POOL && l.padding[axis] != 0) return false;  // max pools pad with -infinity
-    const int64_t behind = out[axis] - 1 + l.reach(axis) - l.padding[axis] - (size[axis] - 1);
-    if (l.padding[axis] > from.zeros[axis] || behind > from.zeros[axis]) return false;
+    const int64_t after = out[axis] - 1 + l.reach(axis) - l.padding[axis] - (size[axis] - 1);
+    if (l.padding[axis] > from.zeros[axis] || after > from.zeros[axis]) return false;
   }
   return true;
 }
@@ -49,19 +49,19 @@ inline std::vector<Tile> tiles_of(Cut& cut, const Value& to, const Value* residu
     const int64_t end = std::min(p + most * LANES, pixels), vectors = (end - p + LANES - 1) / LANES;
     // the last tile steps back rather than reach past the end, where that can be
     Tile tile{std::max<int64_t>(0, end - vectors * LANES), 0, vectors, false, -1, {}};
-    const int64_t behind = tile.at + vectors * LANES;
+    const int64_t after = tile.at + vectors * LANES;
     tile.to = first * row + tile.at;
-    tile.direct = to.row() == row && behind <= limit &&
+    tile.direct = to.row() == row && after <= limit &&
         (residual == nullptr ||
-         (residual->row() == row && (residual->place == Value::INSIDE || behind <= pixels)));
+         (residual->row() == row && (residual->place == Value::INSIDE || after <= pixels)));
     for (int64_t at = tile.at; at < end;) {
       const int64_t y = at / row, until = std::min(end, y * row + to.width);
       if (at < until) tile.segments.push_back({at - tile.at, until - at, first + y, at - y * row});
       at = (y + 1) * row;
     }
-    if (tile.direct && (row != to.width || behind > pixels)) {
+    if (tile.direct && (row != to.width || after > pixels)) {
       tile.mask = static_cast<int64_t>(cut.masks.size());
-      for (int64_t at = tile.at; at < behind; ++at)
+      for (int64_t at = tile.at; at < after; ++at)
         cut.masks.push_back(at < pixels && at % row < to.width ? ALL_BITS : 0.f);
     }
     tiles.push_back(std::move(tile));
