@@ -252,7 +252,7 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
 
 
 def _joined(network: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
-    """With what the own kernel computes in one go, each layer by its faster algorithm."""
+    """`network` with its layers on the own kernel joined into runs, by the faster algorithm."""
     for _, part in compact_parts_of(network):
         fuse(part, fitting_inputs(part))
         join_classifiers(part)

@@ -273,7 +273,7 @@ def _train(
     loss: Loss,
     batches: Iterator[Any],
 ) -> Iterator[tuple[int, float]]:
-    """Take all steps; after each, how many are done, and the loss."""
+    """Take all steps; yields after each how many are done, and the loss."""
     optimizer = make_optimizer(prepared.parameters())
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise LearnError(

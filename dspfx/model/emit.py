@@ -31,7 +31,7 @@ def emit_compact(
 
 
 def _share(root: nn.Module, owner: str, name: str) -> None:
-    """Let the parameter `name` be the one called `owner`, where both are there still."""
+    """Tie the parameter `name` to the one called `owner`, where both still exist."""
     parameters = dict(root.named_parameters())
     if owner in parameters and name in parameters:
         path, _, leaf = name.rpartition(".")

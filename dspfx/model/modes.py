@@ -20,16 +20,16 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def only_training(model: nn.Module, chosen: Collection[nn.Module]) -> Iterator[None]:
-    """All of `model` is in evaluation mode, except `chosen`; afterwards as before."""
+    """Context: all of `model` is in evaluation mode, except `chosen`; afterwards as before."""
     with modes_kept(model):
         _set_modes({module: module in chosen for module in model.modules()})
         yield
 
 
 def put_all(model: nn.Module, mode: bool) -> None:
-    """Put every module into `mode`, but not by the model's `train`.
+    """Put every module into `mode` without calling the model's own `train`.
 
-    That may ask for modules which are no longer there.
+    That one may use modules which are no longer there.
     """
     _set_modes(dict.fromkeys(model.modules(), mode))
 

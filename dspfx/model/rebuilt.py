@@ -86,7 +86,7 @@ def _form(module: nn.Module) -> str | None:
 
 
 def refuse_rebuilding(modules: Iterable[nn.Module]) -> None:
-    """Let `modules`, whose layers a graph names, refuse to exchange them."""
+    """Make `modules`, whose layers a graph names, refuse to exchange them."""
     for module in modules:
         for name in REBUILDING:
             if callable(getattr(module, name, None)) and name not in module._modules:

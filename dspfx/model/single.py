@@ -41,7 +41,7 @@ def enclosed(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def tensors_hidden(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Meanwhile those of `parts` that stand for a layer have no `weight` or `bias` of its name.
+    """Context: those of `parts` that replace a layer do not show its `weight` and `bias`.
 
     Once converted they have none, for their weights are smaller: no code around them may use it.
     """

@@ -156,7 +156,7 @@ def _round_otherwise(module: nn.Module, seed: int) -> None:
 
 
 def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor | None]:
-    """Those of a weighted sum of `outputs`, by the names of the parameters."""
+    """The gradients of a weighted sum of `outputs`, by the names of the parameters."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     total = torch.zeros((), dtype=torch.float64, requires_grad=True)
     for x in outputs:

@@ -97,7 +97,7 @@ def same(a: Any, b: Any, within: frozenset[int] = frozenset()) -> bool:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Those that are no functions or modules."""
+    """The attributes that are no functions or modules."""
     return {name: x for name, x in getattr(value, "__dict__", {}).items() if not callable(x)}
 
 
@@ -165,7 +165,7 @@ After = Callable[[nn.Module, Call, Any], Any]
 
 
 def _evaluate(model: nn.Module, call: Call, parts: Collection[nn.Module], after: After) -> Any:
-    """As `evaluate`, each call of a part giving what `after` makes of its outputs.
+    """Like `evaluate`, but each call of a part returns what `after` makes of its outputs.
 
     By no `train` of the user's, which may want modules that are gone.
     """

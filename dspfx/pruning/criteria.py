@@ -42,7 +42,7 @@ class Criteria:
         scores: Mapping[str, Tensor] | None,
         keep_at_least: LeastKept,
     ) -> "Criteria":
-        """Of what was given for `prepared`.
+        """The criteria that follow from what the user gave for `prepared`.
 
         Raises:
             DataError: moments or scores are not of this model.

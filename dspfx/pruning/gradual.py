@@ -187,7 +187,7 @@ class GradualPruning:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the run went on that `state` comes from; load the model by itself.
+        """Continue the run that `state` was saved in; load the model's own state as well.
 
         Raises:
             LearnError: `state` is of another model, or of a run with other settings. Nothing is
@@ -209,7 +209,7 @@ class GradualPruning:
             value.copy_(saved)
 
     def _prunings_due(self) -> int:
-        """How many there should have been by now."""
+        """How many prunings should have been done by now."""
         first, last = self.begin * self.total_steps, self.end * self.total_steps
         if self.steps_done >= last:
             return self.prunings

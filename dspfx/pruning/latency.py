@@ -66,12 +66,12 @@ class LatencyTable:
 
     @staticmethod
     def blank(module: PreparedModule) -> "LatencyTable":
-        """Without times."""
+        """A table of `module` without times."""
         analysis = analyse_prepared(module)
         return LatencyTable(analysis, layer_costs(analysis), {}, 1.0)
 
     def with_times(self, times: Mapping[str, Sequence[float]]) -> "LatencyTable":
-        """The same with other times."""
+        """A copy with other times."""
         timed = sum(cost.macs for node, cost in self.before.items() if node.name in times)
         a_mac = sum(own[-1] for own in times.values()) / timed if timed else 1.0
         return replace(self, times=times, a_mac=a_mac)

@@ -79,7 +79,7 @@ class Prunable:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """These bounds as plain values."""
         return asdict(self)
 
     def _gone(self, left: Cost) -> tuple[str, str]:

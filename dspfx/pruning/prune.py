@@ -116,7 +116,7 @@ class PrunableLayer:
 
     @staticmethod
     def of(mix: Mix, mask: BoolArray, *orders: np.ndarray) -> "PrunableLayer":
-        """Of a layer that has `mask` at present, perhaps from other groups; `orders` see above."""
+        """The orders of a layer that has `mask` at present, perhaps from other groups."""
         layer = PrunableLayer(mix, *orders)
         revived = layer.reads(0.0, 1).mask(mix) & ~mask
         return replace(layer, mask=mask) if revived.any() else layer
@@ -174,7 +174,7 @@ class _PrunablePart:
         return liveness(self.analysis, reads, round_to=round_to)
 
     def last_to_go(self, beta: float) -> Sequence[int]:
-        """None: inputs of groups are small, and a threshold tells them apart."""
+        """Nothing: inputs of groups are small, the threshold alone comes close to a budget."""
         return ()
 
     def sparing(self, stays: Sequence[int]) -> "_PrunablePart":
@@ -189,7 +189,7 @@ def _prunable_layer(
     droppable: bool,
     least: Callable[[int], int],
 ) -> PrunableLayer:
-    """Where `least` says how many, of a number, stay."""
+    """The orders of `mix`; `least` maps how many there are to how many stay."""
     group = layer.gate.assignment.cpu().numpy()
     structural, groups = mix.structural_groups, len(layer.gate.logits)
     members = np.eye(groups)[group].reshape(structural, -1, groups)  # [S, O/S, G]
@@ -202,7 +202,7 @@ def _prunable_layer(
 
 
 def _above(lost: np.ndarray, beta: float, round_to: int) -> BoolArray:
-    """Where `lost` reaches `beta`, and the next best along the last axis to make a multiple.
+    """True where `lost` is at least `beta`, and for the next best that make the number a multiple.
 
     What has no energy at all is never among them.
     """

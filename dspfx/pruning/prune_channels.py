@@ -242,7 +242,7 @@ def _importance(
 
 
 def _energies(part: Part, mix: Mix, criteria: Criteria) -> tuple[FloatArray, FloatArray]:
-    """Of what a layer writes, `[O]`, and of what it reads, `[C]`."""
+    """The energies of what a layer writes, `[O]`, and of what it reads, `[C]`."""
     layer = part.module.get_submodule(mix.layer)
     energies = criteria.energies(part.full_name(mix.layer), layer)
     by_structure = energies.reshape(mix.structural_groups, -1, energies.shape[1])

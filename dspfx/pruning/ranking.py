@@ -159,7 +159,7 @@ def _prices(
 def _costs(
     analysis: ChannelAnalysis, live: Liveness, gates: Mapping[str, FilterGate], prices: Prices
 ) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Of the coupling classes, and `[S, G, C/S]` of every gated layer."""
+    """The costs of the coupling classes, and `[S, G, C/S]` of every gated layer."""
     count = analysis.class_count
     classes, groups = np.zeros(count), dict[str, FloatArray]()
     for node, each in prices.items():

@@ -43,7 +43,7 @@ class PrunablePart(Protocol):
 
     @property
     def analysis(self) -> ChannelAnalysis:
-        """Of its evaluation graph."""
+        """The analysis of its evaluation graph."""
 
     @property
     def name(self) -> str:
@@ -83,7 +83,7 @@ class Candidate:
 
 
 class Emitted(NamedTuple):
-    """Of a part, see `Candidate`."""
+    """What is emitted of a part, see `Candidate`."""
 
     cost: Cost
     broken: tuple[str, ...]

@@ -42,7 +42,7 @@ class _ReadingLayer:
 
     @staticmethod
     def of(layer: nn.Module, calls: list[IntArray], device: torch.device) -> "_ReadingLayer":
-        """Of the coupling classes `[C]` of what each call reads; its gradient is of all calls."""
+        """The reader of a layer, from the coupling classes `[C]` that each of its calls reads."""
         pairs = {pair for classes in calls for pair in enumerate(classes.tolist())}
         both = torch.tensor(sorted(pairs), dtype=torch.int64, device=device).reshape(-1, 2)
         return _ReadingLayer(layer, both[:, 0], both[:, 1])
@@ -54,7 +54,7 @@ class _ReadingLayer:
         return trained and not is_weighted(self.layer)
 
     def gradient(self) -> Tensor | None:
-        """Of the weight, if it is trained and was reached."""
+        """The gradient of the weight, if it is trained and was reached."""
         layer: Any = self.layer
         return layer.weight.grad if self.learns() else None
 
@@ -96,7 +96,7 @@ class Sensitivity:
         self.take_groups()
 
     def take_groups(self) -> None:
-        """Go on with the groups that the filters are in now."""
+        """Take over the groups that the filters are in now."""
         for name in self.groups:
             layer = self._readers[name].layer
             assert isinstance(layer, GatedLayer)

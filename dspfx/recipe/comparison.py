@@ -28,7 +28,7 @@ class Comparison:
 def compare(
     masked: nn.Module, compact: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Comparison:
-    """Both networks, in evaluation mode, on labelled images; the mode of `masked` stays."""
+    """Run both networks in evaluation mode on labelled images; `masked` gets its mode back."""
     found = Comparison()
     with evaluating(masked), torch.no_grad():
         for x, y in batches:

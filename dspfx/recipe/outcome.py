@@ -75,6 +75,6 @@ class Outcome:
         return 100 * math.sqrt(share * (1 - share) / self.test_images)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """This outcome as plain values."""
         plain = {field.name: to_json(getattr(self, field.name)) for field in fields(self)}
         return {**plain, "report": self.report.to_dict()}

@@ -60,11 +60,11 @@ class Phase(ABC):
         """One step on the loss of a batch, which is returned."""
 
     def after_step(self) -> None:
-        """When a step is done, and counted."""
+        """Called when a step is done and counted."""
         return
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of the images `x` with the labels `y`."""
+        """The loss of the images `x` with the labels `y`."""
         return classification_loss(self.wrapped(x), y)
 
     def end_epoch(self, score: float | None) -> None:
@@ -233,6 +233,6 @@ class Tune(Phase):
 
 
 def macs_left(prepared: nn.Module, pruned: PruneReport | None = None) -> float:
-    """The fraction of the MACs that the masks leave, of which `pruned` tells if it is known."""
+    """The fraction of the MACs that the masks leave, from the report `pruned` if there is one."""
     found = pruned or report(prepared)
     return found.after.macs / found.before.macs

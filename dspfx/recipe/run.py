@@ -158,7 +158,7 @@ class _Steps:
         return torch.zeros(2, self.source.channels, size, size, device=self.own.device)
 
     def rehearse(self, model: nn.Module) -> None:
-        """Find out what cannot work before hours are spent."""
+        """Check the network, prepare and prune it once: what cannot work fails before training."""
         check(model, self.example, self.source.classes)
         prepared = self._prepare(model)
         if self.recipe.gradual:
@@ -167,7 +167,7 @@ class _Steps:
             prune(prepared, self.recipe.budget)
 
     def go(self, model: nn.Module, training: Training) -> Outcome:
-        """All phases, or what is left of them."""
+        """Run all phases, or what is left of them."""
         self.say(self.source.describe())
         self._dense(model, training)
         prepared = self._prepare(model)
@@ -267,7 +267,7 @@ class _Steps:
     def _pruned(
         self, found: PruneReport, cycle: int, prepared: nn.Module, training: Training
     ) -> None:
-        """Say and write down what one pruning did; what the outcome warns of is said there."""
+        """Print and log what one pruning did; warnings that the outcome repeats are only logged."""
         later = in_words(weak_layers_of(prepared))
         self.say(str(replace(found, warnings=tuple(w for w in found.warnings if w not in later))))
         accuracy = training.accuracy(prepared, "test")

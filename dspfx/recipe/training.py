@@ -78,7 +78,7 @@ class Training:
         self._saved = time.monotonic()
 
     def find_place(self) -> None:
-        """Look where the run is that is to be resumed."""
+        """Read from the checkpoint where the run stopped."""
         if not self.folder.checkpoint.exists():
             self.folder.cut_metrics(0)
             return
@@ -135,7 +135,7 @@ class Training:
             yield from self._on_device(batches)
 
     def autocast(self) -> Any:
-        """In the precision of the recipe."""
+        """Autocast to the precision of the recipe."""
         return autocast(self.team.device, self.recipe.precision)
 
     # -- one epoch ---------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def _set_state(value: Any, state: Any) -> None:
 
 
 def _rank() -> int:
-    """Of this process among those that work together."""
+    """The rank of this process among those that train together."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -83,7 +83,7 @@ def read(path: Path, most_bytes: int) -> Archive:
 
 
 def _check_size(path: Path, most_bytes: int) -> None:
-    """Before anything is read, that the file and its header have sizes that they may have."""
+    """Check, before anything is read, that the file and its header are not too large."""
     status = path.stat()
     if not S_ISREG(status.st_mode):
         raise LoadError(f"{path} is no regular file")
@@ -132,7 +132,7 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _digest(plan: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Of the plan, and of the names, types, shapes and bytes of the tensors."""
+    """The digest of the plan, and of the names, types, shapes and bytes of the tensors."""
     sha = hashlib.sha256(_text(plan).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -232,7 +232,7 @@ class CyclicFinetune:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the run went on that `state` comes from.
+        """Continue the run that `state` was saved in.
 
         Raises:
             LearnError: `state` is of another model, or of a run with other settings. Nothing is
@@ -262,7 +262,7 @@ class CyclicFinetune:
         return math.ceil(cycle * self.epochs / self.cycles)
 
     def _begin_cycle(self) -> None:
-        """From the best weights so far, prune a little more, and start the rates again."""
+        """Restore the best weights so far, prune a little more, and restart the learning rates."""
         cycle, first = self._cycle_of(self.epoch), not self._best
         self.restore_best()
         before = self._masks()

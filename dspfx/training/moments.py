@@ -123,7 +123,7 @@ class Moments:
         self.count = whole
 
     def gather(self, processes: Processes) -> None:
-        """Become the moments of what all processes have seen."""
+        """Replace these moments by those of what all processes have seen."""
         counts = processes.sum(torch.zeros_like(self.mean) + self.count)
         mean = processes.sum(self.count * self.mean) / counts.clamp(min=1)
         self.squares = processes.sum(self.squares + self.count * (mean - self.mean) ** 2)

@@ -32,7 +32,7 @@ class Processes:
 
     @staticmethod
     def of(model: nn.Module, group: Any = None) -> "Processes":
-        """Those of `group`, or of the `DistributedDataParallel` in `model`, or else all."""
+        """The processes of `group`, or of the `DistributedDataParallel` in `model`, or else all."""
         if not (dist.is_available() and dist.is_initialized()):
             return Processes()
         wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))

@@ -46,7 +46,7 @@ def is_construction(function: Any) -> bool:
 
 
 def leaves(tree: Any) -> Iterator[Any]:
-    """All that `tree` holds and that holds nothing itself, in order."""
+    """The leaves of `tree`, in order: all that it holds that is no container."""
     for leaf in pytree.tree_leaves(tree, is_leaf=_is_own):
         if _is_own(leaf):
             yield from leaves(_held(leaf))

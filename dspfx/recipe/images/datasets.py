@@ -202,7 +202,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _torchvision_errors(name: str, folder: Path) -> Iterator[None]:
-    """Say `DataError` where torchvision cannot find, verify or download a data set."""
+    """Raise `DataError` where torchvision cannot find, verify or download a data set."""
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -60,7 +60,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The same for the same images only, as far as their names and labels tell."""
+        """A digest of the images' names and labels, to find out whether they have changed."""
 
     @abstractmethod
     def describe(self) -> str:

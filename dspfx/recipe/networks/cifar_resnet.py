@@ -101,7 +101,7 @@ def _stage(
 
 
 def _initialise(model: nn.Module) -> None:
-    """As He et al., "Delving Deep into Rectifiers", ICCV 2015; norms stay as torch has them."""
+    """Initialise as in "Delving Deep into Rectifiers", ICCV 2015, all but the norms."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -82,7 +82,7 @@ def _nearest(name: str) -> str:
 
 
 def preprocessing_of(name: str) -> Preprocessing:
-    """Of the network called `name`: as of the weights that its library offers for it.
+    """The preprocessing for the network called `name`, as its library's weights need it.
 
     Raises:
         RecipeError: there is no such network.

@@ -40,7 +40,7 @@ class BatchTask:
     finite: bool
 
     def run(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Leave the gradients of the closure's losses; the sum of these, detached."""
+        """Compute the gradients of the closure's losses; returns their sum, detached."""
         torch.clear_autocast_cache()  # an autocast around the whole step remembers older weights
         total: Tensor | None = None
         with torch.enable_grad():

@@ -205,7 +205,7 @@ class GroupLearner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the learner went on that `state` comes from.
+        """Continue the run that `state` was saved in.
 
         The logits are in the model, so load its state, too, and the optimizer's.
 
@@ -231,14 +231,14 @@ class GroupLearner:
     # -- the parts of a step -----------------------------------------------------------------
 
     def _run(self, task: BatchTask) -> Tensor:
-        """Leave the gradients of one pass, the same on all processes; the loss on this one."""
+        """Compute the gradients of one pass, equal on all processes; returns its own loss."""
         loss = task.run(self.optimizer)
         weights = [layer.weight for layer in self.layers.values()]
         self.processes.check_gradients(loss, weights, finite=task.scaler is None)
         return loss
 
     def _task_step(self, scaler: torch.amp.GradScaler | None) -> bool:
-        """Let the optimizer step; whether it did."""
+        """Let the optimizer step; returns whether it did."""
         if scaler is None:
             self.optimizer.step()
             return True
@@ -248,7 +248,7 @@ class GroupLearner:
         return scaler.get_scale() >= scale  # it is lowered whenever a step is skipped
 
     def _learn_groups(self, layers: dict[str, GatedLayer], task: BatchTask) -> None:
-        """Look ahead from W1, move the logits, and be back at W1."""
+        """Look ahead from W1, move the logits, and return to W1."""
         settings = self.temperature, self.generator
         soft = {name: soft_assignment(layer.gate, *settings) for name, layer in layers.items()}
         self.processes.broadcast(list(soft.values()))

@@ -30,7 +30,7 @@ class BufferSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the same tensors back, with their old values."""
+        """Restore the same tensors, with their old values."""
         for owner, name, buffer, saved in self.copies:
             owner[name] = buffer.copy_(saved)
 
@@ -69,7 +69,7 @@ def looking_ahead(
 
 
 def trial_steps(optimizer: torch.optim.Optimizer, weights: Collection[Tensor]) -> None:
-    """Let `optimizer` step, with what it remembers left as it is.
+    """Let `optimizer` step, without a change of its state.
 
     Only `weights` are needed afterwards. Torch's own optimizers treat every parameter by itself,
     so that no more than the state of one has to be copied at a time.

@@ -24,7 +24,7 @@ Origins = dict[str, Elements]
 def make_trainable(
     compacted: Compacted, origins: Mapping[str, Elements], source: nn.Module
 ) -> nn.Module:
-    """Do this in place; the module.
+    """Make `compacted` trainable, in place; returns it.
 
     Args:
         compacted: of `source`.
@@ -58,7 +58,7 @@ def copied_modules(
 
 
 class _Filled(FilterGate):
-    """Of a layer that is filled up: other than a gate's, its filters may be constants.
+    """The mask of a layer that is filled up with zeros; a filter of it may be a constant.
 
     Attributes:
         alive: bool `[O]`, the filters that read anything or have a bias.
