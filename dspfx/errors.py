@@ -6,7 +6,7 @@ class DspfxError(Exception):
 
 
 class DspfxWarning(UserWarning):
-    """Something works, but hardly as it is meant; the message says what, and what to do."""
+    """Something works, but probably not as intended; the message says what, and what to do."""
 
 
 class TraceError(DspfxError):

@@ -124,7 +124,7 @@ def _check(model: nn.Module) -> None:
 
 
 def _without_values(leaf: Any) -> Any:
-    """A floating-point tensor that tells nothing but its shape and type."""
+    """A floating-point tensor of the same shape and type, without its values."""
     plain = isinstance(leaf, Tensor) and leaf.is_floating_point()
     return torch.zeros_like(leaf) if plain else leaf
 

@@ -1,4 +1,4 @@
-"""How the modules of a model are called when it is: what tells which of them can be exchanged.
+"""How the modules of a model are called when it is: this decides which can be exchanged.
 
 The model is run once in evaluation and, if it can be, in training mode, with hooks on all modules:
 

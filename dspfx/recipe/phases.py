@@ -153,7 +153,7 @@ def gradual_pruning(recipe: Recipe, prepared: nn.Module, steps: int) -> GradualP
 
 
 class Tune(Phase):
-    """Prunes what is not yet, and trains the rest, in cycles; with a teacher's answers if any."""
+    """Prunes and fine-tunes in cycles, with a teacher's answers if there are any."""
 
     name = "tune"
 

@@ -117,7 +117,7 @@ def _of_torchvision(weights: Any) -> Preprocessing:
 
 
 def _timm_config(name: str) -> Any:
-    """What timm knows of its model `name`, wherever that is; None if nothing."""
+    """The settings that timm has for its model `name`; None if there are none."""
     if not name.startswith(HUBS):
         return timm().get_pretrained_cfg(name)
     try:
