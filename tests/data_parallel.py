@@ -259,7 +259,7 @@ def case_gradients_of_another_optimizer() -> Any:
     """The look-ahead leaves the gradients of parameters that it does not train as they were."""
     model = plain()
     ddp = wrap(model, gradient_as_bucket_view=True)
-    for step in range(2):  # DDP makes its buckets anew once
+    for step in range(2):  # DDP rebuilds its buckets once
         loss(ddp, step)().backward()
         ddp.zero_grad()
     loss(ddp, 2)().backward()

@@ -12,7 +12,7 @@ X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 
 
 class Small(nn.Module):
-    """A residual block behind a stem."""
+    """A residual block after a stem."""
 
     def __init__(self, width: int = 8, mode: str = "zeros", act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()

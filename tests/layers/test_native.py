@@ -709,7 +709,7 @@ def test_a_convolution_that_would_read_nothing_stays() -> None:
 
 
 class Pyramid(nn.Module):
-    """A convolution is called with two sizes, and other things stand behind it."""
+    """A convolution is called with two sizes, and other operators follow it."""
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
@@ -737,7 +737,7 @@ def test_calls_of_one_convolution_are_fused_each_by_itself() -> None:
 
 
 class Moving(nn.Module):
-    """Channels are moved before and behind a convolution, and before its residual."""
+    """Channels are moved before and after a convolution, and before its residual."""
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()

@@ -139,7 +139,7 @@ def test_errors_of_budgets_name_the_layers_that_hold_the_rest() -> None:
 
 
 class Shared(nn.Module):
-    """One layer for two streams, perhaps each with a norm of its own behind it."""
+    """One layer for two streams, perhaps each with a norm of its own after it."""
 
     def __init__(self, norms: bool) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def test_scores_decide_what_goes(verb: Any, of_filters: bool) -> None:
     if verb is dspfx.prune_channels:
         assert kept == list(range(len(kept)))
         assert 0 < len(kept) < 12
-    else:  # each of the two groups of the layer behind it reads its own best
+    else:  # each of the two groups of the layer after it reads its own best
         masks = dspfx.get_masks(prepared)["4"]
         for own in (masks[:4], masks[4:]):
             read = own.any(0).nonzero().flatten().tolist()

@@ -283,7 +283,7 @@ def test_mutated_files(
 
 
 def assert_correct(loaded: nn.Module, saved: nn.Module, file: Path, signed: bool) -> None:
-    """It holds what is in the file; that is what was saved, unless somebody signed it anew."""
+    """It holds what is in the file; that is what was saved, unless the digest was made again."""
     state = loaded.state_dict()
     if not signed:
         assert all(torch.equal(state[name], own) for name, own in saved.state_dict().items())

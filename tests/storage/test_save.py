@@ -323,7 +323,11 @@ def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     cases: list[tuple[Any, type[Exception], str]] = [
         (Small(), dspfx.ConvertError, "call dspfx.prepare"),
         ((lambda x: x), dspfx.SaveError, "compile again after loading"),
-        (relowered(compact, {site: site.emit(dense(site.groups))}), dspfx.SaveError, "anew"),
+        (
+            relowered(compact, {site: site.emit(dense(site.groups))}),
+            dspfx.SaveError,
+            "emitted them again",
+        ),
         (nn.Sequential(dspfx.prepare(Small(), X), Stateful()), dspfx.SaveError, "no tensor"),
         (dspfx.prepare(TakesRecord(), Detections(X, X)), dspfx.SaveError, "hold a Detections"),
         (dspfx.prepare(Small(), X), dspfx.SaveError, "600 elements.* fewer samples"),

@@ -220,7 +220,7 @@ class StoppedError(Exception):
 
 
 def resumable(folder: Path, stop_after: int | None) -> dict[str, torch.Tensor]:
-    """Train, with a checkpoint behind every step, which is the only thing that a new call knows."""
+    """Train, with a checkpoint after every step, which is the only thing that a new call knows."""
     finetune = make(dspfx.Budget(macs=0.4), cycles=2, epochs=4, prune_more=0.1)
     run = {"model": finetune.prepared, "optimizer": finetune.optimizer, "finetune": finetune}
     path, first = folder / "run.pt", 0

@@ -438,7 +438,7 @@ def test_norms_of_other_kinds(norm: type[nn.Module]) -> None:
 
 
 def test_a_depthwise_bias_that_learns_revives_nothing() -> None:
-    """It is zero before training, as if zeros stayed zero behind it for ever."""
+    """It is zero before training, as if zeros stayed zero after it for ever."""
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 16, 1), nn.SiLU()),

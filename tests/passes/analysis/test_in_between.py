@@ -226,7 +226,7 @@ class AlikeNames(nn.Module):
 
 
 def test_norms_of_nearly_the_same_name_have_gates_of_their_own() -> None:
-    """`enc.norm` and `enc_norm` shared one: the dead channels of one were dead behind both."""
+    """`enc.norm` and `enc_norm` shared one: the dead channels of one were dead after both."""
     prepared = dspfx.prepare(randomise(AlikeNames()).double(), X)
     mask = torch.ones(12, 8, dtype=torch.bool)
     mask[:4] = False

@@ -53,4 +53,4 @@ def test_what_is_random_in_evaluation_mode_is_drawn_alike(draw: Callable[[Tensor
             torch.manual_seed(len(outputs) // 2)
             outputs.append(module(x))
         assert torch.allclose(outputs[0], outputs[1], rtol=0, atol=1e-9)
-        assert not torch.allclose(outputs[1], outputs[2], rtol=0, atol=1e-4)  # drawn anew
+        assert not torch.allclose(outputs[1], outputs[2], rtol=0, atol=1e-4)  # drawn again
