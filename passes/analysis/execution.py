@@ -56,7 +56,7 @@ def execute(root: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[Execution, A
         outputs = recorder.run(*fresh(inputs))
         altered = frozenset(node for node, call in recorder.suspects.items() if call.is_altered())
     drew = frozenset(recorder.drew)
-    return Execution(recorder.results, recorder.macs, drew, altered), _plain(outputs)
+    return Execution(recorder.results, recorder.macs, drew, altered), outputs
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ class _Recorder(fx.Interpreter):
             self.suspects[n] = _Suspect(module, args, kwargs, result.clone())
         self.results[n] = map_leaves(_without_values, result)
         return result
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the code of a graph passes them: in plain lists and dicts."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _plain(args), _plain(kwargs)
 
     def _given_to_altered(self, node: Node) -> Any:
         """Copies of the arguments of a module that may compute something else than its class."""
