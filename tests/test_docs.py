@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 SOURCES = sorted(path for room in ("dspfx", "passes") for path in (ROOT / room).rglob("*.py"))
-GLOSSARY = ("README.md", "docs/index.md", "docs/start.md", "docs/look.md", "docs/your_model.md")
+GLOSSARY = ("README.md", "docs/index.md", "docs/start.md", "docs/training.md", "docs/your_model.md")
 HARMLESS = {"apt-get", "cd", "git", "open", "pip", "torchrun"}  # first words of other commands
 
 
