@@ -153,7 +153,7 @@ def gradual_pruning(recipe: Recipe, prepared: nn.Module, steps: int) -> GradualP
 
 
 class Tune(Phase):
-    """Prunes and fine-tunes in cycles, with a teacher's answers if there are any."""
+    """Prunes and fine-tunes in cycles, with a teacher's outputs if there is one."""
 
     name = "tune"
 

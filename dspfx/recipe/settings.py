@@ -68,7 +68,7 @@ class Recipe:
         ignore: see `dspfx.PrepareConfig`.
         cycles, prune_more: of the fine-tuning, see `dspfx.CyclicFinetune`; what was pruned
             gradually is not pruned any more there.
-        distill: fine-tune with the answers of the dense network, see `dspfx.distillation_loss`.
+        distill: fine-tune with the outputs of the dense network; see `dspfx.distillation_loss`.
         temperature, distill_weight: of the distillation.
         batch: images per step, in all processes together.
         precision: `float32`, or `bfloat16` for autocast.

@@ -1,4 +1,4 @@
-"""`distillation_loss`: a pruned network learns from the answers of the dense one."""
+"""`distillation_loss`: a pruned network learns from the outputs of the dense one."""
 
 import math
 
@@ -17,7 +17,7 @@ def distillation_loss(
     temperature: float = 4.0,
     weight: float = 0.9,
 ) -> Tensor:
-    """What the student should learn from the teacher's answers, and from the labels.
+    """The loss of a student that learns from the teacher's outputs and from the labels.
 
     With the logits `s` and `t`, the temperature `T` and the weight `w`,
 
