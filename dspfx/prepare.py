@@ -14,6 +14,7 @@ from dspfx.model.config import PrepareConfig, matching
 from dspfx.model.division import Division, copied, gated_in, hides_most
 from dspfx.model.gating import Task, gate
 from dspfx.model.module import PreparedModule
+from dspfx.model.outside import note_outside
 from dspfx.model.parts import parts_of
 from dspfx.model.rebuilt import check_written, forms_inside, plain_copy
 from dspfx.model.whole import Whole
@@ -121,7 +122,8 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module 
     first.whole = inputs
     left = (f"left as it is: {name}, since {reason}" for name, reason in found.refused.items())
     names = ", ".join(part.name for part in parts)
-    first.notes = (*first.notes, f"prepared in parts, {names}, {why}", *left)
+    outside = note_outside(root, inputs, parts)
+    first.notes = (*first.notes, f"prepared in parts, {names}, {why}", *left, *outside)
     return root
 
 
