@@ -44,7 +44,7 @@ ROUNDS = 15
 SETTLE = 5e-3
 _COMPILING = threading.Lock()  # torch's settings are those of the process
 FASTEST_ALONE = "the fastest form of each layer"
-AS_IT_IS = "without inductor"
+INDUCTOR, UNFROZEN, AS_IT_IS = "inductor", "weights not frozen", "without inductor"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Compiled:
         torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(self, model: nn.Module, how: str = "inductor") -> None:
+    def __init__(self, model: nn.Module, how: str = INDUCTOR) -> None:
         without_cuda_home()
         self.model = model
         self.report = CompileReport((), {}, "as it is")
@@ -153,7 +153,7 @@ class Compiled:
         if how != AS_IT_IS:
             self._call = torch.compile(_with_code_of_its_own(model), options=guards)
         on_cpu = all(buffer.device.type == "cpu" for buffer in model.buffers())
-        freezing = on_cpu and can_be_packed(model.parameters())
+        freezing = how == INDUCTOR and on_cpu and can_be_packed(model.parameters())
         self._settings = {"freezing": freezing}
         self._met: set[tuple[object, ...]] = set()
 
@@ -204,8 +204,8 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
         measured and chosen.
 
     Raises:
-        CompileError: the model is not converted, is in training mode, or does not accept the
-            example inputs.
+        CompileError: the model is not converted, is in training mode, does not accept the example
+            inputs, or cannot be compiled by torch.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
@@ -292,7 +292,22 @@ def _likely(site: Site) -> dict[str, Lowering]:
     return {"dense": whole} | {describe(form): form for form in others[:MOST_FORMS]}
 
 
-def _compiled(model: nn.Module, inputs: tuple[Any, ...], how: str = "inductor") -> Compiled:
-    compiled = Compiled(model, how)
-    compiled(*inputs)
-    return compiled
+def _compiled(model: nn.Module, inputs: tuple[Any, ...], how: str = INDUCTOR) -> Compiled:
+    """`model` compiled and called once; its weights stay parameters where torch cannot freeze them.
+
+    Raises:
+        CompileError: torch cannot compile it.
+    """
+    failure: RuntimeError | None = None
+    for way in (INDUCTOR, UNFROZEN) if how == INDUCTOR else (how,):
+        compiled = Compiled(model, way)
+        try:
+            compiled(*inputs)
+        except RuntimeError as error:
+            failure = error
+        else:
+            return compiled
+    raise CompileError(
+        f"torch.compile cannot compile {type(model).__name__}: {failure}; call the model as it is, "
+        "or export it for another runtime"
+    ) from failure

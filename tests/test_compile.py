@@ -131,6 +131,27 @@ def test_what_cannot_be_compiled(compact: nn.Module) -> None:
             dspfx.compile(model, inputs)
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect"])
+def test_padding_that_torch_cannot_freeze_is_compiled_all_the_same(mode: str) -> None:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    fast = dspfx.compile(model, X)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_what_torch_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*_: Any, **__: Any) -> Any:
+        def call(*_: Any) -> Any:
+            raise RuntimeError("there is no such instruction")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.raises(dspfx.CompileError, match=r"no such instruction; call the model as it is"):
+        dspfx.compile(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X)
+
+
 def test_models_of_one_class_are_not_taken_for_each_other() -> None:
     """They share a code object, and torch keeps what it compiled with that."""
     models = [Residual().eval() for _ in range(3)]

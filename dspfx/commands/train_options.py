@@ -71,12 +71,12 @@ Batch = Annotated[int | None, _option(TRAINING, "Images in a step.")]
 Precision = Annotated[str | None, _option(TRAINING, " or ".join(PRECISIONS) + ".")]
 Distill = Annotated[
     bool | None,
-    _option(TRAINING, "Fine-tune with the dense network's answers.", "--distill/--no-distill"),
+    _option(TRAINING, "Fine-tune with the dense network's outputs.", "--distill/--no-distill"),
 ]
 Temperature = Annotated[float | None, _option(TRAINING, "Of the distillation (default 4).")]
 DistillWeight = Annotated[
     float | None,
-    _option(TRAINING, "Of the dense network's answers, the labels' being 1 - it (default 0.9)."),
+    _option(TRAINING, "Of the dense network's outputs, the labels' being 1 - it (default 0.9)."),
 ]
 Seed = Annotated[int | None, _option(TRAINING, "Of everything random (default 0).")]
 Method = Annotated[

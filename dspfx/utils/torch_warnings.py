@@ -1,4 +1,4 @@
-"""Warnings of torch that say nothing to whoever sees them."""
+"""Warnings of torch that say nothing about the user's model or machine."""
 
 import importlib
 import logging
@@ -16,12 +16,12 @@ def without_cuda_home() -> None:
     if _CPP_EXTENSION in sys.modules:
         return
     logger = logging.getLogger(_CPP_EXTENSION)
-    logger.addFilter(_is_told)
+    logger.addFilter(_says_more)
     try:
         importlib.import_module(_CPP_EXTENSION)
     finally:
-        logger.removeFilter(_is_told)
+        logger.removeFilter(_says_more)
 
 
-def _is_told(record: logging.LogRecord) -> bool:
+def _says_more(record: logging.LogRecord) -> bool:
     return "No CUDA runtime is found" not in record.getMessage()

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspfx.utils.cache import as_file_name, cache_folder, processor
+from dspfx.utils.torch_warnings import without_cuda_home
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "group_conv.cpp"
@@ -84,6 +85,8 @@ def built() -> bool:
     The operators are known to torch afterwards in any case.
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa  # noqa: PLC0415 (slow to import)
+
+    without_cuda_home()
     from torch.utils import cpp_extension  # noqa: PLC0415
 
     library = _library()
