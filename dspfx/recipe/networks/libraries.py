@@ -71,10 +71,12 @@ def library_of(name: str) -> tuple[Library, str]:
 
 def _nearest(name: str) -> str:
     """The names that are most like one that does not exist, for a message."""
-    known = set(torchvision_models().list_models())
-    with contextlib.suppress(RecipeError):
-        known |= set(timm().list_models())
-    wanted = name.rpartition("/")[2].replace("-", "_").lower()
+    library, _, own = name.rpartition("/")
+    known = set() if library == "timm" else set(torchvision_models().list_models())
+    if library != "torchvision":
+        with contextlib.suppress(RecipeError):
+            known |= set(timm().list_models())
+    wanted = own.replace("-", "_").lower()
     found = sorted((other for other in known if other.startswith(wanted)), key=len)[:NEAREST]
     for alike in ALIKE:
         found = found or difflib.get_close_matches(wanted, sorted(known), NEAREST, alike)
