@@ -15,7 +15,7 @@ test: $(VENV)/installed
 
 # the property tests on 10,000 random networks, other ones each time
 fuzz: $(VENV)/installed
-	DSPFX_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile default $(ARGS)
+	DSPFX_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_properties.py tests/pruning/test_counts.py --hypothesis-profile default $(ARGS)
 
 # every model of torchvision and every family of timm; writes docs/coverage.md
 coverage: $(VENV)/installed

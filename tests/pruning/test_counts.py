@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_properties import EXAMPLES, inputs, prepare
+from test_properties import COUNT, EXAMPLES, inputs, prepare
 from torch import Tensor, nn
 
 import dspfx
@@ -17,6 +17,8 @@ from dspfx.errors import BudgetError
 from dspfx.passes.lowering.cost_model import CPU
 from helpers import assert_equal, macs, random_masks, randomise
 from random_networks import MaskRecipe, mask_recipes, networks
+
+FEWER = settings(EXAMPLES, max_examples=max(1, COUNT // 3))  # each of them prunes, or counts
 
 
 def chain(conv: Callable[[int, int], nn.Module], dims: int, depth: int = 3) -> nn.Module:
@@ -66,7 +68,7 @@ def test_budgets_are_of_what_is_emitted(kind: str, verb: Any) -> None:
     assert found.achieved == found.emitted.macs / found.before.macs <= 0.5
 
 
-@EXAMPLES
+@FEWER
 @given(model=networks(), recipe=mask_recipes(), groups=st.integers(1, 4))
 def test_what_is_reported_is_emitted(model: Any, recipe: MaskRecipe, groups: int) -> None:
     prepared = prepare(model, groups)
@@ -81,7 +83,7 @@ def test_what_is_reported_is_emitted(model: Any, recipe: MaskRecipe, groups: int
     assert found.emitted.parameters <= found.before.parameters
 
 
-@EXAMPLES
+@FEWER
 @given(
     model=networks(),
     verb=st.sampled_from([dspfx.prune, dspfx.prune_channels]),

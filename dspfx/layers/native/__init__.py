@@ -52,7 +52,6 @@ POINTS = (
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu")
 _FUNCTIONS: tuple[Any, ...] = (torch.clone, F.relu, F.relu6, F.hardswish, F.silu)
 PORTABLE_BLOCK = 8
-
 Settings = tuple[list[int], list[int], list[int], list[int]]
 
 
@@ -86,8 +85,7 @@ def built() -> bool:
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa  # noqa: PLC0415 (slow to import)
 
-    without_cuda_home()
-    from torch.utils import cpp_extension  # noqa: PLC0415
+    cpp_extension = without_cuda_home()
 
     library = _library()
     if hasattr(torch.ops.dspfx, "filters_in_a_block"):
