@@ -4,7 +4,8 @@ A graph is analysed on one example. What depends on the size of an image, or on 
 sequence, shows only where the same graph runs on an example of another size:
 
 1. Positions: all dimensions after the second, the second of integers `[N, T]`, change together
-   with the batch; first to smaller, odd sizes, then to ones with the same large divisor.
+   with the batch; first to smaller, odd sizes, then to ones with the same large divisor, then to
+   larger ones.
 2. What is left, and everything if that fails, changes by itself: the batch, each dimension.
    Dimensions of one size in several inputs change together, as tokens and their mask do.
 3. All that was accepted is tried together, so that one example shows as much as possible.
@@ -174,14 +175,14 @@ class _Search:
     def run(self) -> tuple[Shapes, ...]:
         found: dict[Place, int] = {}
         joint = [axis for axis in (self.batch, *self.likely) if axis is not None]
-        for change in (_smaller, _multiples) if self.likely else ():
+        for change in _CHANGES if self.likely else ():
             if self._try(new := change(joint)):
                 found |= new
                 break
         rest = [a for a in (self.batch, *self.axes) if a and not found.keys() & set(a.places)]
         separate = []
         for axis in rest:
-            for change in (_smaller, _multiples):
+            for change in _CHANGES:
                 if self._try(new := change([axis])):
                     separate.append(new)
                     break
@@ -249,6 +250,14 @@ def _multiples(axes: Sequence[Axis]) -> dict[Place, int]:
         larger = all(dim == 0 for _, dim in axis.places) or axis.size < 2 * step or step == 1
         new |= dict.fromkeys(axis.places, axis.size + step if larger else axis.size - step)
     return new
+
+
+def _larger(axes: Sequence[Axis]) -> dict[Place, int]:
+    """Sizes of one step more, for models of which nothing is left of less."""
+    return {place: axis.size + axis.divisor for axis in axes for place in axis.places}
+
+
+_CHANGES = (_smaller, _multiples, _larger)
 
 
 def _odd(size: int) -> int:

@@ -322,3 +322,40 @@ def test_values_are_repeated_or_cut() -> None:
     assert new["a"].tolist() == [[0, 1], [3, 4], [0, 1]]
     assert new["b"] == 1.5
     assert shapes_of(new) == ((3, 2),)
+
+
+class Shrunk(nn.Module):
+    """Three poolings of channels-last images or frames, after their order is reversed.
+
+    They leave one position of eight, and none of less.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        conv, pool = (nn.Conv1d, nn.MaxPool1d) if rank == 3 else (nn.Conv2d, nn.MaxPool2d)
+        self.first, self.second = conv(3, 8, 3, padding=1), conv(8, 4, 3, padding=1)
+        self.pools = nn.Sequential(pool(2), pool(2), pool(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length = x.shape[:2]
+        x = x.reshape(n, length, -1).flip(1).reshape(x.shape)
+        x = self.pools(self.second(self.first(x.movedim(-1, 1)).relu()))
+        return x.flatten(2).mean(2)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_larger_sizes_are_tried_where_nothing_is_left_of_smaller_ones(rank: int) -> None:
+    def images(size: int, samples: int = 2) -> Tensor:
+        generator = torch.Generator().manual_seed(size)
+        shape = (samples, *[size] * (rank - 2), 3)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    model = randomise(Shrunk(rank).double(), 1).eval()
+    prepared = dspfx.prepare(model, images(8))
+    assert any(shapes[0][1] > 8 for shapes in prepared.other_sizes)
+    dspfx.set_masks(prepared, random_masks(prepared, drop=0.3))
+    compact = dspfx.convert(prepared)
+    with torch.no_grad():
+        for size in (8, 11, 12, 16):
+            assert_equal(prepared(images(size, 3)), compact(images(size, 3)))
