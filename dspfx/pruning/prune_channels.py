@@ -13,8 +13,10 @@ This is the group magnitude of Fang, Ma, Song, Bi Mi, Wang, "DepGraph: Towards A
 Pruning", CVPR 2023, with layers made comparable one by one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 from torch import Tensor, nn
@@ -100,25 +102,59 @@ def channel_parts(
 
 
 @dataclass(frozen=True)
-class _ChannelPart:
-    """A prepared module whose channels are ordered.
+class ChannelOrder(ABC):
+    """A prepared module whose channels go in an order, whole.
 
     Attributes:
-        module, analysis, name: see `PrunablePart`.
-        reads: what the gated layers read at present.
-        lost: `[classes]`, the share of all channels that go when one goes and all that are less
-            important; infinite for those that stay.
+        module, analysis, name, resolution: see `PrunablePart`.
+        lost: `[classes]`, the threshold at which a class goes, at most 1; infinite for those that
+            stay.
         widths: see `width_of`, of what each layer writes and reads.
-        resolution: see `PrunablePart`.
     """
 
     module: PreparedModule
     analysis: ChannelAnalysis
     name: str
-    reads: dict[str, ReadLists]
     lost: FloatArray
     widths: tuple[IntArray, ...]
-    resolution: float = 0.0
+    resolution: float = field(default=0.0, kw_only=True)
+
+    @abstractmethod
+    def reads_at(self, threshold: float) -> dict[str, ReadLists]:
+        """What the gated layers read at `threshold`, apart from whole channels that are gone."""
+
+    def liveness(self, threshold: float) -> Liveness:
+        """The liveness where all that goes up to `threshold` is gone."""
+        round_to = self.module.asked.round_to
+        gone = classes_gone(self.lost, threshold, self.widths, round_to)
+        reads = self.reads_at(threshold)
+        for node, op in self.analysis.ops.items():
+            if isinstance(op, Mix) and op.gated:
+                reads[op.layer] = without(reads[op.layer], self.analysis, node, op, gone)
+        return liveness(self.analysis, reads, round_to=round_to)
+
+    def last_to_go(self, threshold: float) -> Sequence[int]:
+        """The coupling classes that go at `threshold` and were there before; the last first."""
+        gone = np.flatnonzero((self.lost > 0) & (self.lost <= threshold))
+        last: list[int] = gone[np.argsort(-self.lost[gone], kind="stable")].tolist()
+        return last
+
+    def sparing(self, stays: Sequence[int]) -> Self:
+        """The same order, in which the classes `stays` go at no threshold."""
+        lost = self.lost.copy()
+        lost[list(stays)] = np.inf
+        return replace(self, lost=lost)
+
+
+@dataclass(frozen=True)
+class _ChannelPart(ChannelOrder):
+    """By importance; `lost` is the share that goes with a channel and all less important ones.
+
+    Attributes:
+        reads: what the gated layers read at present.
+    """
+
+    reads: dict[str, ReadLists]
 
     @staticmethod
     def of(part: Part, criteria: Criteria) -> "_ChannelPart":
@@ -132,39 +168,11 @@ class _ChannelPart:
         lost[order] = np.arange(1, len(order) + 1) / len(order)
         reads = current_reads(module, analysis)
         widths = tuple(map(width_of, both))
-        return _ChannelPart(module, analysis, part.name, reads, lost, widths)
+        return _ChannelPart(module, analysis, part.name, lost, widths, reads)
 
-    def liveness(self, threshold: float) -> Liveness:
-        """The liveness where all channels up to `threshold` are gone."""
-        round_to = self.module.asked.round_to
-        gone = classes_gone(self.lost, threshold, self.widths, round_to)
-        reads = dict(self.reads)
-        for node, op in self.analysis.ops.items():
-            if isinstance(op, Mix) and op.gated:
-                reads[op.layer] = without(reads[op.layer], self.analysis, node, op, gone)
-        return liveness(self.analysis, reads, round_to=round_to)
-
-    def last_to_go(self, threshold: float) -> Sequence[int]:
-        """See `PrunablePart`: coupling classes."""
-        return last_classes(self.lost, threshold)
-
-    def sparing(self, stays: Sequence[int]) -> "_ChannelPart":
-        """See `PrunablePart`."""
-        return replace(self, lost=staying(self.lost, stays))
-
-
-def last_classes(lost: FloatArray, threshold: float) -> Sequence[int]:
-    """The coupling classes that are gone at `threshold`, and were not before; the last first."""
-    gone = np.flatnonzero((lost > 0) & (lost <= threshold))
-    last: list[int] = gone[np.argsort(-lost[gone], kind="stable")].tolist()
-    return last
-
-
-def staying(lost: FloatArray, classes: Sequence[int]) -> FloatArray:
-    """`lost` where `classes` go at no threshold."""
-    changed = lost.copy()
-    changed[list(classes)] = np.inf
-    return changed
+    def reads_at(self, threshold: float) -> dict[str, ReadLists]:
+        """See `ChannelOrder`: what they read at present."""
+        return dict(self.reads)
 
 
 def classes_gone(

@@ -13,65 +13,39 @@ from torch.fx.node import Node
 from dspfx.layers.gated import gated_layers
 from dspfx.layers.gates import FilterGate
 from dspfx.model.liveness import present_liveness
-from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
-from dspfx.passes.analysis.liveness import Liveness, liveness
+from dspfx.passes.analysis.liveness import Liveness, ReadLists
 from dspfx.pruning.budget import Budget
 from dspfx.pruning.latency import LatencyTable
 from dspfx.pruning.prune import PrunableLayer
 from dspfx.pruning.prune_channels import (
-    classes_gone,
-    last_classes,
+    ChannelOrder,
     removable,
     sides,
-    staying,
     width_of,
-    without,
 )
 from dspfx.pruning.sensitivity import Sensitivity
-from dspfx.utils.arrays import BoolArray, FloatArray, IntArray
+from dspfx.utils.arrays import BoolArray, FloatArray
 
 Prices = Mapping[Node, float]  # of one filter that reads one channel
 
 
 @dataclass(frozen=True)
-class SensitivePart:
+class SensitivePart(ChannelOrder):
     """A prepared module whose channels and inputs of groups are ordered together.
 
     Attributes:
-        module, analysis, name: see `PrunablePart`.
         layers: the order of the inputs of groups.
-        lost: `[classes]`, the order of whole channels; infinite for those that stay.
-        widths: see `width_of`, of what each layer writes and reads.
         resolution: half the share of one.
     """
 
-    module: PreparedModule
-    analysis: ChannelAnalysis
-    name: str
     layers: dict[str, PrunableLayer]
-    lost: FloatArray
-    widths: tuple[IntArray, ...]
-    resolution: float = 0.0
 
-    def liveness(self, threshold: float) -> Liveness:
-        """The liveness where all that comes before `threshold` in the order is gone."""
+    def reads_at(self, threshold: float) -> dict[str, ReadLists]:
+        """See `ChannelOrder`: what the groups still read."""
         round_to = self.module.asked.round_to
-        gone = classes_gone(self.lost, threshold, self.widths, round_to)
-        reads = {name: layer.reads(threshold, round_to) for name, layer in self.layers.items()}
-        for node, op in self.analysis.ops.items():
-            if isinstance(op, Mix) and op.gated:
-                reads[op.layer] = without(reads[op.layer], self.analysis, node, op, gone)
-        return liveness(self.analysis, reads, round_to=round_to)
-
-    def last_to_go(self, threshold: float) -> Sequence[int]:
-        """See `PrunablePart`: coupling classes."""
-        return last_classes(self.lost, threshold)
-
-    def sparing(self, stays: Sequence[int]) -> "SensitivePart":
-        """See `PrunablePart`."""
-        return replace(self, lost=staying(self.lost, stays))
+        return {name: layer.reads(threshold, round_to) for name, layer in self.layers.items()}
 
 
 def sensitive_parts(
@@ -139,7 +113,7 @@ def _unordered(
         alive = gate.alive.cpu().numpy()
         layers[name] = PrunableLayer.of(op, mask, group, scores, filters, alive)
     widths = tuple(map(width_of, both))
-    return SensitivePart(part.module, analysis, part.name, layers, lost, widths)
+    return SensitivePart(part.module, analysis, part.name, lost, widths, layers)
 
 
 def _prices(

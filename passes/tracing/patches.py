@@ -102,7 +102,7 @@ def _call_checkpointed(function: Callable[..., Any], _: bool, *args: Any) -> Any
 
 
 def _inlined(script: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the Python function behind a scripted one if there are proxies.
+    """Call the Python function that a scripted one was made of, if there are proxies.
 
     Not for a function that was traced, which repeats what it did for its example.
     """
