@@ -48,8 +48,7 @@ def measure(threads: int) -> dict[str, dict[str, list[float]]]:
         networks = {"dense": model, f"{KEPT:.0%} of the MACs": dspfx.convert(prepared)}
         for name, network in networks.items():
             fast = dspfx.compile(network, x)
-            chosen = "inductor" if network is model else fast.report.chosen
-            calls[f"{name}, batch {batch} ({chosen})"] = partial(fast, x)
+            calls[f"{name}, batch {batch} ({fast.report.chosen})"] = partial(fast, x)
     times: dict[str, dict[str, list[float]]] = {
         name: {situation: [] for situation in SITUATIONS} for name in calls
     }

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import dspfx
 from benchmarks.reference import DEFAULT_FOLDER, find, load
-from dspfx.compile import CompileReport
+from dspfx.engines.report import CompileReport
 from dspfx.utils.timing import medians
 
 ROUNDS = 15
@@ -227,14 +227,14 @@ def examine(case: Case, batch: int, threads: int) -> str:
     report = dspfx.report(compact)
     pruned = channel_pruned(case.dense, x, report.after.macs)
     started = time.perf_counter()
-    fast = dspfx.compile(compact, x)
+    fast = dspfx.compile(compact, x, engines=["own", "inductor"])
     seconds = time.perf_counter() - started
     plain = {"dense": case.dense, "channel-pruned": pruned}
     if case.packed is not None:
         plain["packed"] = case.packed
     calls: dict[tuple[str, str], Callable[[], Any]] = {("compact", "inductor"): partial(fast, x)}
     for name, model in tqdm(plain.items(), "compiling", disable=None, leave=False):
-        calls[name, "inductor"] = partial(dspfx.compile(model, x), x)
+        calls[name, "inductor"] = partial(dspfx.compile(model, x, engines=["inductor"]), x)
     calls["packed", "eager"] = partial(_without_gradients, case.packed, x)
     if case.packed is None:
         del calls["packed", "eager"]
@@ -271,7 +271,7 @@ def _section(
     table = tabulate(rows, ("ms", *runtimes, "speed-up"), "github", disable_numparse=True)
     best = 1e3 * sum(layer.seconds[layer.chosen] for layer in report.layers)
     timed = f" The {len(report.layers)} layers whose forms were timed take {best:.2f} ms together."
-    networks = ", ".join(f"{key} {1e3 * value:.2f}" for key, value in report.networks.items())
+    networks = ", ".join(f"{form} {1e3 * value:.2f}" for form, value in report.timed)
     return (
         f"## {name}, batch {batch}\n\n{kept:.1%} of the MACs kept, ideal speed-up "
         f"{1 / kept:.2f}; *speed-up*: fastest over fastest dense.\n\n{table}\n\n"

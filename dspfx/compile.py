@@ -1,136 +1,45 @@
 """`compile`: a model and the shapes it will see, to a fast callable.
 
-1. Where the project's own kernel cannot compute some layer whose filters read different channels,
-   every such layer is timed in the forms that are likely to be fast, the own kernel among them.
-2. Convolutions on the own kernel that follow each other are joined, and those of 3x3 computed by
-   Winograd's algorithm where that is faster.
-3. The whole network is compiled as it was converted, with every layer dense, with every layer on
-   the own kernel that it can compute, and with the fastest form of each layer if 1 found them.
-   Whole networks are timed because changes of layout between layers cost time as well. The fastest
-   is returned, so that none is slower than dense. Without groups there are two candidates: as it
-   was converted, and the own kernel.
+1. The network is loaded in every engine that is there: the project's own kernel, inductor, ONNX
+   Runtime and OpenVINO; as it was converted, with every layer dense, and where the own kernel
+   cannot compute some layer also with each layer in its fastest form.
+2. Each is compared with the model, and timed as a whole, since changes of layout between layers
+   cost time as well. The fastest is returned, so that none is slower than dense.
 """
 
-import threading
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import torch
-from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
+from dspfx.engines.engine import Engine, Precision
+from dspfx.engines.engines import engines_named
+from dspfx.engines.form import Form
+from dspfx.engines.forms import Forms, forms_of
+from dspfx.engines.race import Entry, Race
+from dspfx.engines.report import Candidate, CompileReport
 from dspfx.errors import CompileError
 from dspfx.layers.group_conv import GroupConvRun
-from dspfx.model.analysed import fitting_inputs
 from dspfx.model.deployable import check_deployable
-from dspfx.model.parts import compact_parts_of
-from dspfx.passes.lowering.classifier import join_classifiers
-from dspfx.passes.lowering.cost_model import CPU
-from dspfx.passes.lowering.forms import Lowering, dense, describe, forms
-from dspfx.passes.lowering.fuse import fuse
-from dspfx.passes.lowering.measure import Measured, can_be_packed
-from dspfx.passes.lowering.runs import join_runs
-from dspfx.passes.lowering.sites import Site, relowered, sites
-from dspfx.passes.lowering.winograd import choose, measured_choice
-from dspfx.passes.sandbox.calls import Call, as_inputs, check_accepted, fresh
-from dspfx.utils.timing import medians
-from dspfx.utils.torch_warnings import without_cuda_home
+from dspfx.passes.sandbox.calls import (
+    Call,
+    as_inputs,
+    check_accepted,
+    fresh,
+    parameter_dtype_and_device,
+)
+from dspfx.utils.pytree import leaves, map_leaves
 
-MOST_FORMS = 6
-ROUNDS = 15
-SETTLE = 5e-3
-_COMPILING = threading.Lock()  # torch's settings are those of the process
-FASTEST_ALONE = "the fastest form of each layer"
-INDUCTOR, UNFROZEN, AS_IT_IS = "inductor", "weights not frozen", "without inductor"
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """The forms of one layer that were timed.
-
-    Attributes:
-        name: of the layer.
-        seconds: of each form, by its description.
-        chosen: the fastest.
-    """
-
-    name: str
-    seconds: Mapping[str, float]
-    chosen: str
-
-
-@dataclass(frozen=True)
-class CompileReport:
-    """What `compile` measured and chose; `str` is a table.
-
-    Attributes:
-        layers: those whose forms were timed; empty where the own kernel computes all layers whose
-            filters read different channels.
-        networks: seconds of the whole network, compiled, by how its layers are emitted; empty
-            where there was nothing to choose.
-        chosen: the one that is returned.
-        winograd: its layers that Winograd's algorithm computes.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
-        >>> x = torch.randn(2, 3, 12, 12)
-        >>> prepared = dspfx.prepare(model, x)
-        >>> fast = dspfx.compile(dspfx.convert(prepared), x)
-        >>> fast.report.chosen in fast.report.networks
-        True
-    """
-
-    layers: tuple[LayerChoice, ...]
-    networks: Mapping[str, float]
-    chosen: str
-    winograd: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        rows = [
-            (
-                layer.name,
-                layer.chosen,
-                f"{1e3 * layer.seconds[layer.chosen]:.3f}",
-                f"{1e3 * layer.seconds['dense']:.3f}",
-                str(len(layer.seconds)),
-            )
-            for layer in self.layers
-        ]
-        header = ("layer", "fastest by itself", "ms", "dense, ms", "forms timed")
-        best = sum(layer.seconds[layer.chosen] for layer in self.layers)
-        whole = sum(layer.seconds["dense"] for layer in self.layers)
-        rows.append(("together", "", f"{1e3 * best:.3f}", f"{1e3 * whole:.3f}", ""))
-        networks = [
-            (worded(name), f"{1e3 * seconds:.3f}", "chosen" if name == self.chosen else "")
-            for name, seconds in self.networks.items()
-        ]
-        names = ", ".join(self.winograd)
-        return "\n\n".join(
-            [
-                *([tabulate(rows, header, disable_numparse=True)] if self.layers else []),
-                tabulate(networks, ("whole network, compiled", "ms", ""), disable_numparse=True),
-                *([f"By Winograd's algorithm: {names}"] if names else []),
-            ]
-        )
-
-
-def worded(network: str) -> str:
-    """The name of a network in `CompileReport.networks` as reports show it.
-
-    Layers that are the fastest one by one may make the slowest network, since what lies between
-    them counts as well.
-    """
-    return network.replace(FASTEST_ALONE, "each layer in the form that is fastest by itself")
+AGREEMENT = 0.99
+EXACT = 1e-3  # the largest relative difference of a candidate in the model's own precision
 
 
 class Compiled:
     """A model compiled for inference; called with the model's positional arguments.
 
     Attributes:
-        model: what was compiled.
+        model: what was compiled, in the form that was chosen.
         report: what was measured and chosen.
 
     Example:
@@ -138,74 +47,57 @@ class Compiled:
         >>> x = torch.randn(2, 3, 12, 12)
         >>> prepared = dspfx.prepare(model, x)
         >>> compact = dspfx.convert(prepared)
-        >>> fast = dspfx.compile(compact, x)
+        >>> fast = dspfx.compile(compact, x, engines=["inductor"])
         >>> fast(x).shape  # without gradients, from any thread
         torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(self, model: nn.Module, how: str = INDUCTOR) -> None:
-        without_cuda_home()
-        self.model = model
-        self.report = CompileReport((), {}, "as it is")
-        # its weights are frozen: only what is new in the inputs needs a look
-        guards: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self._call: Callable[..., Any] = model
-        if how != AS_IT_IS:
-            self._call = torch.compile(_with_code_of_its_own(model), options=guards)
-        on_cpu = all(buffer.device.type == "cpu" for buffer in model.buffers())
-        freezing = how == INDUCTOR and on_cpu and can_be_packed(model.parameters())
-        self._settings = {"freezing": freezing}
-        self._met: set[tuple[object, ...]] = set()
+    def __init__(self, entry: Entry, report: CompileReport) -> None:
+        self.model = entry.form.model
+        self.report = report
+        self._call = entry.call
 
     def __call__(self, *args: Any) -> Any:
         """The model's outputs, computed without gradients."""
-        shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in args)
-        with torch.no_grad():
-            if shapes in self._met:
-                return self._call(*args)
-            with _COMPILING:  # one thread compiles, those that wait for the same find it done
-                # options of torch.compile come too late: dynamo asks for them before inductor
-                with torch._inductor.config.patch(self._settings):
-                    result = self._call(*args)
-                self._met.add(shapes)
-            return result
+        return self._call(*args)
 
 
-def _with_code_of_its_own(model: nn.Module) -> Callable[..., Any]:
-    """A function that calls `model`, and whose code object nobody else has.
+def compile(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    engines: Sequence[str] | None = None,
+    precision: Precision | Literal["auto"] = "fp32",
+    batches: Iterable[Any] | None = None,
+    agreement: float = AGREEMENT,
+) -> Compiled:
+    """Compile an evaluation-mode model for inference in the fastest engine.
 
-    Torch keeps what it compiled with the code object of a function, and all modules of a class
-    share theirs: without guards on modules, one would be taken for the other.
-    """
-
-    def call(*args: Any) -> Any:
-        return model(*args)
-
-    return types.FunctionType(
-        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
-    )
-
-
-def compile(model: nn.Module, example_inputs: Any) -> Compiled:
-    """Compile an evaluation-mode model for inference with `torch.compile`.
-
-    What is fastest for a compact model is measured, on the device of the example inputs and with
-    the current number of threads. Times are remembered on disk, in the
-    folder that the environment variable `DSPFX_CACHE_DIR` names, else in the user's cache.
-    On a CPU the parameters are frozen into the compiled code. The first call for the shapes of
-    `example_inputs` is made here, so that the callable returned is warm.
+    What is fastest is measured, on the device of the example inputs and with the current number of
+    threads. Times of layers are remembered on disk, in the folder that the environment variable
+    `DSPFX_CACHE_DIR` names, else in the user's cache. An engine that is not installed, refuses the
+    model or crashes costs a line in the report.
 
     Args:
         model: a compact module, or any module in evaluation mode; it is left as it is.
-        example_inputs: a tensor, or a tuple of positional inputs.
+        example_inputs: a tensor, or a tuple of positional inputs. The callable takes other shapes
+            as well, as far as the model does; it was chosen for these.
+        engines: the names of those that may be used, of `"own"`, `"inductor"`, `"onnxruntime"` and
+            `"openvino"`; all that are there if left out.
+        precision: `"fp32"`, as the model is; `"bf16"`, products in bfloat16; or `"auto"`, the
+            fastest of these that agrees with the model.
+        batches: for `"auto"`, inputs on which candidates are compared with the model: tensors, or
+            tuples of positional inputs, of any number of samples.
+        agreement: for `"auto"`, the least share of decisions that have to be the model's, such as
+            of the classes of all samples of `batches`.
 
     Returns:
         A callable with the model's positional arguments; `print(compiled.report)` shows what was
-        measured and chosen.
+        measured and chosen, and the agreement and the largest difference of every candidate.
 
     Raises:
         CompileError: the model is not converted, is in training mode, does not accept the example
-            inputs, or cannot be compiled by torch.
+            inputs or the batches; or no engine can run it, or none at this precision.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
@@ -214,100 +106,97 @@ def compile(model: nn.Module, example_inputs: Any) -> Compiled:
         >>> report = dspfx.prune_channels(prepared, dspfx.Budget(macs=0.5))
         >>> compact = dspfx.convert(prepared)
         >>> fast = dspfx.compile(compact, x)
-        >>> bool(torch.allclose(fast(x), compact(x), atol=1e-5))
+        >>> bool(torch.allclose(fast(x), compact(x), atol=1e-4))
         True
     """
+    named = engines_named(engines)
+    precisions = _precisions(precision)
     inputs = fresh(as_inputs(example_inputs))
     check_deployable(model, "compile", CompileError)
-    check_accepted(model, Call(inputs), CompileError)
-    layers = sites(model, inputs)
-    grouped = [site for site in layers if len(site.groups) > 1 and site.structural_groups == 1]
-    if not grouped and not compact_parts_of(model):  # nobody's kernel is built for it
-        return _compiled(model, inputs)
-    modules = {site: site.emit_native() for site in layers}
-    own = {site: module for site, module in modules.items() if module is not None}
-    if not grouped and not own:
-        return _compiled(model, inputs)
-    networks: dict[str, nn.Module] = {"as converted": model}
-    choices: tuple[LayerChoice, ...] = ()
-    if grouped:
-        whole = {site: site.emit(dense(site.groups)) for site in grouped}
-        networks["dense"] = relowered(model, whole)
-        if any(site not in own for site in grouped):  # else the own kernel is faster than a mixture
-            choices, fastest = _choose(grouped)
-            networks[FASTEST_ALONE] = _joined(relowered(model, fastest), inputs)
-    if own:
-        networks["native"] = _joined(relowered(model, own), inputs)
-    compiled = {name: _compiled(network, inputs) for name, network in networks.items()}
-    if own:  # a few long calls need nobody to join them
-        compiled[f"native, {AS_IT_IS}"] = _compiled(networks["native"], inputs, AS_IT_IS)
-    calls = {name: partial(call, *inputs) for name, call in compiled.items()}
-    times = medians(calls, ROUNDS, settle=SETTLE)
-    best = min(times, key=times.__getitem__)
-    fast = compiled[best]
-    runs = [module for module in fast.model.modules() if isinstance(module, GroupConvRun)]
+    expected = check_accepted(model, Call(inputs), CompileError)
+    samples = [(inputs, expected)]
+    if precision == "auto":
+        samples = _samples(model, inputs, batches)
+    _, device = parameter_dtype_and_device(model)
+    missing = {engine.name: why for engine in named if (why := engine.missing(device))}
+    there = [engine for engine in named if engine.name not in missing]
+    forms = forms_of(model, inputs)
+
+    def accepts(candidate: Candidate) -> bool:
+        if candidate.precision == "fp32":
+            return (candidate.difference or 0.0) <= EXACT
+        return precision != "auto" or (candidate.agreement or 0.0) >= agreement
+
+    race = Race(inputs, samples, accepts)
+    candidates, best = race.run(_starters(there, forms, precisions, device))
+    if best is None:
+        raise CompileError(_nobody(candidates, missing, precision))
+    runs = [module for module in best.form.model.modules() if isinstance(module, GroupConvRun)]
     winograd = tuple(name for run in runs for name in run.by_winograd())
-    fast.report = CompileReport(choices, times, best, winograd)
-    return fast
-
-
-def _joined(network: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
-    """`network` with its layers on the own kernel joined into runs, by the faster algorithm."""
-    for _, part in compact_parts_of(network):
-        fuse(part, fitting_inputs(part))
-        join_classifiers(part)
-        join_runs(part)
-    choose(network, measured_choice(network, inputs))
-    return network
-
-
-def _choose(
-    found: list[Site],
-) -> tuple[tuple[LayerChoice, ...], dict[Site, nn.Module]]:
-    """Time the likely forms of every layer."""
-    measured = Measured(found[0].weight.device)
-    choices, fastest = [], {}
-    for site in found:
-        likely = _likely(site)
-        modules = {name: site.emit(form) for name, form in likely.items()}
-        own = site.emit_native()
-        modules |= {"native": own} if own is not None else {}
-        times = measured(modules, site.example())
-        best = min(times, key=times.__getitem__)
-        choices.append(LayerChoice(site.name, times, best))
-        fastest[site] = modules[best]
-    measured.save()
-    return tuple(choices), fastest
-
-
-def _likely(site: Site) -> dict[str, Lowering]:
-    """The forms worth timing, by description: dense, and those that should be the fastest."""
-    whole = dense(site.groups)
-    structural_group = [0] * len(site.groups)
-    grouping = not isinstance(site.layer, nn.Linear)
-    others = sorted(
-        forms(site.groups, structural_group, grouping),
-        key=partial(CPU.seconds, geometry=site.geometry),
+    report = CompileReport(
+        tuple(candidates), best.candidate, tuple(forms.choices), winograd, missing
     )
-    return {"dense": whole} | {describe(form): form for form in others[:MOST_FORMS]}
+    return Compiled(best, report)
 
 
-def _compiled(model: nn.Module, inputs: tuple[Any, ...], how: str = INDUCTOR) -> Compiled:
-    """`model` compiled and called once; its weights stay parameters where torch cannot freeze them.
+def _precisions(asked: str) -> tuple[Precision, ...]:
+    if asked not in (*get_args(Precision), "auto"):
+        raise CompileError(f"precision={asked!r} is none of fp32, bf16, int8, auto")
+    return get_args(Precision) if asked == "auto" else (asked,)
+
+
+def _starters(
+    engines: Sequence[Engine],
+    forms: Forms,
+    precisions: Sequence[Precision],
+    device: torch.device,
+) -> Iterator[tuple[Engine, Form, Precision]]:
+    """Who takes part, those that load quickly first."""
+    for engine in engines:
+        for precision in precisions:
+            if precision in engine.precisions(device):
+                for form in forms.all:
+                    if engine.takes(form):
+                        yield engine, form, precision
+
+
+def _samples(
+    model: nn.Module, inputs: tuple[Any, ...], batches: Iterable[Any] | None
+) -> list[tuple[tuple[Any, ...], Any]]:
+    """`batches` cut into the size of `inputs`, for which engines were loaded, and the outputs.
 
     Raises:
-        CompileError: torch cannot compile it.
+        CompileError: there are none, or `model` does not accept them.
     """
-    failure: RuntimeError | None = None
-    for way in (INDUCTOR, UNFROZEN) if how == INDUCTOR else (how,):
-        compiled = Compiled(model, way)
-        try:
-            compiled(*inputs)
-        except RuntimeError as error:
-            failure = error
-        else:
-            return compiled
-    raise CompileError(
-        f"torch.compile cannot compile {type(model).__name__}: {failure}; call the model as it is, "
-        "or export it for another runtime"
-    ) from failure
+    if batches is None:
+        raise CompileError('precision="auto" compares outputs: give batches=, some inputs')
+    given = [as_inputs(batch) for batch in batches]
+    size = _length(inputs)
+    cut = [
+        tuple(map_leaves(_rows(slice(start, start + size)), batch))
+        for batch in given
+        for start in range(0, _length(batch) - size + 1, size)
+    ]
+    if not cut:
+        raise CompileError(f"batches= holds no batch of {size} samples or more, as the example has")
+    return [(own, check_accepted(model, Call(own), CompileError)) for own in cut]
+
+
+def _length(inputs: tuple[Any, ...]) -> int:
+    """The length of the first tensor; 1 without any."""
+    tensors = (leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
+    return next((len(tensor) for tensor in tensors), 1)
+
+
+def _rows(rows: slice) -> Any:
+    return lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+
+def _nobody(candidates: Sequence[Candidate], missing: dict[str, str], precision: str) -> str:
+    """Why there is nothing to return."""
+    lines = [f"  {name}: {why}" for name, why in missing.items()]
+    lines += [f"  {candidate}: {candidate.note}" for candidate in candidates]
+    if not lines:
+        return f'no engine that may be used computes in precision="{precision}" here'
+    what = "\n".join(lines)
+    return f"no engine runs the model; call it as it is, or export it for another runtime:\n{what}"

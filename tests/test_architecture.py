@@ -29,6 +29,7 @@ ROOMS = (
     "dspfx.passes.lowering",
     "dspfx.passes.transforms",
     "dspfx.model",
+    "dspfx.engines",
     "dspfx.storage",
     "dspfx.prepare",
     "dspfx.compile",

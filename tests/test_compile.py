@@ -1,6 +1,6 @@
 """`compile`: measured forms, the race, and what it leaves alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 import dspfx
-from dspfx.compile import AS_IT_IS, Compiled, worded
+from dspfx.engines import race
+from dspfx.engines.report import Candidate, CompileReport, worded
 from dspfx.layers.branches import Branches
 from dspfx.layers.group_conv import GroupConvRun
 from helpers import assert_equal, random_masks, randomise
 
-compile_module = __import__("sys").modules["dspfx.compile"]
 NAMES = ("as converted", "dense", "the fastest form of each layer", "native")
+TORCH = ("own", "inductor")
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -43,26 +44,35 @@ def partly_native() -> nn.Module:
     return compact_of(*pixels, *linear)
 
 
-def winner(name: str) -> Any:
-    """In place of a clock: the contender called `name` is the fastest."""
+@pytest.fixture
+def winner(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """In place of a clock: the form of a name is the fastest."""
 
-    def medians(calls: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, float]:
-        return {key: 1.0 if key == name else 2.0 for key in calls}
+    def wins(name: str) -> None:
+        def in_blocks(calls: Mapping[Candidate, Any]) -> dict[Candidate, float]:
+            return {candidate: 1.0 + (candidate.form != name) for candidate in calls}
 
-    return medians
+        monkeypatch.setattr(race, "in_blocks", in_blocks)
+        monkeypatch.setattr(race, "block", lambda *_: 1.0)
+
+    return wins
+
+
+def forms_in(report: CompileReport) -> list[str]:
+    return [candidate.form for candidate in report.candidates]
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_the_fastest_is_returned(
-    partly_native: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str
+    partly_native: nn.Module, winner: Callable[[str], None], name: str
 ) -> None:
     compact = partly_native
-    monkeypatch.setattr(compile_module, "medians", winner(name))
+    winner(name)
     code = {k: v.clone() for k, v in compact.state_dict().items()}
-    fast = dspfx.compile(compact, X)
+    fast = dspfx.compile(compact, X, engines=TORCH)
     assert_equal(compact(X), fast(X), 1e-5)
     assert not fast(X).requires_grad
-    assert fast.report.chosen == name
+    assert fast.report.chosen.form == name
     assert worded(name) in str(fast.report)
     for key, value in compact.state_dict().items():
         assert torch.equal(value, code[key])
@@ -71,24 +81,25 @@ def test_the_fastest_is_returned(
 
 
 def test_every_layer_with_groups_is_timed_against_dense(
-    partly_native: nn.Module, tmp_path: Path
+    partly_native: nn.Module, tmp_path: Path, winner: Callable[[str], None]
 ) -> None:
-    report = dspfx.compile(partly_native, X).report
+    winner("native")
+    report = dspfx.compile(partly_native, X, engines=TORCH).report
     assert [layer.name for layer in report.layers] == ["5", "7"]
     for layer in report.layers:
         assert "dense" in layer.seconds
         assert len(layer.seconds) > 1
         assert layer.seconds[layer.chosen] == min(layer.seconds.values())
-    assert tuple(report.networks)[:4] == NAMES
+    assert set(NAMES) < set(forms_in(report))
     page = tmp_path / "page.html"
     dspfx.report(partly_native).to_html(page, measured=report)
     assert f"{report.chosen} (chosen)" in page.read_text()
 
 
 def test_forms_are_not_timed_where_the_own_kernel_computes_every_layer(compact: nn.Module) -> None:
-    report = dspfx.compile(compact, X).report
+    report = dspfx.compile(compact, X, engines=TORCH).report
     assert report.layers == ()
-    assert tuple(report.networks)[:3] == ("as converted", "dense", "native")
+    assert set(forms_in(report)) == {"as converted", "dense", "native", "native, without inductor"}
     assert "fastest form" not in str(report)
 
 
@@ -97,20 +108,21 @@ def test_a_model_without_groups_is_compiled_as_it_is() -> None:
     fast = dspfx.compile(model, X)
     assert_equal(model(X), fast(X), 1e-5)
     assert fast.report.layers == ()
+    assert set(forms_in(fast.report)) == {"as converted"}
     assert fast.model is model
 
 
-def test_whole_channels_run_on_the_own_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_channels_run_on_the_own_kernel_too(winner: Callable[[str], None]) -> None:
     """A compact network without groups, pruned or not, is timed in two forms."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
     prepared = dspfx.prepare(randomise(model), X).eval()
     dspfx.prune_channels(prepared, dspfx.Budget(macs=0.6))
     compact = dspfx.convert(prepared)
-    monkeypatch.setattr(compile_module, "medians", winner("native"))
-    fast = dspfx.compile(compact, X)
+    winner("native")
+    fast = dspfx.compile(compact, X, engines=TORCH)
     assert_equal(compact(X), fast(X), 1e-5)
-    assert tuple(fast.report.networks)[:2] == ("as converted", "native")
-    assert fast.report.chosen == "native"
+    assert "dense" not in forms_in(fast.report)
+    assert fast.report.chosen.form == "native"
     assert any(isinstance(m, GroupConvRun) for m in fast.model.modules())
     assert "fastest form" not in str(fast.report)
 
@@ -121,7 +133,7 @@ def test_what_cannot_be_compiled(compact: nn.Module) -> None:
     cases: list[tuple[Any, Any, str]] = [
         (prepared, X, "compile what dspfx.convert makes of it"),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), X, r"call model.eval\(\)"),
-        (Compiled(plain, AS_IT_IS), X, "a Compiled is no torch.nn.Module"),
+        (plain.forward, X, "a method is no torch.nn.Module"),
         (plain, {"input": X}, "does not accept the example inputs"),
         (compact, X[:, :2], r"does not accept the example inputs \(\(2, 2, 12, 12\)\)"),
         (compact, (X, X), "does not accept"),
@@ -135,7 +147,7 @@ def test_what_cannot_be_compiled(compact: nn.Module) -> None:
 def test_padding_that_torch_cannot_freeze_is_compiled_all_the_same(mode: str) -> None:
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode)]
     model = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-    fast = dspfx.compile(model, X)
+    fast = dspfx.compile(model, X, engines=["inductor"])
     with torch.no_grad():
         torch.testing.assert_close(fast(X), model(X), rtol=1e-4, atol=1e-5)
 
@@ -149,13 +161,13 @@ def test_what_torch_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch, "compile", compiled)
     with pytest.raises(dspfx.CompileError, match=r"no such instruction; call the model as it is"):
-        dspfx.compile(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X)
+        dspfx.compile(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X, engines=["inductor"])
 
 
 def test_models_of_one_class_are_not_taken_for_each_other() -> None:
     """They share a code object, and torch keeps what it compiled with that."""
     models = [Residual().eval() for _ in range(3)]
-    fast = [dspfx.compile(model, X) for model in models]
+    fast = [dspfx.compile(model, X, engines=TORCH) for model in models]
     for model, call in zip(models, fast, strict=True):
         assert_equal(model(X), call(X), 1e-5)
         assert_equal(model(X[:1]), call(X[:1]), 1e-5)
@@ -165,7 +177,9 @@ def test_models_of_one_class_are_not_taken_for_each_other() -> None:
 def test_a_model_in_another_type(compact: nn.Module, dtype: torch.dtype, tolerance: float) -> None:
     """It was run with its example in float32; nor could torch pack weights in float64."""
     model, x = compact.to(dtype), X.to(dtype)
-    assert_equal(model(x), dspfx.compile(model, x)(x), tolerance)
+    fast = dspfx.compile(model, x)
+    assert_equal(model(x), fast(x), tolerance)
+    assert fast.report.chosen.engine == "inductor"
 
 
 def test_flags_are_not_mixed_up() -> None:
@@ -203,7 +217,7 @@ def passes_over_memory(source: str) -> int:
     return sum("float*" in line for line in kernels)
 
 
-def test_sums_and_activations_take_no_pass_of_their_own() -> None:
+def test_sums_and_activations_take_no_pass_of_their_own(winner: Callable[[str], None]) -> None:
     """In the generated code nothing is left but convolutions, and changes of layout at the ends."""
     prepared = dspfx.prepare(randomise(Residual()), X).eval()
     mask = torch.ones(16, 16, dtype=torch.bool)
@@ -211,8 +225,9 @@ def test_sums_and_activations_take_no_pass_of_their_own() -> None:
     mask[1::2, -3:] = False
     dspfx.set_masks(prepared, {"a": mask, "b": mask})
     compact = dspfx.convert(prepared)
+    winner("native")
     with torch._inductor.config.patch(fx_graph_cache=False):
-        _, sources = run_and_get_code(dspfx.compile, compact, X)
+        _, sources = run_and_get_code(dspfx.compile, compact, X, engines=TORCH)
     of_dense = [s for s in sources if s.count("= torch.ops.mkldnn._convolution_pointwise") == 2]
     own = [s for s in sources if "group_conv_run" in s and "_convolution_pointwise" not in s]
     assert of_dense

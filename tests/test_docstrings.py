@@ -13,7 +13,8 @@ from torch import nn
 import dspfx
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_A_MODULE = ("compile.Compiled", "compile.CompileReport")  # public, by what they are returned by
+# public, by what they are returned by
+OF_A_MODULE = ("compile.Compiled", "engines.report.CompileReport")
 
 
 def public() -> dict[str, Any]:

@@ -182,6 +182,50 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     dspfx.export(fixed, X, tmp_path / "m.pt2", dynamic_batch=False)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_fixed_batch_is_that_of_the_example(tmp_path: Path, batch: int) -> None:
+    """A single sample was doubled, and the file took two."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(batch, 3, 8, 8)
+    dspfx.export(model, x, tmp_path / "fixed.onnx", dynamic_batch=False)
+    (outputs,) = onnx_outputs(tmp_path / "fixed.onnx", x)
+    assert_equal(model(x), outputs, 1e-5)
+
+
+class Counts(nn.Module):
+    """Knows how often it was called."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x) * self.calls
+
+
+class Overwrites(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x.sub_(1))
+        return out
+
+
+def test_what_a_file_would_leave_out_is_refused(tmp_path: Path) -> None:
+    for model, words in (
+        (Counts(), "writes into its buffer 'calls'"),
+        (Overwrites(), "its inputs"),
+    ):
+        with pytest.raises(dspfx.ExportError, match=words):
+            dspfx.export(model.eval(), torch.randn(2, 3, 8, 8), tmp_path / "file.onnx")
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(dspfx.ExportError, match=r"pip install 'dspfx\[deploy\]'"):

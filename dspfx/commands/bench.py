@@ -8,11 +8,12 @@ from dspfx.commands import targets as subjects
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.commands.unused_options import refuse
 from dspfx.convert import convert
+from dspfx.engines.engines import NAMES
 from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
 from dspfx.pruning.budget import Budget
 from dspfx.pruning.prune import prune
-from dspfx.recipe.speed import ROUNDS, speed
+from dspfx.recipe.speed import speed
 from dspfx.recipe.team import device_of
 from dspfx.training.groups.cluster import cluster_groups
 from dspfx.utils.typed_json import to_json
@@ -26,7 +27,9 @@ def bench(
         typer.Option(help="Prune a MODEL to this fraction of its MACs first, by its weights."),
     ] = None,
     groups: subjects.Groups = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = ROUNDS,
+    engines: Annotated[
+        str | None, typer.Option(help=f"Some of {','.join(NAMES)}; default: all that are there.")
+    ] = None,
     model: subjects.ModelName = None,
     classes: subjects.Classes = None,
     channels: subjects.Channels = None,
@@ -36,7 +39,7 @@ def bench(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Time a network: dense, dense compiled, and compact by dspfx.compile, in turns."""
+    """Time a network, dense and compact, in every engine."""
     with session(debug=debug, as_json=as_json, threads=threads) as own:
         own_device = device_of(device)
         subject = subjects.open_subject(
@@ -56,5 +59,6 @@ def bench(
         dense = subject.dense.to(own_device)
         if compact is not None:
             compact.to(own_device)
-        found = speed(dense, compact, x, rounds=rounds, say=say)
+        chosen = None if engines is None else [name.strip() for name in engines.split(",")]
+        found = speed(dense, compact, x, engines=chosen, say=say)
         own.give(str(found), to_json(found))

@@ -1,7 +1,7 @@
-"""How long networks take: dense as it is, dense compiled, and compiled by dspfx; in turns."""
+"""How long networks take: dense as it is, and dense and compact in their fastest engines."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from dspfx.compile import compile
-from dspfx.utils.timing import medians
+from dspfx.engines.report import CompileReport
+from dspfx.utils.timing import in_blocks
 
-ROUNDS = 31
+EAGER, DENSE, COMPACT = "dense, eager", "dense, compiled", "compact, compiled"
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,27 @@ class Speed:
     Attributes:
         batch: images in it.
         threads: that torch uses.
-        milliseconds: by the name of the network.
+        milliseconds: by the name of the network, each in its fastest engine.
+        reports: of the engines, by the name of the network.
     """
 
     batch: int
     threads: int
     milliseconds: dict[str, float]
+    reports: Mapping[str, CompileReport] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [(name, f"{ms:.2f}") for name, ms in self.milliseconds.items()]
+        tables = [f"{name}\n\n{report}" for name, report in self.reports.items()]
+        rows = [(name, self._engine(name), f"{ms:.2f}") for name, ms in self.milliseconds.items()]
         head = f"batch of {self.batch}, {self.threads} threads"
-        lines = [tabulate(rows, (head, "ms"), disable_numparse=True)]
-        if "compact, compiled" in self.milliseconds:
-            ratio = self.milliseconds["dense, compiled"] / self.milliseconds["compact, compiled"]
-            lines.append(f"compact is {ratio:.2f} times as fast")
-        return "\n".join(lines)
+        lines = [tabulate(rows, (head, "", "ms"), disable_numparse=True)]
+        if COMPACT in self.milliseconds:
+            ratio = self.milliseconds[DENSE] / self.milliseconds[COMPACT]
+            lines.append(f"compact is {ratio:.2f} times as fast, each in its fastest engine")
+        return "\n\n".join([*tables, "\n".join(lines)])
+
+    def _engine(self, name: str) -> str:
+        return str(self.reports[name].chosen) if name in self.reports else ""
 
 
 def speed(
@@ -44,7 +51,9 @@ def speed(
     compact: nn.Module | None,
     x: Tensor,
     *,
-    rounds: int = ROUNDS,
+    engines: Sequence[str] | None = None,
+    precision: Any = "fp32",
+    batches: Sequence[Tensor] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Speed:
     """Time `dense`, and `compact` if there is one, on the images `x`.
@@ -53,22 +62,19 @@ def speed(
         dense: in evaluation mode from here on.
         compact: from `dspfx.convert`.
         x: `[N, C, H, W]`, on the device of both.
-        rounds: how often each is timed.
+        engines, precision, batches: see `dspfx.compile`.
         say: called with a line on what is being done.
     """
     dense.eval()
-    calls: dict[str, Callable[[], Any]] = {"dense, eager": partial(_without_gradients, dense, x)}
-    compiled: Mapping[str, nn.Module | None] = {
-        "dense, compiled": dense,
-        "compact, compiled": compact,
-    }
-    for name, model in compiled.items():
+    calls: dict[str, Callable[[], Any]] = {EAGER: partial(_without_gradients, dense, x)}
+    reports = {}
+    for name, model in ((DENSE, dense), (COMPACT, compact)):
         if model is not None:
-            say(f"compiling: {name.partition(',')[0]}")
-            calls[name] = partial(compile(model, x), x)
-    times = medians(calls, rounds)
-    found = {name: 1e3 * seconds for name, seconds in times.items()}
-    return Speed(len(x), torch.get_num_threads(), found)
+            say(f"timing the engines: {name.partition(',')[0]}")
+            fast = compile(model, x, engines=engines, precision=precision, batches=batches)
+            calls[name], reports[name] = partial(fast, x), fast.report
+    found = {name: 1e3 * seconds for name, seconds in in_blocks(calls).items()}
+    return Speed(len(x), torch.get_num_threads(), found, reports)
 
 
 def _without_gradients(model: nn.Module, x: Tensor) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from dspfx.compile import CompileReport, worded
+from dspfx.engines.report import CompileReport, worded
 from dspfx.errors import PlotError
 from dspfx.passes.transforms.summary import LayerSummary
 from dspfx.reporting.data import ReportData

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from dspfx.compile import CompileReport
+from dspfx.engines.report import CompileReport
 from dspfx.model.liveness import arranged_masks, present_liveness
 from dspfx.model.module import PreparedModule
 from dspfx.model.parts import compact_parts_of, full_name, parts_of

@@ -1,5 +1,6 @@
 """Comparing the speed of several callables fairly: in one process, in turns, by medians."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +45,42 @@ def medians(
             if settle:
                 _warmed_up(calls[name], settle)
             times[name].append(_seconds(calls[name], count[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def block(call: Callable[[], object], calls: int, warm_up: float = 0.0) -> float:
+    """The median seconds of `calls` calls in a row, warmed up before."""
+    _warmed_up(call, warm_up)
+    return statistics.median(_seconds(call, 1) for _ in range(calls))
+
+
+def in_blocks(
+    calls: Mapping[Name, Callable[[], object]],
+    *,
+    rounds: int = 3,
+    least: int = 25,
+    least_time: float = 0.2,
+    warm_up: float = 0.1,
+) -> dict[Name, float]:
+    """The median seconds that one call of each of `calls` takes, each timed in blocks of its own.
+
+    Threads of one runtime that still spin take the cores of the next: where runtimes differ, calls
+    in turns measure that. So each is called for a while by itself, in turns of blocks; every
+    second round goes backwards.
+
+    Args:
+        calls: by name.
+        rounds: blocks of each.
+        least: calls of a block, at least.
+        least_time: seconds that a block takes, at least.
+        warm_up: seconds of untimed calls before a block.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
+            takes = _warmed_up(calls[name], warm_up)
+            count = max(least, math.ceil(least_time / takes))
+            times[name] += [_seconds(calls[name], 1) for _ in range(count)]
     return {name: statistics.median(values) for name, values in times.items()}
 
 

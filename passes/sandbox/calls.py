@@ -48,11 +48,12 @@ class Chosen(NamedTuple):
     outputs: Any
 
 
-def choose_inputs(root: nn.Module, given: Any) -> Chosen:
+def choose_inputs(root: nn.Module, given: Any, *, as_given: bool = False) -> Chosen:
     """A call that `root` accepts, and what it computes for it in evaluation mode.
 
     A single sample is doubled if the model takes two, so that batch and channels cannot be
-    mistaken for each other. `root` is run in evaluation mode; modes and buffers are restored.
+    mistaken for each other, unless it has to stay `as_given`. `root` is run in evaluation mode;
+    modes and buffers are restored.
 
     Raises:
         PrepareError: the model does not accept `given`, or nothing can be inferred.
@@ -61,7 +62,7 @@ def choose_inputs(root: nn.Module, given: Any) -> Chosen:
         return _inferred(root)
     call = given if isinstance(given, Call) else _as_call(root, given)
     call = call.map(lambda x: x.detach() if isinstance(x, Tensor) else x)
-    if any(_is_single(x) for x in leaves((call.args, call.kwargs))):
+    if not as_given and any(_is_single(x) for x in leaves((call.args, call.kwargs))):
         doubled = call.map(_two_samples)
         outputs, error = _tried(root, doubled)
         if error is None:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.compile import Compiled
+from dspfx.engines import race
+from dspfx.engines.torch_call import TorchCall
 from dspfx.errors import EquivalenceError
 from dspfx.layers import native
 from dspfx.layers.group_conv import (
@@ -405,7 +406,7 @@ def test_it_is_called_from_cpp() -> None:
     run = GroupConvRun([own, own], [(0, -1), (1, -1)], 1, [2])
     module, x = traced(Calls(run)), torch.randn(2, 6, 8, 8)
     with torch._inductor.config.patch(cpp_wrapper=True):
-        assert_equal(module(x), Compiled(module)(x), 1e-5)
+        assert_equal(module(x), TorchCall(module)(x), 1e-5)
 
 
 class Calls(nn.Module):
@@ -988,11 +989,9 @@ def test_what_others_read_is_not_fused() -> None:
 
 @pytest.mark.usefixtures("own_cache")
 def test_compile_races_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_module = __import__("sys").modules["dspfx.compile"]
+    monkeypatch.setattr(race, "block", lambda *_: 1.0)
     monkeypatch.setattr(
-        compile_module,
-        "medians",
-        lambda calls, *rest, **more: {name: 1.0 + (name != "native") for name in calls},
+        race, "in_blocks", lambda calls: {c: 1.0 + (c.form != "native") for c in calls}
     )
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
     prepared = dspfx.prepare(model, torch.randn(2, 3, 12, 12)).eval()
@@ -1002,8 +1001,8 @@ def test_compile_races_it(monkeypatch: pytest.MonkeyPatch) -> None:
     dspfx.set_masks(prepared, {"2": mask})
     compact = dspfx.convert(prepared)
     x = torch.randn(2, 3, 12, 12)
-    fast = dspfx.compile(compact, x)
-    assert fast.report.chosen == "native"
+    fast = dspfx.compile(compact, x, engines=["own"])
+    assert fast.report.chosen.form == "native"
     (run,) = [m for m in fast.model.modules() if isinstance(m, GroupConvRun)]
     assert all("activation=relu" in layer for layer in run.descriptions)
     assert_equal(compact(x), fast(x), 1e-5)

@@ -20,7 +20,7 @@ from torch import nn
 
 import browser
 import dspfx
-from dspfx.compile import CompileReport, LayerChoice
+from dspfx.engines.report import Candidate, CompileReport, LayerChoice
 from dspfx.passes.analysis.channel_ops import Declined
 from dspfx.passes.analysis.cost import Cost
 from dspfx.reporting.panels import PALETTE
@@ -30,13 +30,19 @@ from helpers import macs, random_masks, randomise
 from reports import in_parts, many_layers, pruned
 
 EVIL = "<script>alert('&')</script>"
+CHOSEN = Candidate("own", "native", "fp32", 1.125e-3)
 MEASURED = CompileReport(
+    (
+        Candidate("openvino", "dense", "fp32", 3.5e-3),
+        CHOSEN,
+        Candidate("own", f"native, {EVIL}", "fp32", 1e-3),
+        Candidate("inductor", "dense", "fp32", note="crashed"),
+    ),
+    CHOSEN,
     (
         LayerChoice("m.0.cv1.0", {"dense": 2e-3, "native": 1.25e-3}, "native"),
         LayerChoice(EVIL, {"dense": 1e-3, "2 layers: 1 of 3->5, 1 of 4->6": 4e-4}, "dense"),
     ),
-    {"dense": 3.5e-3, "native": 1.125e-3, f"native, {EVIL}": 1e-3},
-    "native",
 )
 
 
@@ -313,11 +319,10 @@ def test_page_escapes_what_the_model_says(tmp_path: Path) -> None:
 def test_page_shows_what_was_measured(tmp_path: Path) -> None:
     report = dspfx.report(dspfx.convert(pruned()))
     rows = Page(page_of(report, tmp_path, MEASURED)).rows
-    assert ["native (chosen)", "1.125", "", "32.1%"] in rows
-    assert ["dense", "3.500", "", "100.0%"] in rows
+    assert ["native, own, fp32 (chosen)", "1.125", "", "32.1%"] in rows
+    assert ["dense, openvino, fp32", "3.500", "", "100.0%"] in rows
+    assert not any("inductor" in row[0] for row in rows)
     assert ["m.0.cv1.0", "native", "1.250", "2.000", "", "62.5%", "2"] in rows
-    text = page_of(report, tmp_path, CompileReport((), {}, "as it is"))
-    assert "nothing to choose" in text
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Runtimes that execute a compact network, behind one interface."""
