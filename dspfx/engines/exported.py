@@ -6,12 +6,11 @@ Files and the engines that read ONNX are made from the same program.
 import importlib.util
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.onnx import ONNXProgram
 
 from dspfx.errors import ExportError, PrepareError
 from dspfx.layers.group_conv import GroupConv2d, GroupConvRun
@@ -19,6 +18,9 @@ from dspfx.model.absent import Withheld, made_of_values, withholding
 from dspfx.passes.sandbox.calls import Call, choose_inputs, evaluate
 from dspfx.passes.transforms.verify import difference
 from dspfx.utils.pytree import map_leaves
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram  # takes seconds to import
 
 LARGEST_ONNX = 2**31  # bytes
 BATCH = "batch"
@@ -165,7 +167,7 @@ def _not_without(withheld: Withheld, why: str) -> ExportError:
     )
 
 
-def as_onnx(program: ExportedProgram) -> ONNXProgram:
+def as_onnx(program: ExportedProgram) -> "ONNXProgram":
     """`program` as an ONNX model of the `ai.onnx` domain alone, its dimensions named.
 
     Raises:
