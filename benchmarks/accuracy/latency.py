@@ -41,7 +41,7 @@ def measure(scenario: str, seed: int, batch: int, methods: list[str] | None, com
         name = f"{result.method}/{result.pruned}"
         whole = "masks" not in result.shape
         compact = dspfx.convert(dspfx.prepare(model, x)) if whole else model
-        calls[name, "dspfx"] = partial(dspfx.compile(compact, x), x)
+        calls[name, "dspfx"] = partial(dspfx.compile(compact, x, engines=["own", "inductor"]), x)
         if whole:
             onnx = onnx_bytes(model, x)
             calls[name, "onnxruntime"] = onnx_runtime(onnx, x, torch.get_num_threads())
