@@ -24,6 +24,7 @@ from dspfx.errors import (
     NarrowError,
     PlotError,
     PrepareError,
+    QuantizeError,
     RecipeError,
     SaveError,
     TraceError,
@@ -38,6 +39,7 @@ from dspfx.pruning.gradual import GradualPruning
 from dspfx.pruning.masks import get_masks, set_masks
 from dspfx.pruning.prune import prune
 from dspfx.pruning.prune_channels import prune_channels
+from dspfx.quantization.quantize import quantize
 from dspfx.reporting.channel_graph import channel_graph
 from dspfx.reporting.plot import plot
 from dspfx.reporting.report import Report, report
@@ -81,6 +83,7 @@ __all__ = [
     "PrepareError",
     "PreparedModule",
     "PruneReport",
+    "QuantizeError",
     "RecipeError",
     "Report",
     "SaveError",
@@ -101,6 +104,7 @@ __all__ = [
     "prepare",
     "prune",
     "prune_channels",
+    "quantize",
     "recalibrate",
     "report",
     "save",

@@ -49,6 +49,10 @@ class ExportError(DspfxError):
     """The model cannot be exported, or not to this format; the message says what to do."""
 
 
+class QuantizeError(DspfxError):
+    """The model cannot be quantised, or not with these batches; the message says what to do."""
+
+
 class CompileError(DspfxError):
     """The model cannot be compiled, or not for these inputs; the message says what to do."""
 

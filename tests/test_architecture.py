@@ -29,6 +29,7 @@ ROOMS = (
     "dspfx.passes.lowering",
     "dspfx.passes.transforms",
     "dspfx.model",
+    "dspfx.quantization",
     "dspfx.engines",
     "dspfx.storage",
     "dspfx.prepare",

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # public, by what they are returned by
 OF_A_MODULE = ("compile.Compiled", "engines.report.CompileReport")
 
+NEEDED = {"quantize": "torchao"}  # packages that an example needs, and the tests do not
+
 
 def public() -> dict[str, Any]:
     """All that a user may call or make, by name; errors are raised, not made."""
@@ -37,6 +39,8 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
     own = {"torch": torch, "nn": nn, "dspfx": dspfx, "Path": Path, "folder": tmp_path}
     text = inspect.getdoc(inspect.unwrap(public()[name]))
     assert text is not None
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     example = doctest.DocTestParser().get_doctest(text, own, name, None, None)
     assert example.examples, f"{name} has no example"
     printed: list[str] = []

@@ -11,7 +11,8 @@ from dspfx.passes.analysis import operators
 # whole packages, and parts of torch that `import torch` itself leaves out
 HEAVY = {
     *("IPython", "PIL", "accelerate", "lightning", "matplotlib", "networkx", "onnx", "onnxruntime"),
-    *("onnxscript", "openvino", "pandas", "scipy", "sklearn", "sympy", "timm", "torchvision"),
+    *("onnxscript", "openvino", "pandas", "scipy", "sklearn", "sympy", "timm", "torchao"),
+    "torchvision",
     *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx", "triton"),
 }
 

@@ -295,6 +295,7 @@ class CompactModule(TwoModeModule):
         grouped_masks: of its gated layers, for the picture in its report.
         indices: buffers of the prepared module that may say where channels go.
         origin: see `PreparedModule`.
+        quantization: of one from `dspfx.quantize`, where it is rounded and how; else None.
 
     Example:
         >>> prepared = dspfx.prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)))
@@ -304,7 +305,7 @@ class CompactModule(TwoModeModule):
 
     carried = (
         *("blueprint", "difference", "example_inputs", "grouped_masks", "indices", "origin"),
-        "summary",
+        *("quantization", "summary"),
     )
     blueprint: Any
     difference: tuple[float, torch.dtype] | None
@@ -313,6 +314,7 @@ class CompactModule(TwoModeModule):
     indices: dict[str, torch.Tensor]
     origin: Origin
     summary: Any
+    quantization: Any = None
 
     def train(self, mode: bool = True) -> Self:
         """Switch to `mode`; a `DspfxWarning` where there is nothing that could be trained."""

@@ -5,7 +5,6 @@ contributes to a layer's output. After a norm and an activation, channels differ
 magnitude.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -17,8 +16,8 @@ from dspfx.errors import DataError
 from dspfx.layers.parametrised import weight_of
 from dspfx.layers.weights import filters_first, structural_groups
 from dspfx.model.analysed import analyse_prepared
+from dspfx.model.batches import call_with
 from dspfx.model.modes import only_training
-from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.model.parts import parts_of
 from dspfx.passes.analysis.channel_ops import Mix
 from dspfx.utils.distributed import Processes
@@ -155,7 +154,7 @@ def observe(
             hooks.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
         count = 0
         for batch in batches:
-            call(batch) if call is not None else _call(model, batch)
+            call(batch) if call is not None else call_with(model, batch)
             count += 1
     if not processes.alone and found:
         for moments in found.values():
@@ -172,25 +171,3 @@ def _sees_input(moments: Moments) -> Callable[..., None]:
         moments.see(args[0] if args else kwargs["input"])
 
     return see
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch[: _inputs(model)])
-    else:
-        model(batch)
-
-
-def _inputs(model: nn.Module) -> int | None:
-    """How many positional inputs to give: the required ones, or else one; None for any number."""
-    if isinstance(model, PreparedModule | CompactModule):
-        return len(model.example_inputs)
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p for p in parameters if p.kind in kinds]
-    required = sum(p.default is p.empty for p in positional)
-    return min(max(1, required), len(positional))

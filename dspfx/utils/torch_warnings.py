@@ -3,6 +3,8 @@
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _CPP_EXTENSION = "torch.utils.cpp_extension"
@@ -16,13 +18,20 @@ def without_cuda_home() -> Any:
     """
     if _CPP_EXTENSION in sys.modules:
         return sys.modules[_CPP_EXTENSION]
-    logger = logging.getLogger(_CPP_EXTENSION)
-    logger.addFilter(_says_more)
-    try:
+    with not_logged(_CPP_EXTENSION, "No CUDA runtime is found"):
         return importlib.import_module(_CPP_EXTENSION)
+
+
+@contextmanager
+def not_logged(name: str, text: str) -> Iterator[None]:
+    """Meanwhile the logger `name` shows no message with `text` in it."""
+
+    def says_else(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger = logging.getLogger(name)
+    logger.addFilter(says_else)
+    try:
+        yield
     finally:
-        logger.removeFilter(_says_more)
-
-
-def _says_more(record: logging.LogRecord) -> bool:
-    return "No CUDA runtime is found" not in record.getMessage()
+        logger.removeFilter(says_else)
