@@ -7,7 +7,9 @@ The model is run once in evaluation and, if it can be, in training mode, with ho
    before a layer has run.
 3. Whether a module inside it is called by code outside: such a module cannot be replaced by a
    graph, which that code would pass by.
-4. The linear layers whose outputs another layer reads, found by following gradients.
+4. Whether it is given a module, or calls one with weights, that is not inside it: that one may be
+   exchanged by itself, and its weights are not those of a graph.
+5. The linear layers whose outputs another layer reads, found by following gradients.
 """
 
 from collections.abc import Iterator
@@ -33,12 +35,14 @@ class Calls:
         first: the first call of every module, by its `id`.
         of_inputs: the `id` of the modules whose first call has inputs of the model alone.
         entered: the `id` of a module, and the name of one inside it that code outside calls.
+        borrows: the `id` of a module, and the name of one outside of it that it is given or calls.
         followed: the names of the linear layers whose outputs another layer reads.
     """
 
     first: dict[int, Call] = field(default_factory=dict)
     of_inputs: set[int] = field(default_factory=set)
     entered: dict[int, str] = field(default_factory=dict)
+    borrows: dict[int, str] = field(default_factory=dict)
     followed: frozenset[str] = frozenset()
 
 
@@ -57,6 +61,8 @@ def has_weight(module: nn.Module) -> bool:
 
 def _watch(root: nn.Module, inputs: Call, calls: Calls) -> None:
     enclosing, names = _enclosing(root), {id(m): name for name, m in root.named_modules()}
+    inside = {id(m): {id(inner) for inner in m.modules()} for m in root.modules()}
+    weightless = {id(m) for m in root.modules() if not any(map(has_weight, m.modules()))}
     active: list[int] = []
     images: set[int] = set()  # where the inputs of the model are in memory
     ran: list[int] = []
@@ -65,6 +71,12 @@ def _watch(root: nn.Module, inputs: Call, calls: Calls) -> None:
         key, call = id(module), Call(args, kwargs)
         for outer in enclosing[key].difference(active):
             calls.entered.setdefault(outer, names[key])
+        for caller in active if key not in weightless else ():
+            if key not in inside[caller]:
+                calls.borrows.setdefault(caller, names[key])
+        for given in leaves((args, kwargs)):
+            if isinstance(given, nn.Module) and id(given) not in inside[key]:
+                calls.borrows.setdefault(key, names.get(id(given), type(given).__name__))
         active.append(key)
         if root.training:
             return

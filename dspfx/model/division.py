@@ -82,6 +82,10 @@ class Division:
             inner = self.calls.entered[id(child)]
             self.refused[name] = f"'{inner}' inside it is called by code outside"
             return None
+        if id(child) in self.calls.borrows:
+            outer = self.calls.borrows[id(child)]
+            self.refused[name] = f"it is given or calls '{outer}', which is outside of it"
+            return None
         try:
             return self.prepare_one(child, name, call)
         except (TraceError, PrepareError):

@@ -110,6 +110,37 @@ class AsksForTheType(Untraceable):
         return sum(block(x) for block in self.blocks if type(block) is Block)
 
 
+class Refines(nn.Module):
+    """Runs layers, each followed by a head that is not its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor, heads: Any) -> Tensor:
+        total = x.new_zeros(())
+        for layer, head in zip(self.layers, heads, strict=True):
+            x = layer(x)
+            total = total + head(x)
+        return total
+
+
+class GivesModules(Untraceable):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Refines(), nn.ModuleList([Block(), Block()])])
+
+    def around(self, x: Tensor) -> Any:
+        return self.blocks[0](x, self.blocks[1])
+
+
+class GivesFunctions(GivesModules):
+    """That call modules, and nobody sees which."""
+
+    def around(self, x: Tensor) -> Any:
+        return self.blocks[0](x, [functools.partial(head) for head in self.blocks[1]])
+
+
 class Enters(Untraceable):
     """Calls what is inside a block, too."""
 
@@ -186,6 +217,22 @@ def test_a_part_that_makes_a_difference_stays_as_it_was(
     prepared = check(randomise(kind()).double())
     assert prepared_parts(prepared) == names
     assert "left as it is: blocks." in " ".join(str(dspfx.report(prepared)).split())
+
+
+@pytest.mark.parametrize("kind", [GivesModules, GivesFunctions])
+def test_code_that_is_given_modules_of_the_model_to_call_is_no_part(
+    kind: type[nn.Module], tmp_path: Path
+) -> None:
+    """What it computes depends on how they are converted, which is by themselves."""
+    model = randomise(kind()).double()
+    prepared = check(model)
+    inside = {"blocks.0.layers.0", "blocks.0.layers.1"}
+    assert prepared_parts(prepared) == {*inside, "blocks.1.0", "blocks.1.1"}
+    said = " ".join(str(dspfx.report(prepared)).split())
+    assert "left as it is: blocks.0, since it is given or calls 'blocks.1" in said
+    dspfx.save(prepared, tmp_path / "model.safetensors")
+    loaded = dspfx.load(tmp_path / "model.safetensors", kind().double())
+    assert_equal(prepared(IMAGES), loaded(IMAGES), tolerance=0)
 
 
 def test_a_model_that_differs_from_itself_is_refused() -> None:
