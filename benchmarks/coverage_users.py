@@ -146,7 +146,7 @@ def _take_through(outcome: Outcome) -> None:
     with _trouble(outcome, "count"):
         outcome.left = total(compact, inputs[0]) / dense
     with _trouble(outcome, "onnx"):
-        outcome.onnx = exported(compact, model, inputs[0])
+        outcome.onnx = exported(outcome, compact, model, inputs[0])
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from dspfx.model.training_check import (
 from dspfx.passes.analysis.agreement import agree
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis
 from dspfx.passes.analysis.execution import Execution, execute
+from dspfx.passes.analysis.queries import moved_by_numbers
 from dspfx.passes.sandbox.calls import (
     Call,
     evaluate,
@@ -32,12 +33,13 @@ from dspfx.passes.sandbox.calls import (
     of_one_sample,
     parameter_dtype_and_device,
 )
+from dspfx.passes.sandbox.fix_sizes import fix_numbers, fix_sizes
+from dspfx.passes.sandbox.numbers import numbers_of
 from dspfx.passes.sandbox.randomness import fixed_seeds
 from dspfx.passes.sandbox.sizes import (
     Place,
     Shapes,
     changed_places,
-    fix_sizes,
     other_sizes,
     resized,
     shapes_of,
@@ -164,13 +166,12 @@ class SameGraph:
         prepared = self.prepared
         example, taken = shapes_of(prepared.example_inputs), list[Shapes]()
         shown: set[Place] = set()
-        for call, compute in _other_calls(self.model, self.call):
-            inputs = self._inputs(call)
-            shapes = shapes_of(inputs)
+        for call, compute in self._other_calls():
+            shapes = shapes_of(self._inputs(call))
             if taken and changed_places(example, shapes) <= shown:
                 continue
             try:
-                expected, actual = compute(), self._execute(inputs)
+                expected, actual = compute()
             except Exception:  # the model does not take it; or a check in the graph
                 continue
             if _is_same(expected, actual):
@@ -185,6 +186,58 @@ class SameGraph:
                 "for other sizes than its graph",
             )
         prepared.other_sizes = tuple(taken)
+        self._settle_numbers()
+
+    def _settle_numbers(self) -> None:
+        """Refuse other whole numbers than the example's, where tensors are cut or shaped by them.
+
+        That is where they were not found to change together: what is cut by them in one way for
+        the example may be cut otherwise for others.
+        """
+        prepared = self.prepared
+        inputs, numbers = prepared.example_inputs, numbers_of(prepared.example_inputs)
+        if not numbers or any(own[-1] != numbers for own in prepared.other_sizes):
+            return
+        if shapes_of(inputs) not in self.executions:
+            self._execute(inputs)
+        with prepared.evaluation_view() as view:
+            moved = moved_by_numbers(view, self.executions[shapes_of(inputs)])
+        if moved:
+            fix_numbers(prepared.graphs.values(), inputs)
+            prepared.recompile()
+            self.executions.clear()
+            prepared.notes += (
+                f"takes the numbers {numbers} among its inputs only, which '{moved[0]}' depends on",
+            )
+
+    def _other_calls(self) -> Iterator[tuple[Call, Callable[[], tuple[Any, Any]]]]:
+        """Calls with inputs of other sizes, and what computes the outputs of the model, and of the
+        graph, for each.
+
+        Both take the first ones. Whether they take the others, which are rarely needed, shows when
+        they are computed.
+        """
+        found: dict[Shapes, tuple[Any, Any]] = {}
+        given, values = (self.call.args, self.call.kwargs), values_of(self.model)
+
+        def other(shapes: Shapes) -> Call:
+            return Call(*resized(given, shapes))
+
+        def both(call: Call) -> tuple[Any, Any]:
+            return evaluate(self.model, call, values), self._execute(self._inputs(call))
+
+        def accepts(shapes: Shapes) -> bool:
+            try:
+                found[shapes] = both(other(shapes))
+            except Exception:
+                return False
+            return True
+
+        for shapes in other_sizes(given, accepts):
+            yield other(shapes), partial(found.__getitem__, shapes)
+        for shapes in sizes_in_steps(given):
+            if shapes not in found:
+                yield other(shapes), partial(both, other(shapes))
 
     def _analyse_all_sizes(self) -> ChannelAnalysis:
         inputs = fitting_inputs(self.prepared)
@@ -216,30 +269,6 @@ def positional(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Any, ...]:
         elif arguments:
             inputs.append(node.args[0])
     return tuple(inputs)
-
-
-def _other_calls(model: nn.Module, call: Call) -> Iterator[tuple[Call, Callable[[], Any]]]:
-    """Calls with inputs of other sizes, and what computes the outputs of `model` for each.
-
-    The model takes the first ones. Whether it takes the others, which are rarely needed, shows when
-    they are computed.
-    """
-    found: dict[Shapes, Any] = {}
-    given, values = (call.args, call.kwargs), values_of(model)
-
-    def accepts(shapes: Shapes) -> bool:
-        try:
-            found[shapes] = evaluate(model, Call(*resized(given, shapes)), values)
-        except Exception:
-            return False
-        return True
-
-    for shapes in other_sizes(given, accepts):
-        yield Call(*resized(given, shapes)), partial(found.__getitem__, shapes)
-    for shapes in sizes_in_steps(given):
-        if shapes not in found:
-            other = Call(*resized(given, shapes))
-            yield other, partial(evaluate, model, other, values)
 
 
 def _types(inputs: Any) -> list[Any]:

@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.node import Node
 
 from dspfx.passes.analysis import operators
@@ -15,7 +15,9 @@ from dspfx.passes.analysis.channel_ops import (
     Source,
     Value,
 )
+from dspfx.passes.analysis.execution import Execution
 from dspfx.passes.analysis.state import State
+from dspfx.passes.sandbox.numbers import numbers_of
 from dspfx.utils.pytree import leaves
 
 
@@ -78,3 +80,23 @@ def size_or_nothing(a: State, node: Node, result: Any) -> Op | None:
         a.values[node] = Value(tuple(result.shape), None, np.zeros(0, np.int64))
         return FullWidth((), "")
     return None
+
+
+def moved_by_numbers(root: fx.GraphModule, execution: Execution) -> tuple[str, ...]:
+    """The nodes that move elements of tensors by whole numbers among the inputs of the graph."""
+    numbers: set[Node] = set()
+    found = []
+    for node in root.graph.nodes:
+        result = execution.results.get(node)
+        given = node.op == "placeholder" and bool(numbers_of(result))
+        if given or (numbers & set(node.all_input_nodes) and not _has_tensors(result)):
+            numbers.add(node)
+        elif node.op != "output" and numbers & set(node.all_input_nodes):
+            moved = [n for n in node.all_input_nodes if n not in numbers and n.op != "get_attr"]
+            if moved and operators.key(node, root) in operators.MOVEMENT:
+                found.append(node.name)
+    return tuple(found)
+
+
+def _has_tensors(result: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in leaves(result))

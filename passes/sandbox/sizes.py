@@ -8,24 +8,24 @@ sequence, shows only where the same graph runs on an example of another size:
    larger ones.
 2. What is left, and everything if that fails, changes by itself: the batch, each dimension.
    Dimensions of one size in several inputs change together, as tokens and their mask do.
-3. All that was accepted is tried together, so that one example shows as much as possible.
+3. Whole numbers among the inputs change together, and the sizes that follow from them (`numbers`).
+4. All that was accepted is tried together, so that one example shows as much as possible.
 
-An example is given by its `Shapes`, the shapes of the tensors among the inputs; their values are
-repeated or cut.
+An example is given by its `Shapes`: the shapes of the tensors among the inputs, and after them the
+whole numbers, if there are any. The values of tensors are repeated or cut.
 """
 
 import math
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.fx.node import Node
+from torch import Tensor
 
-from dspfx.errors import TraceError
+from dspfx.passes.sandbox.numbers import Groups, groups_of, numbers_of, sizes_from, with_numbers
 from dspfx.utils.pytree import leaves, map_leaves
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -47,12 +47,17 @@ class Axis:
 
 
 def shapes_of(inputs: Any) -> Shapes:
-    """The shapes of the tensors among `inputs`, in order."""
-    return tuple(tuple(leaf.shape) for leaf in leaves(inputs) if isinstance(leaf, Tensor))
+    """The shapes of the tensors among `inputs`, in order, and its whole numbers if it has any."""
+    shapes = tuple(tuple(leaf.shape) for leaf in leaves(inputs) if isinstance(leaf, Tensor))
+    numbers = numbers_of(inputs)
+    return (*shapes, numbers) if numbers else shapes
 
 
 def resized(inputs: Any, shapes: Shapes) -> Any:
-    """`inputs` with tensors of other sizes, whose values are repeated or cut."""
+    """`inputs` with tensors of other sizes, whose values are repeated or cut, and other numbers."""
+    if numbers_of(inputs):
+        *tensors, numbers = shapes
+        inputs, shapes = with_numbers(inputs, numbers), tuple(tensors)
     wanted = iter(shapes)
 
     def resize(leaf: Any) -> Any:
@@ -67,42 +72,6 @@ def resized(inputs: Any, shapes: Shapes) -> Any:
     return map_leaves(resize, inputs)
 
 
-def fix_sizes(graphs: Iterable[fx.Graph], example: tuple[Any, ...], refused: Shapes) -> None:
-    """Guard `graphs`: they refuse sizes other than that of `example`, as that of `refused` is.
-
-    Raises:
-        TraceError: such a tensor is part of a container, which has no input of its own.
-    """
-    places = [
-        (number, dim, size)
-        for number, (shape, other) in enumerate(zip(shapes_of(example), refused, strict=True))
-        for dim, size in enumerate(shape)
-        if other[dim] != size
-    ]
-    tensors = [n for n, leaf in enumerate(example) if isinstance(leaf, Tensor)]
-    if len(tensors) != len(shapes_of(example)):
-        raise TraceError(
-            "for inputs of other sizes the code of the model does something else than its graph; "
-            "give it tensors that are arguments of their own, or do not branch on their sizes"
-        )
-    for graph in set(graphs):
-        inputs = graph.find_nodes(op="placeholder")
-        with graph.inserting_after(inputs[-1]):
-            for number, dim, size in places:
-                _check_size(graph, inputs[tensors[number]], dim, size)
-        graph.lint()
-
-
-def _check_size(graph: fx.Graph, tensor: Node, dim: int, size: int) -> None:
-    message = f"the model was prepared for inputs whose dimension {dim} is {size}, and no other"
-    found = graph.call_method("size", (tensor, dim))
-    with graph.inserting_after(found):
-        same = graph.call_function(operator.eq, (found, size))
-    same.meta["is_wrapped"] = True  # or fx would evaluate it when it is unpickled
-    with graph.inserting_after(same):
-        graph.call_function(torch._assert, (same, message))
-
-
 def other_sizes(inputs: Any, accepts: Callable[[Shapes], bool]) -> tuple[Shapes, ...]:
     """Shapes that `accepts` accepts, and that differ from those of `inputs`; fewest first.
 
@@ -111,10 +80,10 @@ def other_sizes(inputs: Any, accepts: Callable[[Shapes], bool]) -> tuple[Shapes,
         accepts: tries an example; it is called `MOST_TRIALS` times at most.
     """
     shapes = shapes_of(inputs)
-    if any(0 in shape for shape in shapes):
+    if any(0 in leaf.shape for leaf in leaves(inputs) if isinstance(leaf, Tensor)):
         return ()
     whole_numbers = [not x.is_floating_point() for x in leaves(inputs) if isinstance(x, Tensor)]
-    return _Search(shapes, whole_numbers, accepts).run()
+    return _Search(shapes, whole_numbers, groups_of(inputs), accepts).run()
 
 
 def sizes_in_steps(inputs: Any) -> tuple[Shapes, ...]:
@@ -123,8 +92,9 @@ def sizes_in_steps(inputs: Any) -> tuple[Shapes, ...]:
     A graph takes them where its model pads inputs that do not fill its patches or windows.
     """
     shapes = shapes_of(inputs)
-    axes = [axis for axis in _axes(shapes, set()) if axis.divisor > 1]
-    batch = _batch(shapes)
+    tensors = shapes[: -1 if numbers_of(inputs) else None]
+    axes = [axis for axis in _axes(tensors, set()) if axis.divisor > 1]
+    batch = _batch(tensors)
     axes = [a for a in axes if all(d >= 2 for _, d in a.places)]
     found = []
     for sign in (-1, 1):
@@ -159,13 +129,18 @@ def shown_places(shapes: Shapes, other: Shapes) -> set[Place]:
 
 class _Search:
     def __init__(
-        self, shapes: Shapes, whole_numbers: list[bool], accepts: Callable[[Shapes], bool]
+        self,
+        shapes: Shapes,
+        whole_numbers: list[bool],
+        groups: Groups,
+        accepts: Callable[[Shapes], bool],
     ) -> None:
-        self.shapes = shapes
+        self.shapes, self.groups = shapes, groups
         self.accepts = accepts
         self.tried: dict[Shapes, bool] = {}
-        self.batch = _batch(shapes)
-        self.axes = _axes(shapes, set() if self.batch is None else set(self.batch.places))
+        tensors = shapes[: len(whole_numbers)]
+        self.batch = _batch(tensors)
+        self.axes = _axes(tensors, set() if self.batch is None else set(self.batch.places))
         self.likely = [
             axis
             for axis in self.axes
@@ -179,8 +154,13 @@ class _Search:
             if self._try(new := change(joint)):
                 found |= new
                 break
-        rest = [a for a in (self.batch, *self.axes) if a and not found.keys() & set(a.places)]
         separate = []
+        for change, ways in _OF_NUMBERS if self.groups else ():
+            if self._try(new := self._with_numbers(change, ways, found)):
+                separate.append(new)
+                break
+        changed = found.keys() | {place for new in separate for place in new}
+        rest = [a for a in (self.batch, *self.axes) if a and not changed & set(a.places)]
         for axis in rest:
             for change in _CHANGES:
                 if self._try(new := change([axis])):
@@ -192,6 +172,33 @@ class _Search:
         if len(separate) + bool(found) <= 1 or self._try(together):
             return (_changed(self.shapes, together),) if together else ()
         return tuple(_changed(self.shapes, new) for new in ([found] if found else []) + separate)
+
+    def _with_numbers(
+        self, change: "_Change", ways: int | None, found: dict[Place, int]
+    ) -> dict[Place, int]:
+        """What becomes of the numbers, and of the sizes that follow from them and are not `found`.
+
+        Equal numbers stay equal; 0 and 1 are likelier to be something else than sizes.
+
+        Args:
+            ways: in how many of the likeliest ways they follow; in all of them if it is None.
+        """
+        *tensors, numbers = self.shapes
+        last = len(tensors)
+        distinct = [n for n in dict.fromkeys(numbers) if n > 1]
+        axes = [Axis(((last, n),), n) for n in distinct]  # in the place of each stands itself
+        sizes = {n: size for (_, n), size in change(axes).items()}
+        own = tuple(sizes.get(n, n) for n in numbers)
+        pairs = zip(sizes_from(numbers, self.groups), sizes_from(own, self.groups), strict=True)
+        follow: dict[int, int] = {}
+        for size, other in islice(pairs, ways):
+            follow.setdefault(size, other)
+        return {(last, i): n for i, n in enumerate(own)} | {
+            (n, d): follow[size]
+            for n, shape in enumerate(tensors)
+            for d, size in enumerate(shape)
+            if d and size > 1 and size in follow and (n, d) not in found
+        }
 
     def _try(self, new: dict[Place, int]) -> bool:
         """Whether the model takes inputs of the sizes `new`, tried once and if trials are left."""
@@ -257,7 +264,9 @@ def _larger(axes: Sequence[Axis]) -> dict[Place, int]:
     return {place: axis.size + axis.divisor for axis in axes for place in axis.places}
 
 
-_CHANGES = (_smaller, _multiples, _larger)
+_Change = Callable[[Sequence[Axis]], dict[Place, int]]
+_CHANGES: tuple[_Change, ...] = (_smaller, _multiples, _larger)
+_OF_NUMBERS = ((_smaller, 1), (_smaller, None), (_multiples, 1), (_multiples, None))
 
 
 def _odd(size: int) -> int:

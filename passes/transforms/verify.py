@@ -106,7 +106,10 @@ def _told(
 ) -> str:
     """What is wrong; of outputs that differ, also whether `masked` magnifies rounding errors."""
     differ = f"masked and compact model differ, first at {where}. "
-    if masked is not None and difference(outputs, _outputs(masked, _last_bits(inputs))) is None:
+    if (
+        masked is not None
+        and difference(outputs, _outputs(masked, last_bits_changed(inputs))) is None
+    ):
         return (
             f"{differ}The masked model alone differs as much if only the last bits of its inputs "
             "change: it magnifies rounding errors, as a square root close to zero does, which "
@@ -122,7 +125,7 @@ def _told(
     )
 
 
-def _last_bits(inputs: Any) -> Any:
+def last_bits_changed(inputs: Any) -> Any:
     """`inputs`, each number of which is changed by about its last bit, up or down."""
     generator = torch.Generator().manual_seed(2)
 
