@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from dspfx.layers.statements import set_item
 from dspfx.passes.tracing.frames import unpacks
+from dspfx.passes.tracing.types_followed import FOLLOWED
 from dspfx.utils.pytree import map_leaves
 
 PLAIN = int | float | str | bool | None  # values that an input can be compared with
@@ -56,6 +57,8 @@ class ConcreteProxy(Proxy):
             if name in ("dim", "ndim"):
                 self.tracer.read_rank()
                 return value
+        if name in FOLLOWED and _is_parameter(self):
+            return self.tracer.read_type(self.concrete, name)
         if name == "type" and isinstance(
             self.concrete, torch.device
         ):  # of contexts such as autocast
@@ -186,6 +189,15 @@ class ConcreteProxy(Proxy):
             raise TypeError(f"control flow depends on the values of '{self.node.name}'")
         self.tracer.read_value(self, sys._getframe(2))
         return self.concrete
+
+
+def _is_parameter(proxy: ConcreteProxy) -> bool:
+    value = proxy.concrete
+    return (
+        proxy.node.op == "get_attr"
+        and isinstance(value, nn.Parameter)
+        and value.is_floating_point()
+    )
 
 
 def value_of(item: Any) -> Any:

@@ -12,7 +12,8 @@
    an argument, they read `as_left_by(x, call)`.
    An input that is overwritten is a copy of it, until the graph ends with `x.copy_(...)`.
 5. Functional calls on a module's own parameters become calls of the module (`lift`).
-6. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
+6. Types and devices of parameters are asked in every call (`types_followed`).
+7. Tensors that the code holds as plain attributes become buffers, outside the `state_dict`.
 """
 
 import copy
@@ -34,6 +35,7 @@ from dspfx.passes.tracing.int_calls import only_calls_int
 from dspfx.passes.tracing.lift import lift
 from dspfx.passes.tracing.refusals import UntraceableError
 from dspfx.passes.tracing.tracer import LINE, ConcreteTracer
+from dspfx.passes.tracing.types_followed import FollowedTypes
 
 _CONSTANT = "_tensor_constant"  # how fx names the tensors that it makes attributes of
 
@@ -80,7 +82,8 @@ def trace(
     """Trace `root`, a private copy of the user's model, in both modes; its state is kept.
 
     Args:
-        root: gains buffers for the tensors that its code holds as plain attributes.
+        root: gains buffers for the tensors that its code holds as plain attributes, and for the
+            types that it reads of its parameters.
         inputs: example inputs by the name of the argument.
         opaque: names of the submodules that are not to be entered.
         leaves: types of the submodules that are not to be entered.
@@ -88,12 +91,13 @@ def trace(
     Raises:
         TraceError: the code of the root itself cannot be traced; the message names the place.
     """
-    hooked = _hooked(root, ConcreteTracer(inputs, opaque, leaves))
+    types = FollowedTypes(root)
+    hooked = _hooked(root, ConcreteTracer(inputs, types, opaque, leaves))
     failed = dict(hooked)
 
     def trace_in(mode: bool) -> fx.Graph:
         root.train(mode)
-        return _trace_graph(root, inputs, opaque, failed, leaves)
+        return _trace_graph(root, inputs, opaque, failed, leaves, types)
 
     with state_kept(root, but=_CONSTANT):
         graphs = {False: trace_in(False)}
@@ -111,6 +115,7 @@ def trace(
     for graph in set(graphs.values()):
         _write_inputs(graph, _follow_writes(graph, root))
         graph.lint()
+    types.remove_unread(graphs.values())
     called = {n.target for g in graphs.values() for n in g.find_nodes(op="call_module")}
     failed = {name: why for name, why in failed.items() if name in called or name not in hooked}
     lines = {n.name: n.meta[LINE] for g in graphs.values() for n in g.nodes if LINE in n.meta}
@@ -134,6 +139,7 @@ def _trace_graph(
     opaque: frozenset[str],
     failed: dict[str, str],
     leaves: frozenset[type],
+    types: FollowedTypes,
 ) -> fx.Graph:
     """Trace until it succeeds, every submodule that refuses becoming one that `failed`.
 
@@ -141,7 +147,7 @@ def _trace_graph(
     """
     ints: set[CodeType] = set()
     while True:
-        tracer = ConcreteTracer(inputs, opaque | failed.keys(), leaves, ints)
+        tracer = ConcreteTracer(inputs, types, opaque | failed.keys(), leaves, ints)
         try:
             graph = tracer.trace_concretely(root)
             found = {code for code in tracer.calls_int - ints if only_calls_int(code)}

@@ -32,6 +32,7 @@ from dspfx.passes.tracing.leaf_arguments import LeafArguments
 from dspfx.passes.tracing.patches import patched
 from dspfx.passes.tracing.proxy import PLAIN, ConcreteProxy, value_of
 from dspfx.passes.tracing.refusals import UntraceableError, blamed
+from dspfx.passes.tracing.types_followed import FollowedTypes
 from dspfx.passes.tracing.unrecorded import Unrecorded
 from dspfx.passes.tracing.writes import Arguments, nodes_in
 from dspfx.utils.pytree import construction, map_leaves
@@ -47,6 +48,7 @@ class ConcreteTracer(fx.Tracer):
     def __init__(
         self,
         inputs: Mapping[str, Any],
+        types: FollowedTypes,
         opaque: frozenset[str] = frozenset(),
         leaves: frozenset[type] = frozenset(),
         ints: Set[CodeType] = frozenset(),
@@ -64,7 +66,7 @@ class ConcreteTracer(fx.Tracer):
         self.aliases = Aliases()
         self.constants: dict[int, Tensor] = {}  # of buffers that code has made, by their `id`
         self.leaf_arguments: LeafArguments | None = None  # of the last leaf
-        self.ints = ints  # the code whose calls of `int` are traced
+        self.types, self.ints = types, ints  # the code whose calls of `int` are traced
         self.calls_int: set[CodeType] = set()  # that which has called it of a proxy
         self.failed_in: str | None = None
         self.modules = [""]  # the paths of those whose code is running, the innermost last
@@ -84,6 +86,7 @@ class ConcreteTracer(fx.Tracer):
                 torch.random.fork_rng(devices=[]),
                 generators_kept(),
                 ints_traced(self.ints),
+                self.types.reads_noticed(self.read_type),
                 patched(self._call, self._call_method, root.training, lambda: not self.executing),
                 self._nothing_drawn(),
             ):
@@ -271,6 +274,11 @@ class ConcreteTracer(fx.Tracer):
         """Code in `frame` reads the number of items of a container, or its keys."""
         if not self.executing:
             self.guards.guard_items(container, frame)
+
+    def read_type(self, parameter: nn.Parameter, name: str) -> Any:
+        """Code reads the type or the device of a parameter."""
+        own = getattr(parameter.data, name)
+        return own if self.executing else self.types.value(self.create_proxy, parameter, name)
 
     def read_rank(self) -> None:
         """Code reads the number of dimensions of a tensor."""
