@@ -7,7 +7,8 @@
    cost time as well. The fastest is returned, so that none is slower than dense.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from dspfx.engines.engine import Engine, Precision
 from dspfx.engines.engines import engines_named
-from dspfx.engines.form import Form
+from dspfx.engines.form import AS_CONVERTED, DENSE, Form
 from dspfx.engines.forms import Forms, forms_of
 from dspfx.engines.race import Entry, Race
 from dspfx.engines.report import Candidate, CompileReport
 from dspfx.errors import CompileError
 from dspfx.layers.group_conv import GroupConvRun
 from dspfx.model.deployable import check_deployable
+from dspfx.model.parts import compact_parts_of
 from dspfx.passes.sandbox.calls import (
     Call,
     as_inputs,
@@ -29,6 +31,7 @@ from dspfx.passes.sandbox.calls import (
     fresh,
     parameter_dtype_and_device,
 )
+from dspfx.quantization.quantize import quantize
 from dspfx.utils.pytree import leaves, map_leaves
 
 AGREEMENT = 0.99
@@ -84,10 +87,12 @@ def compile(
             as well, as far as the model does; it was chosen for these.
         engines: the names of those that may be used, of `"own"`, `"inductor"`, `"onnxruntime"` and
             `"openvino"`; all that are there if left out.
-        precision: `"fp32"`, as the model is; `"bf16"`, products in bfloat16; or `"auto"`, the
-            fastest of these that agrees with the model.
-        batches: for `"auto"`, inputs on which candidates are compared with the model: tensors, or
-            tuples of positional inputs, of any number of samples.
+        precision: `"fp32"`, as the model is; `"bf16"`, products in bfloat16; `"int8"`, of the model
+            quantised by `dspfx.quantize`; or `"auto"`, the fastest of these that agrees with the
+            model. A model that is quantised already is computed as such.
+        batches: for `"int8"` and `"auto"`, inputs for which it is quantised, and on which the
+            candidates are compared with the model: tensors, or tuples of positional inputs, of any
+            number of samples.
         agreement: for `"auto"`, the least share of decisions that have to be the model's, such as
             of the classes of all samples of `batches`.
 
@@ -98,6 +103,7 @@ def compile(
     Raises:
         CompileError: the model is not converted, is in training mode, does not accept the example
             inputs or the batches; or no engine can run it, or none at this precision.
+        QuantizeError: it cannot be quantised, or not by such batches.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
@@ -114,13 +120,15 @@ def compile(
     inputs = fresh(as_inputs(example_inputs))
     check_deployable(model, "compile", CompileError)
     expected = check_accepted(model, Call(inputs), CompileError)
-    samples = [(inputs, expected)]
-    if precision == "auto":
-        samples = _samples(model, inputs, batches)
+    given = None if batches is None else [as_inputs(batch) for batch in batches]
+    samples = [(inputs, expected)] if given is None else _samples(model, inputs, given)
     _, device = parameter_dtype_and_device(model)
     missing = {engine.name: why for engine in named if (why := engine.missing(device))}
     there = [engine for engine in named if engine.name not in missing]
-    forms = forms_of(model, inputs)
+    found = forms_of(model, inputs)
+    forms = _at_precisions(model, found, precisions, given)
+    if precision == "int8" and given is not None:
+        _ = forms["int8"][0].model  # what is wrong with the batches is said here
 
     def accepts(candidate: Candidate) -> bool:
         if candidate.precision == "fp32":
@@ -128,13 +136,13 @@ def compile(
         return precision != "auto" or (candidate.agreement or 0.0) >= agreement
 
     race = Race(inputs, samples, accepts)
-    candidates, best = race.run(_starters(there, forms, precisions, device))
+    candidates, best = race.run(_starters(there, forms, device))
     if best is None:
         raise CompileError(_nobody(candidates, missing, precision))
     runs = [module for module in best.form.model.modules() if isinstance(module, GroupConvRun)]
     winograd = tuple(name for run in runs for name in run.by_winograd())
     report = CompileReport(
-        tuple(candidates), best.candidate, tuple(forms.choices), winograd, missing
+        tuple(candidates), best.candidate, tuple(found.choices), winograd, missing
     )
     return Compiled(best, report)
 
@@ -145,41 +153,62 @@ def _precisions(asked: str) -> tuple[Precision, ...]:
     return get_args(Precision) if asked == "auto" else (asked,)
 
 
-def _starters(
-    engines: Sequence[Engine],
-    forms: Forms,
+def _at_precisions(
+    model: nn.Module,
+    found: Forms,
     precisions: Sequence[Precision],
-    device: torch.device,
+    batches: list[tuple[Any, ...]] | None,
+) -> dict[Precision, Sequence[Form]]:
+    """The forms that take part, by the precision in which they are computed."""
+    if any(part.quantization is not None for _, part in compact_parts_of(model)):
+        return {"int8": found.all[:1]}
+    forms: dict[Precision, Sequence[Form]] = dict.fromkeys(precisions, found.all)
+    if "int8" in forms:
+        if batches is None:
+            raise CompileError("int8 has to be calibrated: give batches=, some inputs")
+        ordinary = [form for form in found.all if form.name in (AS_CONVERTED, DENSE)]
+        forms["int8"] = [
+            Form(form.name, partial(_quantised, form, batches), form.inputs) for form in ordinary
+        ]
+    return forms
+
+
+def _quantised(form: Form, batches: list[tuple[Any, ...]]) -> nn.Module:
+    return quantize(form.model, batches)
+
+
+def _starters(
+    engines: Sequence[Engine], forms: Mapping[Precision, Sequence[Form]], device: torch.device
 ) -> Iterator[tuple[Engine, Form, Precision]]:
     """Who takes part, those that load quickly first."""
     for engine in engines:
-        for precision in precisions:
+        for precision, own in forms.items():
             if precision in engine.precisions(device):
-                for form in forms.all:
-                    if engine.takes(form):
-                        yield engine, form, precision
+                yield from ((engine, form, precision) for form in own if engine.takes(form))
 
 
 def _samples(
-    model: nn.Module, inputs: tuple[Any, ...], batches: Iterable[Any] | None
+    model: nn.Module, inputs: tuple[Any, ...], batches: list[tuple[Any, ...]]
 ) -> list[tuple[tuple[Any, ...], Any]]:
     """`batches` cut into the size of `inputs`, for which engines were loaded, and the outputs.
 
     Raises:
-        CompileError: there are none, or `model` does not accept them.
+        CompileError: they hold fewer samples, or `model` does not accept them.
     """
-    if batches is None:
-        raise CompileError('precision="auto" compares outputs: give batches=, some inputs')
-    given = [as_inputs(batch) for batch in batches]
-    size = _length(inputs)
-    cut = [
-        tuple(map_leaves(_rows(slice(start, start + size)), batch))
-        for batch in given
-        for start in range(0, _length(batch) - size + 1, size)
-    ]
+    size, cut = _length(inputs), []
+    if batches:
+        columns = zip(*map(leaves, batches), strict=True)
+        together = map_leaves(lambda _: _joined(next(columns)), batches[0])
+        starts = range(0, _length(together) - size + 1, size)
+        cut = [map_leaves(_rows(slice(start, start + size)), together) for start in starts]
     if not cut:
-        raise CompileError(f"batches= holds no batch of {size} samples or more, as the example has")
+        raise CompileError(f"batches= holds fewer than the {size} samples that the example has")
     return [(own, check_accepted(model, Call(own), CompileError)) for own in cut]
+
+
+def _joined(column: tuple[Any, ...]) -> Any:
+    first = column[0]
+    return torch.cat(column) if isinstance(first, Tensor) and first.dim() else first
 
 
 def _length(inputs: tuple[Any, ...]) -> int:

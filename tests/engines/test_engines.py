@@ -216,7 +216,7 @@ def test_bfloat16_where_there_is_any(compact: nn.Module) -> None:
 
 def test_auto_returns_what_agrees(compact: nn.Module) -> None:
     batches = [torch.randn(8, 3, 12, 12), torch.randn(5, 3, 12, 12)]
-    engines = ("openvino", "inductor")
+    engines = ("openvino", "onnxruntime")
     fast = dspfx.compile(compact, X, engines=engines, precision="auto", batches=batches)
     compared = [c for c in fast.report.candidates if c.agreement is not None]
     assert all(c.difference is not None for c in compared)
@@ -230,13 +230,39 @@ def test_auto_returns_what_agrees(compact: nn.Module) -> None:
     assert all(c.note.startswith(("does not agree", "hopeless", "not tried")) for c in left)
 
 
+@pytest.mark.parametrize("name", ON_FILES)
+def test_int8(compact: nn.Module, name: str) -> None:
+    """Quantised by `compile`, or before; in both forms; right at other batches as well."""
+    pytest.importorskip("torchao")
+    batches = [torch.randn(16, 3, 12, 12), torch.randn(7, 3, 12, 12)]
+    fast = dspfx.compile(compact, X, engines=[name], precision="int8", batches=batches)
+    assert {c.precision for c in fast.report.candidates} == {"int8"}
+    assert {c.form for c in fast.report.candidates} == {"as converted", "dense"}
+    assert 1e-4 < worst_difference(compact(X), fast(X)) < 0.1
+    quantised = dspfx.quantize(compact, batches)
+    again = dspfx.compile(quantised, X, engines=[name])
+    assert again.report.chosen.precision == "int8"
+    for x in (X, X[:3]):
+        assert worst_difference(quantised(x), again(x)) < 0.05
+
+
+def test_bad_calibration_is_said(compact: nn.Module) -> None:
+    pytest.importorskip("torchao")
+    for bad in (torch.full((8, 3, 12, 12), float("nan")), torch.zeros(8, 3, 12, 12)):
+        with pytest.raises(dspfx.QuantizeError):
+            dspfx.compile(compact, X, precision="int8", batches=[bad])
+    with pytest.raises(dspfx.QuantizeError, match="not compact"):
+        dspfx.compile(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X, precision="int8", batches=[X])
+
+
 def test_what_is_asked_wrongly(compact: nn.Module) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"engines": ["tensorrt"]}, "no engine 'tensorrt'; there are openvino, onnxruntime"),
         ({"engines": []}, "names none"),
         ({"precision": "fp8"}, "precision='fp8' is none of fp32, bf16, int8, auto"),
         ({"precision": "auto"}, "give batches="),
-        ({"precision": "auto", "batches": []}, "no batch of 4 samples"),
+        ({"precision": "int8"}, "give batches="),
+        ({"precision": "auto", "batches": []}, "fewer than the 4 samples"),
         ({"precision": "auto", "batches": [X[:, :2]]}, "does not accept"),
         ({"precision": "bf16", "engines": ["own"]}, 'computes in precision="bf16"'),
     ]
