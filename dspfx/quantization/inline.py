@@ -16,7 +16,6 @@ Quantisation is written between two nodes, so that a weight has to be one.
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,20 +37,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (*_CONVOLUTIONS, nn.Linear)
 
 
-@dataclass(frozen=True)
-class Inlined:
-    """A graph in which layers are calls of functions.
-
-    Attributes:
-        root: the module, which shares nothing with the compact one.
-        joins: the names of the concatenations of what branches of one layer write.
-    """
-
-    root: fx.GraphModule
-    joins: frozenset[str]
-
-
-def inlined(compact: CompactModule) -> Inlined:
+def inlined(compact: CompactModule) -> fx.GraphModule:
     """A private copy of `compact`, with its layers inlined."""
     root = fx.GraphModule(copy.deepcopy(compact), copy.deepcopy(compact.graphs[False]))
     _fold_norms(root)
@@ -68,7 +54,7 @@ def inlined(compact: CompactModule) -> Inlined:
     root.graph.lint()
     root.delete_all_unused_submodules()
     root.recompile()
-    return Inlined(root.eval(), frozenset(join.name for join in joins))
+    return root.eval()
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ A convolution or linear layer computes with integers if what it reads and its we
    that. A linear layer may write floating point.
 3. If one operand of an addition is rounded, the other is, and the sum as well: residual streams
    stay integers.
-4. What branches of one layer write has one scale.
+4. The operands of a concatenation are rounded with one scale, if convolutions write all of them;
+   if not, none is. OpenVINO computes something else, or does not load others.
 5. What is padded is not rounded before that.
 6. The results of the model are not rounded.
 """
@@ -19,10 +20,10 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import fx
 from torch.fx.node import Node
 
 from dspfx.passes.analysis import operators
-from dspfx.quantization.inline import Inlined
 from dspfx.quantization.kinds import (
     ADDITIONS,
     CLIPS,
@@ -55,36 +56,64 @@ class Places:
     kept: dict[str, str]
 
 
-def places(graph: Inlined, floats: Collection[Node]) -> Places:
-    """Where `graph` is quantised.
+def places(root: fx.GraphModule, floats: Collection[Node]) -> Places:
+    """Where `root` is quantised.
 
     Args:
-        graph: only read.
+        root: an inlined graph, only read.
         floats: its nodes whose values are tensors of float32.
     """
-    finder = _Finder(graph, frozenset(floats))
-    for node in graph.root.graph.nodes:
+    finder = _Finder(root, frozenset(floats))
+    for node in root.graph.nodes:
         finder.visit(node)
-    found = finder.groups.values()
-    names = [tuple((value.name, user.name) for value, user in group) for group in found]
-    return Places(tuple(names), tuple(finder.weights), tuple(finder.layers), finder.kept)
+    return Places(finder.groups(), tuple(finder.weights), tuple(finder.layers), finder.kept)
 
 
 class _Finder:
-    def __init__(self, graph: Inlined, floats: frozenset[Node]) -> None:
-        self.root, self.joins, self.floats = graph.root, graph.joins, floats
-        self.groups: dict[Node, dict[tuple[Node, Node], None]] = defaultdict(dict)
+    def __init__(self, root: fx.GraphModule, floats: frozenset[Node]) -> None:
+        self.root, self.floats = root, floats
+        self.marked: dict[tuple[Node, Node], None] = {}
         self.weights: list[Edge] = []
         self.layers: dict[str, None] = {}
         self.kept: dict[str, str] = {}
+        self.written: set[Node] = set()
+        for node in root.graph.nodes:
+            if self._is_written(node):
+                self.written.add(node)
+
+    def _is_written(self, node: Node) -> bool:
+        """Whether convolutions write `node`, through what keeps numbers of 8 bits such."""
+        key, terms = self._key(node), [x in self.written for x in self._terms(node)]
+        if key in CONCATENATIONS:
+            return all(terms)
+        if key in ADDITIONS or key in CLIPS or self._source(node) is not None:
+            return any(terms)
+        return key in CONVOLUTIONS
+
+    def groups(self) -> tuple[tuple[Edge, ...], ...]:
+        """The edges that are marked, those of one scale together."""
+        from networkx.utils import UnionFind  # noqa: PLC0415 (slow to import)
+
+        alike = UnionFind(value for value, _ in self.marked)
+        read = {value for value, _ in self.marked}
+        for value, user in self.marked:
+            if user in read and (self._source(user) or self._is_joined(user)):
+                alike.union(value, user)
+            if self._is_joined(user):
+                alike.union(*self._terms(user))
+        found: dict[Node, list[Edge]] = defaultdict(list)
+        for value, user in self.marked:
+            found[alike[value]].append((value.name, user.name))
+        return tuple(map(tuple, found.values()))
 
     def visit(self, node: Node) -> None:
         key = self._key(node)
         if key in LAYERS:
             self._layer(node, convolution=key in CONVOLUTIONS)
-        elif key in ADDITIONS and any(self._is_marked(x, node) for x in self._terms(node)):
+        elif key in ADDITIONS and any((x, node) in self.marked for x in self._terms(node)):
             for x in self._terms(node):
-                self._mark(x, node)
+                if x.op != "get_attr":
+                    self._mark(x, node)
             self._written(node)
         elif (why := whole(node, self.root)) is not None:
             self.kept[node.name if node.op != "call_module" else str(node.target)] = why
@@ -114,45 +143,40 @@ class _Finder:
 
     def _mark_readers(self, value: Node) -> None:
         for user in value.users:
-            if user in self.floats and user.op != "output" and not self._pads(user):
+            if user in self.floats and user.op != "output" and not self._stays_float(user):
                 self._mark(value, user)
-                if user.name in self.joins or self._sources(user):
+                if self._is_joined(user) or self._source(user):
                     self._mark_readers(user)
 
+    def _stays_float(self, user: Node) -> bool:
+        """Whether `user` pads, or moves to a concatenation with what is never rounded."""
+        if self._key(user) in CONCATENATIONS:
+            return user not in self.written
+        moved = self._source(user) is not None
+        return pads(user, self.root) or (moved and any(map(self._stays_float, user.users)))
+
     def _mark(self, value: Node, user: Node) -> None:
-        if self._is_marked(value, user):
+        if (value, user) in self.marked:
             return
-        self.groups[self._origin(value)][value, user] = None
-        for source in self._sources(value):
+        self.marked[value, user] = None
+        if source := self._source(value):
             self._mark(source, value)
+        if self._is_joined(user):
+            for other in self._terms(user):
+                self._mark(other, user)
 
-    def _is_marked(self, value: Node, user: Node) -> bool:
-        return (value, user) in self.groups.get(self._origin(value), ())
-
-    def _origin(self, value: Node) -> Node:
-        """The value whose scale that of `value` is."""
-        users = list(value.users)
-        if len(users) == 1 and users[0].name in self.joins:
-            return users[0]
-        sources = self._sources(value)
-        return self._origin(sources[0]) if sources else value
-
-    def _sources(self, value: Node) -> list[Node]:
-        """The values of one origin that `value` was moved from; none if it was computed."""
-        if value.op in ("placeholder", "get_attr", "output") or value.name in self.joins:
-            return []
-        operands = [x for x in value.all_input_nodes if x in self.floats]
-        if self._key(value) in CONCATENATIONS:
-            origins = {self._origin(x) for x in operands}
-            return operands if len(origins) == 1 else []
-        return operands[:1] if moves(value, self.root) else []
+    def _source(self, value: Node) -> Node | None:
+        """The value that `value` was moved from; None if it was computed."""
+        if self._key(value) is None or not moves(value, self.root):
+            return None
+        return next(iter(self._terms(value)), None)
 
     def _terms(self, node: Node) -> list[Node]:
-        """The operands of an addition that are computed from the inputs."""
-        return [x for x in node.all_input_nodes if x in self.floats and x.op != "get_attr"]
+        """The operands that are tensors of float32."""
+        return [x for x in node.all_input_nodes if x in self.floats]
 
-    def _pads(self, node: Node) -> bool:
-        return self._key(node) is not None and pads(node, self.root)
+    def _is_joined(self, node: Node) -> bool:
+        return node in self.written and self._key(node) in CONCATENATIONS
 
     def _key(self, node: Node) -> object:
         called = node.op in ("call_function", "call_method", "call_module")

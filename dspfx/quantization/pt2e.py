@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Node
+from torch.fx.node import Node, map_arg
 from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import (
@@ -97,28 +97,50 @@ def rounded(found: Observed) -> tuple[fx.GraphModule, tuple[Scale, ...]]:
 
     The integers of a weight are called as it was and `_int8`, their scales `_scale`.
     """
-    module = convert_pt2e(found.root)
+    called = list(found.root.modules())
+    for module in called:  # torchao asks the modules that it knows how they are to be quantised
+        vars(module)["qconfig"] = None
+    root = convert_pt2e(found.root, fold_quantize=False)  # its folding fails for sizes in slices
+    for module in called:
+        vars(module).pop("qconfig", None)
     of_activations = [node.all_input_nodes[0] for node in found.activations]
     of_weights = {name: node.all_input_nodes[0] for name, node in found.weights.items()}
     for node in found.marked:
         node.replace_all_uses_with(node.all_input_nodes[0])
-    module.graph.eliminate_dead_code()
+    root.graph.eliminate_dead_code()
     tensors: dict[str, Any] = {}
     for name, dequantised in of_weights.items():
-        for kind, own in zip(_KINDS, dequantised.all_input_nodes, strict=True):
-            tensors[f"{name}{kind}"] = module.get_buffer(str(own.target))
-            own.target = f"{name}{kind}"
-        _scale_of_nothing(*(tensors[f"{name}{kind}"] for kind in _KINDS[:2]))
-    for node in module.graph.nodes:
+        tensors |= _folded(root, name, dequantised)
+    for node in root.graph.nodes:
         node.meta.pop(_ANNOTATION, None)
         if node.op in ("get_attr", "call_module") and node.target not in tensors:
-            tensors[node.target] = attrgetter(node.target)(module)
-    return fx.GraphModule(tensors, module.graph), tuple(map(_scale, of_activations))
+            tensors[node.target] = attrgetter(node.target)(root)
+    return fx.GraphModule(tensors, root.graph), tuple(map(_scale, of_activations))
 
 
 def _scale(dequantised: Node) -> Scale:
     scale, zero_point = (cast(Any, argument) for argument in dequantised.args[1:3])
     return Scale(scale, zero_point)
+
+
+def _folded(module: fx.GraphModule, name: str, dequantised: Node) -> dict[str, Tensor]:
+    """The integers, scales and zero points of the weight `name`, read as such from now on."""
+    quantised, scale, zero_point = dequantised.all_input_nodes
+    operands = (attrgetter(str(node.target))(module) for node in quantised.all_input_nodes)
+    target: Any = quantised.target
+    values = dict(zip(quantised.all_input_nodes, operands, strict=True))
+    with torch.no_grad():
+        integers = target(*map_arg(quantised.args, values.__getitem__))
+    found = dict(zip(_KINDS, (integers, values[scale], values[zero_point]), strict=True))
+    _scale_of_nothing(found["_int8"], found["_scale"])
+    with module.graph.inserting_before(quantised):
+        quantised.replace_all_uses_with(module.graph.create_node("get_attr", f"{name}_int8"))
+    module.graph.erase_node(quantised)
+    for node in values:
+        if not node.users:
+            module.graph.erase_node(node)
+    scale.target, zero_point.target = f"{name}_scale", f"{name}_zero_point"
+    return {f"{name}{kind}": tensor for kind, tensor in found.items()}
 
 
 def _scale_of_nothing(integers: Tensor, scales: Tensor) -> None:

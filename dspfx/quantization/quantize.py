@@ -106,7 +106,9 @@ def rebuilt(compact: CompactModule, how: Quantization) -> CompactModule:
         ValueError: `how` is of another graph.
     """
     pt2e = _pt2e()
-    found = pt2e.observed(inlined(compact).root, how.places, how.scales)
+    found = pt2e.observed(inlined(compact), how.places, how.scales)
+    with torch.no_grad():
+        found.root(*fresh(fitting_inputs(compact)))  # so that there is a scale for each filter
     module, _ = pt2e.rounded(found)
     return quantized(compact, module, how)
 
@@ -137,17 +139,17 @@ def _observed(part: CompactModule, pt2e: Any) -> tuple[Places, Any]:
         raise QuantizeError(
             f"the model is of type {next(iter(others))}; quantize it in float32: model.float()"
         )
-    graph = inlined(part)
-    recorder = _Recorder(graph.root)
+    root = inlined(part)
+    recorder = _Recorder(root)
     with torch.no_grad():
         recorder.run(*fresh(fitting_inputs(part)))
-    where = places(graph, recorder.floats)
+    where = places(root, recorder.floats)
     if not where.layers:
         raise QuantizeError(
             "the model has no layer that could compute with integers: "
             + "; ".join(f"'{name}': {why}" for name, why in where.kept.items())
         )
-    return where, pt2e.observed(graph.root, where)
+    return where, pt2e.observed(root, where)
 
 
 class _Recorder(fx.Interpreter):

@@ -12,8 +12,9 @@ from torch import nn
 
 from dspfx.engines.report import CompileReport
 from dspfx.model.liveness import arranged_masks, present_liveness
-from dspfx.model.module import PreparedModule
+from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.model.parts import compact_parts_of, full_name, parts_of
+from dspfx.passes.analysis.channel_ops import Declined
 from dspfx.passes.analysis.cost import Cost, together
 from dspfx.passes.lowering.cost_model import CPU
 from dspfx.passes.sandbox.calls import parameter_dtype_and_device
@@ -23,6 +24,7 @@ from dspfx.passes.transforms.plan import plan
 from dspfx.passes.transforms.summary import NOT_PRUNABLE, Summary, summarise
 from dspfx.reporting.data import ReportData
 from dspfx.reporting.text import text_of
+from dspfx.reporting.text import together as by_reason
 from dspfx.utils.wrappers import unwrapped
 
 PartSummary = tuple[str, Summary, tuple[GroupedMask, ...]]
@@ -41,7 +43,8 @@ class Report(ReportData):
         emitted: of the forms that its layers are emitted in, zero weights included.
         gated_before, gated_after: of its gated layers alone, the figure papers report.
         declined: the nodes that keep their inputs at full width, and why.
-        notes: what was decided without being asked.
+        notes: what was decided without being asked, and which layers of a quantised model compute
+            with floating point.
         gathers: the index selections that a compact model makes in a call.
         prepared: whether the table says what could be pruned, as it does of a prepared model.
         dtype: of the parameters, for instance `float32`.
@@ -104,11 +107,26 @@ def report(model: nn.Module) -> Report:
     compact = compact_parts_of(model)
     if compact:
         found = [(name, module.summary, module.grouped_masks) for name, module in compact]
-        return _joined(model, found, (), prepared=False)
+        return _joined(model, found, _quantised(compact), prepared=False)
     parts = parts_of(model)
     noted = [_part(part.name, part.module) for part in parts]
     notes = tuple(note for _, own in noted for note in own)
     return _joined(model, [part for part, _ in noted], notes, prepared=True)
+
+
+def _quantised(parts: list[tuple[str, CompactModule]]) -> tuple[str, ...]:
+    """How many layers compute with integers, and why others do not; nothing if none is to."""
+    rounded = [(name, part.quantization.places) for name, part in parts if part.quantization]
+    if not rounded:
+        return ()
+    count = sum(len(places.layers) for _, places in rounded)
+    kept = [
+        Declined(full_name(part, layer), why)
+        for part, places in rounded
+        for layer, why in places.kept.items()
+    ]
+    lines = [f"in float32: {line}" for line in by_reason(kept)]
+    return f"{count} layers compute with integers of 8 bits", *lines
 
 
 def _part(name: str, prepared: PreparedModule) -> Noted:

@@ -16,6 +16,7 @@ from dspfx.layers.gated import gated_layers
 from dspfx.layers.gates import ChannelGate, FilterGate
 from dspfx.model.module import CompactModule, PreparedModule
 from dspfx.passes.analysis.operators import Key
+from dspfx.quantization.record import Quantization
 from dspfx.storage.example_inputs import to_plain
 from dspfx.storage.fingerprint import listing
 from dspfx.storage.plan_record import Compaction, Numbers, checked
@@ -40,6 +41,19 @@ class MaskRecord:
 
 
 @dataclass(frozen=True)
+class QuantizationRecord:
+    """How a compact module is rounded.
+
+    Attributes:
+        how: where, and by which scales.
+        structure: a digest of the quantised module without its weights.
+    """
+
+    how: Quantization
+    structure: str
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """How a part of a model is built from the user's module.
 
@@ -58,6 +72,7 @@ class Blueprint:
         dead: the channels that each channel gate keeps at zero.
         compaction: None for a prepared module.
         samples: see `PreparedModule`; None where it is the length of the first tensor.
+        quantization: of a compact module that is rounded to 8 bits.
     """
 
     name: str
@@ -76,6 +91,7 @@ class Blueprint:
     dead: dict[str, Numbers]
     compaction: Compaction | None
     samples: float | None = None
+    quantization: QuantizationRecord | None = None
 
 
 def blueprint(prepared: PreparedModule) -> Blueprint:

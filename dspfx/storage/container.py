@@ -22,7 +22,7 @@ from dspfx.errors import LoadError, SaveError
 from dspfx.utils.atomic_write import replacing
 
 KEY = "dspfx"  # one key of metadata alone: several would be written in any order
-FORMAT = 2
+FORMAT = 3
 MOST_HEADER = 2**25  # bytes
 
 

@@ -34,6 +34,7 @@ from dspfx.model.tensors import named_tensors
 from dspfx.passes.analysis.operators import Key, Rule
 from dspfx.passes.sandbox.calls import Call, evaluate, fresh, parameter_dtype_and_device
 from dspfx.passes.sandbox.state import buffers_kept
+from dspfx.quantization.quantize import rebuilt
 from dspfx.storage.blueprint import (
     Blueprint,
     Listing,
@@ -224,9 +225,14 @@ def _emitted(prepared: PreparedModule, part: Blueprint, most_weights: int) -> Co
     found = stored.difference
     module.summary = stored.summary
     module.difference = None if found is None else (found[0], DTYPES[found[1]])
-    module.blueprint = replace(part, name="", arguments=None)
+    module.blueprint = replace(part, name="", arguments=None, quantization=None)
     if structure(module) != stored.structure:
         raise LoadError("its plan describes other layers than it holds")
+    if part.quantization is None:
+        return module
+    module = rebuilt(module, part.quantization.how)
+    if structure(module) != part.quantization.structure:
+        raise LoadError("it was rounded in another way than its plan says")
     return module
 
 

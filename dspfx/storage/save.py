@@ -1,7 +1,7 @@
 """`save`: a prepared or compact model to one file, without pickle."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from dspfx.errors import SaveError
 from dspfx.model.module import CompactModule
 from dspfx.model.parts import compact_parts_of, full_name, parts_of
 from dspfx.model.tensors import aliases, named_tensors
-from dspfx.storage.blueprint import Blueprint, blueprint, with_arguments
+from dspfx.storage.blueprint import Blueprint, QuantizationRecord, blueprint, with_arguments
 from dspfx.storage.container import FORMAT, Archive, write
 from dspfx.storage.fingerprint import Settings, settings, structure
 from dspfx.utils.typed_json import to_json
@@ -57,7 +57,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     `path` is replaced in one step, when all is written.
 
     Args:
-        model: from `dspfx.prepare`, at any time, or from `dspfx.convert`, fine-tuned or not.
+        model: from `dspfx.prepare`, at any time, from `dspfx.convert`, fine-tuned or not, or from
+            `dspfx.quantize`.
         path: of the file, usually `*.safetensors`.
 
     Raises:
@@ -120,6 +121,8 @@ def _parts(model: nn.Module) -> tuple[Blueprint, ...]:
 def _unchanged(part: CompactModule) -> Blueprint:
     plain: Blueprint = part.blueprint
     assert plain.compaction is not None
+    if part.quantization is not None:
+        return replace(plain, quantization=QuantizationRecord(part.quantization, structure(part)))
     if structure(part) != plain.compaction.structure:
         raise SaveError(
             "the layers of the model are not those that dspfx.convert made, perhaps since "

@@ -18,7 +18,7 @@ def test_awkward_models(kind: type[nn.Module]) -> None:
     prepared = pruned(kind().double(), MODELS[kind])
     compact = dspfx.convert(prepared, verify=False, cost_model=dspfx.FEWEST_WEIGHTS)
     with unchanged(compact), torch.no_grad():
-        root = inlined(compact).root
+        root = inlined(compact)
     with torch.no_grad():
         assert_equal(compact(*compact.example_inputs), root(*compact.example_inputs))
     layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -32,7 +32,7 @@ def test_norms_after_depthwise_convolutions_are_folded(size: int) -> None:
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     compact = dspfx.convert(dspfx.prepare(model, x), verify=False)
     assert any(isinstance(m, nn.BatchNorm2d) for m in compact.modules())
-    root = inlined(compact).root
+    root = inlined(compact)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in root.modules())
     with torch.no_grad():
         assert_equal(model(x), root(x))
@@ -59,29 +59,30 @@ def test_norms_of_a_layer_called_twice_are_left() -> None:
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     compact = dspfx.convert(dspfx.prepare(model, x))
     with torch.no_grad():
-        assert_equal(model(x), inlined(compact).root(x))
+        assert_equal(model(x), inlined(compact)(x))
 
 
 def test_branches_are_clipped_one_by_one() -> None:
-    """And a weight is one node, zeros are concatenated."""
-    compact = dspfx.convert(pruned(Small(16), X, groups=2), cost_model=dspfx.FEWEST_WEIGHTS)
-    graph = inlined(compact)
-    assert graph.joins
-    for node in graph.root.graph.nodes:
-        if node.name in graph.joins:
-            assert all("relu" in branch.name for branch in node.args[0]) or not any(
-                "relu" in user.name for user in node.users
-            )
-        assert node.target is not nn.functional.pad
-    targets = [node.target for node in graph.root.graph.find_nodes(op="get_attr")]
+    """And a weight is one node, and zeros are concatenated."""
+    prepared = dspfx.prepare(randomise(Small(16)).eval(), X)
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:5, :3] = mask[5:, 3:] = True
+    dspfx.set_masks(prepared, {"a": mask})
+    graph = inlined(dspfx.convert(prepared, cost_model=dspfx.FEWEST_WEIGHTS)).graph
+    (join,) = graph.find_nodes(op="call_function", target=torch.cat)
+    clips = [node for node in graph.nodes if "relu" in node.name]
+    assert list(join.all_input_nodes) == clips
+    assert all(node.all_input_nodes[0].target is torch.conv2d for node in clips)
+    assert not graph.find_nodes(op="call_function", target=nn.functional.pad)
+    targets = [node.target for node in graph.find_nodes(op="get_attr")]
     assert len(targets) == len(set(targets))
 
 
 def of(model: nn.Module, x: torch.Tensor) -> tuple[Places, str]:
     compact = dspfx.convert(dspfx.prepare(model.eval(), x), verify=False)
-    graph = inlined(compact)
-    floats = [n for n in graph.root.graph.nodes if n.op != "output"]
-    return places(graph, floats), str(graph.root.graph)
+    root = inlined(compact)
+    floats = [n for n in root.graph.nodes if n.op != "output"]
+    return places(root, floats), str(root.graph)
 
 
 def test_a_residual_block() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from detector import IMAGES, Detector
+from groups import grouped
 from small import Small, X, pruned
 from torch import Tensor, nn
 
 import dspfx
-from dspfx.passes.lowering.cost_model import CPU
 from helpers import assert_equal, randomise, unchanged
 
 pytest.importorskip("torchao")
@@ -43,9 +43,7 @@ class Net(nn.Module):
 
 
 def compact_of(model: nn.Module, groups: int = 1) -> nn.Module:
-    torch.manual_seed(0)
-    prepared = pruned(model, X, groups=groups)
-    return dspfx.convert(prepared, cost_model=dspfx.FEWEST_WEIGHTS if groups > 1 else CPU)
+    return dspfx.convert(pruned(model)) if groups == 1 else grouped(model)
 
 
 def assert_close(expected: Tensor, actual: Tensor, share: float) -> None:
@@ -93,12 +91,12 @@ def test_the_same_twice_and_in_copies(tmp_path: Path) -> None:
         assert_equal(first(X), other(X), tolerance=0)
 
 
-def runtimes(model: nn.Module, path: Path) -> dict[str, Any]:
+def runtimes(model: nn.Module, path: Path, dynamic_size: bool = True) -> dict[str, Any]:
     """Callables that run the exported model elsewhere, and where its convolutions are computed."""
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
-    dspfx.export(model, X, path / "m.onnx", dynamic_size=True)
+    dspfx.export(model, X, path / "m.onnx", dynamic_size=dynamic_size)
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(path / "optimized.onnx")
     options.log_severity_level = 3
@@ -145,6 +143,36 @@ class Widened(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = nn.functional.pad(self.a(x), (0, 0, 0, 0, 0, 4))
         return self.c(torch.relu(wide + self.b(x)))
+
+
+class Tokens(nn.Module):
+    """Patches behind a learned one, as a vision transformer has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.a, self.b = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.first = nn.Parameter(torch.randn(1, 1, 16) / 9)
+        self.places = nn.Parameter(torch.randn(1, 40, 16) / 9)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+        x = x + self.places[:, : x.shape[1]]
+        x = x + self.b(nn.functional.gelu(self.a(self.norm(x))))
+        return self.head(self.norm(x))
+
+
+def test_concatenations_with_what_is_not_rounded(tmp_path: Path) -> None:
+    """OpenVINO loads them, and computes the same."""
+    torch.manual_seed(0)
+    compact = dspfx.convert(dspfx.prepare(Tokens().eval(), X))
+    quantized = dspfx.quantize(compact, BATCHES)
+    assert_close(compact(X), quantized(X), 0.05)
+    found = runtimes(quantized, tmp_path, dynamic_size=False)
+    for name in ("onnxruntime", "openvino"):
+        assert_close(quantized(IMAGES_SEEN), found[name](IMAGES_SEEN), 0.02)
+    assert found["openvino's"]["FullyConnected", "u8"] == 3
 
 
 class Framed(Widened):

@@ -4,6 +4,7 @@
 """
 
 import copy
+import importlib.util
 import json
 import os
 import random
@@ -52,6 +53,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, nn.Modul
         "branches": (dspfx.convert(small, cost_model=dspfx.FEWEST_WEIGHTS), Small()),
         "parts": (dspfx.convert(parts, cost_model=dspfx.FEWEST_WEIGHTS), Detector()),
     }
+    if importlib.util.find_spec("torchao"):
+        images = [torch.randn(2, 3, 10, 10)]
+        models["quantised"] = (dspfx.quantize(models["branches"][0], images), Small())
     for name, (model, _) in models.items():
         dspfx.save(model, folder / name)
     return [(folder / name, model, fresh) for name, (model, fresh) in models.items()]

@@ -381,8 +381,10 @@ def test_a_later_format_says_what_to_do(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     dspfx.save(pruned(Small()), file)
     found = archive.read(file, 2**30)
-    archive.write(file, archive.Archive({**found.plan, "format": 3, "new": 1}, found.tensors))
-    with pytest.raises(dspfx.LoadError, match=r"has format 3.*update dspfx"):
+    archive.write(
+        file, archive.Archive({**found.plan, "format": archive.FORMAT + 1, "new": 1}, found.tensors)
+    )
+    with pytest.raises(dspfx.LoadError, match=rf"has format {archive.FORMAT + 1}.*update dspfx"):
         dspfx.load(file, Small())
 
 
