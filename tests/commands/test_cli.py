@@ -315,7 +315,7 @@ def test_bench(saved: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert json.loads(text)["milliseconds"]["compact, compiled"] == 0.5
 
 
-def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
+def test_train_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, as users run it; Ctrl-C comes whenever it comes."""
     long = f"{TINY} --epochs-tune 20"  # it is not to end before the signal comes
     process = dspfx_process(f"train {long} --checkpoint-minutes 0 --run-dir run", tmp_path)
@@ -333,9 +333,9 @@ def test_train_interrupted_and_resumed(tmp_path: Path) -> None:
     code, _, err = invoke(*words.split()[:-1], str(tmp_path / "run"), "--keep-macs", "0.9")
     assert code == 1
     assert "has other settings" in err.replace("\n", " ")
-    last = dspfx_process(f"{words} --json --threads 1", tmp_path)
-    out, err = last.communicate(timeout=300)
-    assert last.returncode == 0, err
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke(*words.split(), "--json", "--threads", "1")
+    assert code == 0, err
     result = json.loads(out)
     assert result["run"] == "run"
     assert result["masked"] == result["compact"]
@@ -420,11 +420,11 @@ def test_models_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sys.path == path
 
 
-def test_the_whole_demo_in_small(tmp_path: Path) -> None:
+def test_the_whole_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "demo --images 256 --epochs-dense 2 --epochs-learn 2 --epochs-tune 1 --keep-macs 0.5"
-    process = dspfx_process(words, tmp_path)
-    out, err = process.communicate(timeout=900)
-    assert process.returncode == 0, err
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke(*words.split())
+    assert code == 0, err
     assert "360 of 360 predictions equal" in out
     tuned = re.search(r"masked, fine-tuned +(\S+%)", out)[1]
     assert re.search(r"compact +(\S+%)", out)[1] == tuned
