@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_properties import inputs, prepare
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torchvision_networks import resnet10
 
 import dspfx
 from dspfx import Budget
@@ -375,7 +376,7 @@ def test_widths_are_rounded() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
     config = dspfx.PrepareConfig(round_to=8)
-    prepared = dspfx.prepare(torchvision.models.resnet18(num_classes=10), x, config=config)
+    prepared = dspfx.prepare(resnet10(num_classes=10), x, config=config)
     prepared.train()
     pruning = dspfx.GradualPruning(
         prepared, Budget(macs=0.4), total_steps=2, end=1, prunings=1, groups=False
