@@ -10,7 +10,7 @@ from benchmarks.coverage import outcome_of
 from benchmarks.zoo import Case, timm_cases, torchvision_cases
 
 SAMPLE = (
-    *("alexnet", "convnext_tiny", "lraspp_mobilenet_v3_large", "mobilenet_v3_large", "r3d_18"),
+    *("mnasnet0_5", "convnext_tiny", "lraspp_mobilenet_v3_large", "mobilenet_v3_large", "r3d_18"),
     *(
         "raft_small",
         "quantized_shufflenet_v2_x0_5",
@@ -25,10 +25,21 @@ SAMPLE = (
     *("poolformerv2_s12", "ese_vovnet19b_slim_dw", "edgenext_xx_small", "rexnet_100"),
     *("tiny_vit_5m_224", "resnest14d", "levit_128s", "xcit_nano_12_p8_224", "test_resnet"),
 )
-# less than in the benchmark, where these take longest: a short clip, and two updates of the flow
+# less than in the benchmark, where these take longest: a short clip, two updates of the flow, and
+# images of half the height and width where networks take any
 IMAGES = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 CLIP = torch.rand(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-INPUTS: dict[str, tuple[Any, ...]] = {"r3d_18": (CLIP,), "raft_small": (IMAGES, IMAGES.flip(3), 2)}
+ANY_SIZE = (
+    *("starnet_s050", "xcit_nano_12_p8_224", "hrnet_w18_small", "skresnet18", "rexnet_100"),
+    *("mobilevit_xxs", "ghostnet_050", "swiftformer_xs", "poolformerv2_s12", "iformer_t"),
+    *("inception_next_atto", "hgnetv2_b0", "regnetx_002", "resnest14d", "efficientvit_b0"),
+    *("edgenext_xx_small", "dla46x_c", "cs3darknet_focus_s", "ese_vovnet19b_slim_dw"),
+)
+INPUTS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(ANY_SIZE, (IMAGES[..., :64, :64],)),
+    "r3d_18": (CLIP,),
+    "raft_small": (IMAGES, IMAGES.flip(3), 2),
+}
 CASES = {case.name: case for case in torchvision_cases() + timm_cases()}
 
 
