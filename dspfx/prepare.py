@@ -14,7 +14,7 @@ from dspfx.model.config import PrepareConfig, matching
 from dspfx.model.division import Division, copied, gated_in, hides_most
 from dspfx.model.gating import Task, gate
 from dspfx.model.module import PreparedModule
-from dspfx.model.outside import note_outside
+from dspfx.model.outside import macs_outside
 from dspfx.model.parts import parts_of
 from dspfx.model.rebuilt import check_written, forms_inside, plain_copy
 from dspfx.model.whole import Whole
@@ -122,8 +122,9 @@ def _in_parts(root: nn.Module, inputs: Call, task: Task, why: str) -> nn.Module 
     first.whole = inputs
     left = (f"left as it is: {name}, since {reason}" for name, reason in found.refused.items())
     names = ", ".join(part.name for part in parts)
-    outside = note_outside(root, inputs, parts)
-    first.notes = (*first.notes, f"prepared in parts, {names}, {why}", *left, *outside)
+    first.outside, outside = macs_outside(root, inputs, parts)
+    notes = f"prepared in parts, {names}, {why}", *left, outside
+    first.notes = (*first.notes, *filter(None, notes))
     return root
 
 

@@ -9,7 +9,7 @@ Nothing is kept of a graph that calls a user's own code, which may depend on any
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,9 +62,12 @@ def _sandboxed(prepared: PreparedModule) -> Iterator[Analyser]:
     with prepared.evaluation_view() as view, state_kept(prepared, written=written_by(view)):
         frozen, rules = prepared.frozen, prepared.asked.rules
         whole, samples = prepared, prepared.samples
-        yield lambda inputs, facts, execution, findings: analyse(
-            view, inputs, frozen, rules, facts, whole, samples, execution, findings
-        )
+
+        def analyse_on(inputs: Any, facts: SizeFacts, *rest: Any) -> ChannelAnalysis:
+            found = analyse(view, inputs, frozen, rules, facts, whole, samples, *rest)
+            return replace(found, fixed=replace(found.fixed, outside=prepared.outside))
+
+        yield analyse_on
 
 
 def analyse_executions(
@@ -111,7 +114,7 @@ def _form(prepared: PreparedModule, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         )
     )
     given = tuple(_kind(x) if isinstance(x, Tensor) else (type(x), x) for x in leaves(inputs))
-    asked = prepared.asked, prepared.frozen, prepared.size_facts, prepared.samples
+    asked = prepared.asked, prepared.frozen, prepared.size_facts, prepared.samples, prepared.outside
     return nodes, modules, tensors, given, asked
 
 

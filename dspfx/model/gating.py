@@ -11,7 +11,7 @@ from dspfx.layers.parametrised import why_computed
 from dspfx.model.config import PrepareConfig
 from dspfx.model.modes import modes_kept
 from dspfx.model.module import PreparedModule
-from dspfx.model.origin import Origin
+from dspfx.model.origin import TRACING, Origin
 from dspfx.model.rebuilt import refuse_rebuilding
 from dspfx.model.same_graph import SameGraph, positional
 from dspfx.model.single import names_inside
@@ -33,6 +33,7 @@ class Task:
             not the last ones, though they may come last in it.
         notes: what was decided without the user, for the report.
         samples: how many the call is of, if that is not the length of its first tensor.
+        tracing: see `Origin`.
     """
 
     config: PrepareConfig
@@ -42,6 +43,7 @@ class Task:
     followed: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     samples: float | None = None
+    tracing: int = TRACING
 
     def within(self, prefix: str, gate_first: bool, followed: frozenset[str]) -> "Task":
         """The same for the child at the path `prefix`; `followed` are names in the model."""
@@ -75,14 +77,15 @@ def gate(
     leaves = frozenset(key for key in config.rules if isinstance(key, type))
     arguments = call.map(fresh).by_name(root)
     frozen_modes = _frozen_modes(root)
-    traced = trace(root, arguments, task.opaque, leaves)
+    traced = trace(root, arguments, task.opaque, leaves, follow_types=task.tracing > 0)
     prepared = PreparedModule(root, {False: traced.eval, True: traced.train}, name)
     prepared.example_inputs = positional(prepared.graph, call.by_name(root))
     prepared.frozen, prepared.asked = task.frozen, config
     prepared.lines, prepared.frozen_modes = traced.lines, frozen_modes
-    prepared.samples = float(task.samples or samples_of(call))
+    prepared.samples, prepared.outside = float(task.samples or samples_of(call)), 0
     prepared.left_alone, prepared.notes = {}, task.notes
-    prepared.origin = Origin(call.map(fresh), task.opaque, task.gate_first, dtype)
+    asked = task.opaque, task.gate_first, dtype, task.tracing
+    prepared.origin = Origin(call.map(fresh), *asked)
     analysis = SameGraph(prepared, model, call).check(expected, train=prove)
     with prepared.evaluation_view() as view:  # whatever mode the model is in
         plan = plan_gates(

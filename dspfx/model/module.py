@@ -1,8 +1,8 @@
 """The kinds of `GraphModule` that dspfx returns, and how they are copied and pickled.
 
-`fx.GraphModule` keeps one graph and only the submodules it names. Ours keep one graph for each
-mode, every submodule, parameter and buffer of the root under its own name, and the few plain
-attributes that the next verb needs. All of it survives `deepcopy` and `pickle`.
+`fx.GraphModule` keeps one graph and only the submodules it names. Ours keep a graph for each mode,
+all of the root's modules and tensors under their own names, and the few plain attributes that the
+next verb needs. All of it survives `deepcopy` and `pickle`.
 """
 
 import copy
@@ -248,9 +248,9 @@ class PreparedModule(TwoModeModule):
         size_facts: what is known of the graph from running it on these.
         samples: how many samples of the whole model the example inputs stand for. A part that
             reads frames, proposals or tokens as a batch may be prepared for a fraction of one.
-        unfinished_pruning: what has begun to change it and is not done, and how far that has come.
+        unfinished_pruning: what has begun to change it, is not done, and how far it has come.
         untraced: the modules inside that could not be traced, and are called whole.
-        whole: of the first part of a model in parts, the inputs of that model.
+        whole, outside: of the first of several parts, the model's inputs, and MACs around them.
 
     Example:
         >>> prepared = dspfx.prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)))
@@ -259,7 +259,7 @@ class PreparedModule(TwoModeModule):
     """
 
     carried = (
-        *("asked", "example_inputs", "frozen", "left_alone", "lines", "notes", "origin"),
+        *("asked", "example_inputs", "frozen", "left_alone", "lines", "notes", "origin", "outside"),
         *("other_sizes", "size_facts", "samples", "unfinished_pruning", "untraced", "whole"),
     )
     example_inputs: tuple[Any, ...]
@@ -275,6 +275,7 @@ class PreparedModule(TwoModeModule):
     unfinished_pruning: tuple[tuple[str, str], ...] = ()
     untraced: tuple[str, ...] = ()
     whole: Call | None = None
+    outside: int = 0
 
 
 LEARNS_NOTHING = (

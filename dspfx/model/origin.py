@@ -6,6 +6,8 @@ import torch
 
 from dspfx.passes.sandbox.calls import Call
 
+TRACING = 1  # how graphs are made now
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -16,9 +18,12 @@ class Origin:
         opaque: names of the modules that were not to be traced into.
         gate_first: whether layers that read the inputs directly were gated too.
         dtype: of its parameters then.
+        tracing: how its graph was made: 0 by versions that took types and devices of parameters for
+            constants, and left whole numbers among its inputs unchecked; files have such graphs.
     """
 
     call: Call
     opaque: frozenset[str]
     gate_first: bool
     dtype: torch.dtype
+    tracing: int = TRACING

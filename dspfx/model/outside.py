@@ -1,4 +1,4 @@
-"""What the code around the parts of a model multiplies, which no budget or report counts."""
+"""What the code around the parts of a model multiplies: it stays, whatever is pruned."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,10 +11,10 @@ from dspfx.passes.analysis.products import Products
 from dspfx.passes.sandbox.calls import Call, evaluate, samples_of
 
 
-def note_outside(root: nn.Module, inputs: Call, parts: Sequence[Part]) -> tuple[str, ...]:
-    """A note on the multiply-accumulates of `root` outside its `parts`; none without any.
+def macs_outside(root: nn.Module, inputs: Call, parts: Sequence[Part]) -> tuple[int, str]:
+    """The multiply-accumulates of `root` outside its `parts` for one sample, and a note on them.
 
-    They are counted in one run for `inputs`, and told for one sample.
+    They are counted in one run for `inputs`; none, and nothing to note, if that fails.
     """
     counter, inside = Products(), 0
     entered: list[int] = []
@@ -36,11 +36,12 @@ def note_outside(root: nn.Module, inputs: Call, parts: Sequence[Part]) -> tuple[
             with counter:
                 evaluate(root, inputs)
         except Exception:  # code that does not run where it is counted; it does without
-            return ()
-    if (outside := counter.macs - inside) <= 0:
-        return ()
-    share = outside / counter.macs
-    return (
-        f"outside of the parts are {outside // samples_of(inputs):,} multiply-accumulates for a "
-        f"sample, {share:.1%} of all: they stay, and budgets and reports do not count them",
+            return 0, ""
+    outside = (counter.macs - inside) // samples_of(inputs)
+    if outside <= 0:
+        return 0, ""
+    share = (counter.macs - inside) / counter.macs
+    return outside, (
+        f"outside of the parts are {outside:,} multiply-accumulates for a sample, {share:.1%} of "
+        "all: they stay, and count in budgets and reports"
     )

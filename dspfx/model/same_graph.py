@@ -196,7 +196,8 @@ class SameGraph:
         """
         prepared = self.prepared
         inputs, numbers = prepared.example_inputs, numbers_of(prepared.example_inputs)
-        if not numbers or any(own[-1] != numbers for own in prepared.other_sizes):
+        varied = any(own[-1] != numbers for own in prepared.other_sizes)
+        if not numbers or varied or not prepared.origin.tracing:
             return
         if shapes_of(inputs) not in self.executions:
             self._execute(inputs)

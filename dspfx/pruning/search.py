@@ -166,6 +166,8 @@ def held_by_others(
             if not (isinstance(op, Mix) and op.gated):
                 name = full_name(part.name, str(node.target))
                 held[name] += cost.macs if budget.macs is not None else cost.parameters
+        if budget.macs is not None and analysis.fixed.outside:
+            held["the code around the parts"] += analysis.fixed.outside
         fixed = analysis.fixed.macs if budget.macs is not None else analysis.fixed.parameters
         for node in fixed.keys() & live.kept.keys():
             name = str(node.target) if node.op == "call_module" else node.name

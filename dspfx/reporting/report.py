@@ -88,8 +88,8 @@ def report(model: nn.Module) -> Report:
     """The report of a prepared model as it is masked now, or of a compact one.
 
     MACs are multiply-accumulates of convolutions and linear layers for one sample of the example
-    inputs; parameters include those of norms, before they are folded. Of a model in parts, only
-    the parts are counted.
+    inputs; parameters include those of norms, before they are folded. Of a model in parts, the MACs
+    around the parts are counted, which stay, and parameters of the parts alone.
 
     Raises:
         ConvertError: `model` comes from neither `dspfx.prepare` nor `dspfx.convert`.

@@ -73,6 +73,8 @@ class Blueprint:
         compaction: None for a prepared module.
         samples: see `PreparedModule`; None where it is the length of the first tensor.
         quantization: of a compact module that is rounded to 8 bits.
+        outside: see `PreparedModule`; 0 in files from before it was counted.
+        tracing: see `Origin`.
     """
 
     name: str
@@ -92,6 +94,8 @@ class Blueprint:
     compaction: Compaction | None
     samples: float | None = None
     quantization: QuantizationRecord | None = None
+    outside: int = 0
+    tracing: int = 0
 
 
 def blueprint(prepared: PreparedModule) -> Blueprint:
@@ -115,6 +119,8 @@ def blueprint(prepared: PreparedModule) -> Blueprint:
         dead={name: _numbers((~gate.alive).nonzero().flatten()) for name, gate in gates.items()},
         compaction=None,
         samples=float(prepared.samples),
+        outside=prepared.outside,
+        tracing=origin.tracing,
     )
 
 

@@ -28,6 +28,7 @@ from dspfx.model.emit import emit_compact, indices
 from dspfx.model.gating import Task, gate
 from dspfx.model.modes import put_all
 from dspfx.model.module import CompactModule, PreparedModule
+from dspfx.model.origin import TRACING
 from dspfx.model.parts import compact_parts_of, exchanged, parts_of
 from dspfx.model.rebuilt import plain_copy
 from dspfx.model.tensors import named_tensors
@@ -164,15 +165,19 @@ def _gated(child: nn.Module, part: Blueprint, rules: Mapping[Key, Rule]) -> Prep
     config = PrepareConfig(*settings)
     if part.samples is not None and not part.samples > 0:
         raise LoadError(f"it was prepared for {part.samples} samples")
+    if part.outside < 0 or part.tracing not in range(TRACING + 1):
+        raise LoadError("it was prepared in a way that is not known here")
     names = frozenset(part.frozen), frozenset(part.opaque)
     followed = frozenset(part.masks)
-    task = Task(config, *names, part.gate_first, followed, samples=part.samples)
+    task = Task(
+        config, *names, part.gate_first, followed, samples=part.samples, tracing=part.tracing
+    )
     call = _call(child, part)
     try:
         gated = gate(child, call, task, evaluate(child, call), prove=False)
     except (TraceError, PrepareError) as error:
         raise LoadError(f"it cannot be prepared as it was: {error}") from error
-    gated.notes = part.notes
+    gated.notes, gated.outside = part.notes, part.outside
     _check_graphs(listings(gated), part.graphs)
     return gated
 

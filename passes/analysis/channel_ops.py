@@ -219,12 +219,15 @@ class Fixed:
             share some with earlier nodes.
         unused: parameters of modules that are never called; no compact model has them.
         ties: the parameters that are shared.
+        outside: multiply-accumulates for one sample of the code around the parts of a model, which
+            its first part answers for.
     """
 
     macs: Mapping[Node, int] = field(default_factory=dict)
     parameters: Mapping[Node, int] = field(default_factory=dict)
     unused: int = 0
     ties: tuple[Tie, ...] = ()
+    outside: int = 0
 
 
 @dataclass(frozen=True)

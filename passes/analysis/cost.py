@@ -93,7 +93,7 @@ def summed(
         needed = live is None or node not in ops or node in live.kept
         return needed or isinstance(ops[node], Constant)
 
-    macs = sum(cost.macs for cost in costs.values())
+    macs = fixed.outside + sum(cost.macs for cost in costs.values())
     for node, count in fixed.macs.items():
         computed_once = live is not None and isinstance(ops.get(node), Constant)
         macs += count if there(node) and not computed_once else 0

@@ -57,7 +57,7 @@ class ConcreteProxy(Proxy):
             if name in ("dim", "ndim"):
                 self.tracer.read_rank()
                 return value
-        if name in FOLLOWED and _is_parameter(self):
+        if name in FOLLOWED and self.tracer.types.follow and _is_parameter(self):
             return self.tracer.read_type(self.concrete, name)
         if name == "type" and isinstance(
             self.concrete, torch.device

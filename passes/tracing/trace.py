@@ -78,6 +78,8 @@ def trace(
     inputs: Mapping[str, Any],
     opaque: frozenset[str] = frozenset(),
     leaves: frozenset[type] = frozenset(),
+    *,
+    follow_types: bool = True,
 ) -> Traced:
     """Trace `root`, a private copy of the user's model, in both modes; its state is kept.
 
@@ -87,11 +89,13 @@ def trace(
         inputs: example inputs by the name of the argument.
         opaque: names of the submodules that are not to be entered.
         leaves: types of the submodules that are not to be entered.
+        follow_types: whether types and devices of parameters are asked in every call; else they are
+            constants.
 
     Raises:
         TraceError: the code of the root itself cannot be traced; the message names the place.
     """
-    types = FollowedTypes(root)
+    types = FollowedTypes(root, follow_types)
     hooked = _hooked(root, ConcreteTracer(inputs, types, opaque, leaves))
     failed = dict(hooked)
 

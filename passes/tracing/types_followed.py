@@ -24,12 +24,13 @@ class FollowedTypes:
 
     Args:
         root: a private copy, about to be traced.
+        follow: whether they are read; else types and devices are constants of the graph.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
+    def __init__(self, root: nn.Module, follow: bool) -> None:
+        self.root, self.follow = root, follow
         self.names: dict[tuple[torch.dtype, torch.device], str] = {}
-        for p in root.parameters():
+        for p in root.parameters() if follow else ():
             if p.is_floating_point() and (p.dtype, p.device) not in self.names:
                 name = PREFIX
                 while hasattr(root, name):
@@ -59,6 +60,7 @@ class FollowedTypes:
 
         kind: Any = type("Parameter", (nn.Parameter,), {name: noticed(name) for name in FOLLOWED})
         parameters: list[Any] = [p for p in self.root.parameters() if type(p) is nn.Parameter]
+        parameters = parameters if self.follow else []
         for parameter in parameters:
             parameter.__class__ = kind
         try:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import dspfx
+from dspfx.model.gating import Task, gate
+from dspfx.passes.sandbox.calls import Call, evaluate
+from dspfx.storage.container import Archive, read, write
 from helpers import assert_equal, random_masks, randomise
 
 Read = Callable[["Network"], nn.Parameter]
@@ -122,3 +125,22 @@ def test_a_model_that_reads_its_type_is_exported(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "model.pt2").module()
     assert_equal(compact(x), program(x), 1e-5)
     dspfx.export(compact, x, tmp_path / "model.onnx")
+
+
+def test_files_of_versions_that_took_types_for_constants_are_read(tmp_path: Path) -> None:
+    model = randomise(Network()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    root = copy.deepcopy(model)
+    call = Call((x,))
+    task = Task(dspfx.PrepareConfig(), tracing=0)
+    prepared = gate(root, call, task, evaluate(root, call))
+    assert "type_of" not in prepared.code
+    dspfx.save(prepared, tmp_path / "model.safetensors")
+    archive = read(tmp_path / "model.safetensors", 2**24)
+    for part in archive.plan["parts"]:
+        del part["tracing"], part["outside"]
+    write(tmp_path / "older.safetensors", Archive(archive.plan, archive.tensors))
+    for name in ("model", "older"):
+        loaded = dspfx.load(tmp_path / f"{name}.safetensors", model)
+        assert_equal(model(x)[0], loaded(x)[0], tolerance=0)
+        dspfx.save(loaded, tmp_path / f"{name}.safetensors")
