@@ -89,6 +89,7 @@ def test_public_names() -> None:
         "prepare",
         "prune",
         "prune_channels",
+        "quantize",
         "input_moments",
         "narrow",
         "recalibrate",
