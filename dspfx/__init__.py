@@ -40,6 +40,7 @@ from dspfx.pruning.masks import get_masks, set_masks
 from dspfx.pruning.prune import prune
 from dspfx.pruning.prune_channels import prune_channels
 from dspfx.quantization.quantize import quantize
+from dspfx.quantization.training import fake_quantize
 from dspfx.reporting.channel_graph import channel_graph
 from dspfx.reporting.plot import plot
 from dspfx.reporting.report import Report, report
@@ -95,6 +96,7 @@ __all__ = [
     "convert",
     "distillation_loss",
     "export",
+    "fake_quantize",
     "get_masks",
     "input_moments",
     "load",

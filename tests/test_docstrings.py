@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # public, by what they are returned by
 OF_A_MODULE = ("compile.Compiled", "engines.report.CompileReport")
 
-NEEDED = {"quantize": "torchao"}  # packages that an example needs, and the tests do not
+NEEDED = {
+    "quantize": "torchao",
+    "fake_quantize": "torchao",
+}  # packages that an example needs, and the tests do not
 
 
 def public() -> dict[str, Any]:

@@ -82,6 +82,7 @@ def test_public_names() -> None:
         "convert",
         "distillation_loss",
         "export",
+        "fake_quantize",
         "get_masks",
         "load",
         "load_checkpoint",

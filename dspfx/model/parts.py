@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dspfx.errors import ConvertError
-from dspfx.model.module import CompactModule, NarrowModule, PreparedModule, TwoModeModule
+from dspfx.model.module import CompactModule, NarrowModule, PreparedModule
 from dspfx.model.tensors import named_tensors
 from dspfx.utils.wrappers import unwrapped
 
@@ -91,7 +91,7 @@ def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, A
                 return
 
 
-def exchanged(model: nn.Module, parts: Mapping[Any, TwoModeModule]) -> nn.Module:
+def exchanged(model: nn.Module, parts: Mapping[Any, nn.Module]) -> nn.Module:
     """A copy of `model` in which every part is taken for another form of it."""
     copies: dict[int, Any] = {id(part): form for part, form in parts.items()}
     twin: nn.Module = copy.deepcopy(model, copies)

@@ -17,7 +17,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Node, map_arg
-from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
+from torchao.quantization.pt2e import (
+    FakeQuantize,
+    HistogramObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+    disable_fake_quant,
+    enable_fake_quant,
+)
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import (
     FixedQParamsQuantizationSpec,
@@ -31,6 +39,7 @@ from dspfx.quantization.places import Edge, Places
 from dspfx.quantization.record import LARGEST, Scale
 
 LARGEST_WEIGHT = 127
+__all__ = ["Observed", "disable_fake_quant", "enable_fake_quant", "observed", "rounded"]
 SMALLEST_SCALE = 2.0**-10  # of a filter, relative to that of the largest one of its layer
 _KINDS = ("_int8", "_scale", "_zero_point")
 _ANNOTATION = "quantization_annotation"
@@ -42,36 +51,44 @@ class Observed:
 
     Attributes:
         root: called with a batch, it observes.
-        activations: for each of `Places.activations` the node that its first edge leads through.
-        weights: the nodes that the edges of weights lead through, by the names of the weights.
-        marked: all such nodes.
+        activations: for each of `Places.activations` the name of the node that its first edge leads
+            through.
+        weights: those of the nodes that the edges of weights lead through, by the names of these.
+        marked: those of all such nodes.
     """
 
     root: fx.GraphModule
-    activations: tuple[Node, ...]
-    weights: dict[str, Node]
-    marked: tuple[Node, ...]
+    activations: tuple[str, ...]
+    weights: dict[str, str]
+    marked: tuple[str, ...]
 
     def observers(self) -> Iterator[tuple[str, Any]]:
         """Those of activations, with the name of a node that computes what each observes."""
-        for node in self.activations:
-            (call,) = node.all_input_nodes
+        nodes = {node.name: node for node in self.root.graph.nodes}
+        for name in self.activations:
+            (call,) = nodes[name].all_input_nodes
             yield call.all_input_nodes[0].name, self.root.get_submodule(str(call.target))
 
 
 def observed(
-    root: fx.GraphModule, places: Places, scales: Iterable[Scale] | None = None
+    root: fx.GraphModule,
+    places: Places,
+    scales: Iterable[Scale] | None = None,
+    *,
+    training: bool = False,
 ) -> Observed:
     """`root` with observers at `places`; it is changed, and is of no more use.
 
     Args:
         root: an inlined graph, whose nodes `places` names.
         scales: if they are known already.
+        training: the observers round as well, with gradients as if they did not (Jacob et al.,
+            2018), and ranges of activations follow the batches.
 
     Raises:
         ValueError: `places` names other nodes than there are.
     """
-    specs: Sequence[Any] = [_OF_ACTIVATIONS] * len(places.activations)
+    specs: Sequence[Any] = [_TRAINED if training else _OF_ACTIVATIONS] * len(places.activations)
     if scales is not None:
         specs = [_fixed(scale) for scale in scales]
     activations, marked = [], []
@@ -80,15 +97,17 @@ def observed(
         _annotate(first, spec)
         for other in others:
             _annotate(other, SharedQuantizationSpec((first.args[0], first)))
-        activations.append(first)
-        marked += [first, *others]
+        activations.append(first.name)
+        marked += [first.name, *(other.name for other in others)]
     weights = {}
     for node in _led_through(root.graph, places.weights):
         (weight,) = node.all_input_nodes
         name = str(weight.target)
-        weights[name] = node
-        _annotate(node, _of_weight(attrgetter(name)(root)))
+        weights[name] = node.name
+        _annotate(node, _of_weight(attrgetter(name)(root), training))
     prepared = prepare_pt2e(root, _Annotated())
+    for method in ("train", "eval"):  # of its own, which refuse, and cannot be copied
+        vars(prepared).pop(method, None)
     return Observed(prepared, tuple(activations), weights, (*marked, *weights.values()))
 
 
@@ -103,9 +122,10 @@ def rounded(found: Observed) -> tuple[fx.GraphModule, tuple[Scale, ...]]:
     root = convert_pt2e(found.root, fold_quantize=False)  # its folding fails for sizes in slices
     for module in called:
         vars(module).pop("qconfig", None)
-    of_activations = [node.all_input_nodes[0] for node in found.activations]
-    of_weights = {name: node.all_input_nodes[0] for name, node in found.weights.items()}
-    for node in found.marked:
+    nodes = {node.name: node for node in root.graph.nodes}
+    of_activations = [nodes[name].all_input_nodes[0] for name in found.activations]
+    of_weights = {name: nodes[node].all_input_nodes[0] for name, node in found.weights.items()}
+    for node in map(nodes.__getitem__, found.marked):
         node.replace_all_uses_with(node.all_input_nodes[0])
     root.graph.eliminate_dead_code()
     tensors: dict[str, Any] = {}
@@ -197,6 +217,13 @@ def _led_through(graph: fx.Graph, edges: Sequence[Edge]) -> list[Node]:
 _OF_ACTIVATIONS = QuantizationSpec(
     torch.uint8, HistogramObserver, 0, LARGEST, torch.per_tensor_affine
 )
+_TRAINED = QuantizationSpec(
+    torch.uint8,
+    FakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
+    0,
+    LARGEST,
+    torch.per_tensor_affine,
+)
 
 
 def _fixed(scale: Scale) -> Any:
@@ -205,9 +232,13 @@ def _fixed(scale: Scale) -> Any:
     )
 
 
-def _of_weight(weight: Tensor) -> Any:
+def _of_weight(weight: Tensor, training: bool) -> Any:
     """No filter has a scale much smaller than others of its layer, see `_scale_of_nothing`."""
     smallest = float(weight.detach().abs().max()) / LARGEST_WEIGHT * SMALLEST_SCALE
-    observer = PerChannelMinMaxObserver.with_args(eps=max(smallest, torch.finfo().tiny))
+    eps = max(smallest, torch.finfo().tiny)
+    observer = PerChannelMinMaxObserver.with_args(eps=eps)
+    if training:  # the range is that of the present weight, always
+        present = MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1.0, eps=eps)
+        observer = FakeQuantize.with_args(observer=present)
     limits = -LARGEST_WEIGHT, LARGEST_WEIGHT
     return QuantizationSpec(torch.int8, observer, *limits, torch.per_channel_symmetric, 0)

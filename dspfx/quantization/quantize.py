@@ -1,31 +1,30 @@
 """`quantize`: from a compact model to one whose layers compute with integers of 8 bits."""
 
-import importlib
-import warnings
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import Node
+from torch import fx, nn
 
 from dspfx.errors import QuantizeError
 from dspfx.model.analysed import fitting_inputs
-from dspfx.model.deployable import check_deployable
 from dspfx.model.module import CompactModule
-from dspfx.model.parts import compact_parts_of, exchanged
+from dspfx.model.parts import exchanged
 from dspfx.passes.sandbox.calls import fresh
 from dspfx.quantization.calibrate import calibrate
 from dspfx.quantization.inline import inlined
-from dspfx.quantization.places import Places, places
+from dspfx.quantization.places import Places
 from dspfx.quantization.record import Quantization
-from dspfx.utils.torch_warnings import not_logged
+from dspfx.quantization.torchao import imported
+from dspfx.quantization.training import FakeQuantized
+from dspfx.quantization.watched import checked_parts, watched
 from dspfx.utils.wrappers import unwrapped
 
 
 def quantize(
     compact: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     *,
     call: Callable[[Any], object] | None = None,
 ) -> nn.Module:
@@ -41,11 +40,12 @@ def quantize(
     QuantizeLinear and DequantizeLinear, which ONNX Runtime, OpenVINO and others run with integers.
 
     Args:
-        compact: from `dspfx.convert`, in float32; it is left as it is.
-        batches: about 512 samples such as the model was trained with, without augmentation. A
-            tensor for each batch, a tuple or list of positional inputs, or a dict of inputs by
-            name. Of a tuple that is longer than the model has inputs, such as `(images, labels)`,
-            the first ones are taken.
+        compact: from `dspfx.convert`, in float32, or from `dspfx.fake_quantize`, trained; it is
+            left as it is.
+        batches: about 512 samples such as the model was trained with, without augmentation; None
+            for one from `dspfx.fake_quantize`, which has its scales. A tensor for each batch, a
+            tuple or list of positional inputs, or a dict of inputs by name. Of a tuple that is
+            longer than the model has inputs, such as `(images, labels)`, the first ones are taken.
         call: what to do with a batch instead, such as `lambda b: compact(b["image"])`.
 
     Returns:
@@ -67,30 +67,41 @@ def quantize(
         >>> quantized.get_buffer("0.weight_int8").dtype
         torch.int8
     """
-    pt2e = _pt2e()
+    pt2e = imported()
     compact = unwrapped(compact)
-    check_deployable(compact, "quantize", QuantizeError)
-    parts = [part for _, part in compact_parts_of(compact)]
-    if not parts:
+    trained = [module for module in compact.modules() if isinstance(module, FakeQuantized)]
+    if (batches is None) != bool(trained):
         raise QuantizeError(
-            f"{type(compact).__name__} is not compact; quantize what dspfx.convert returns. So it "
-            "is of a model that is not pruned: dspfx.convert(dspfx.prepare(model, x))"
+            "the model has scales of its own, and needs no batches: dspfx.quantize(model)"
+            if trained
+            else "give batches to calibrate with, of about 512 images in all"
         )
     with torch.inference_mode(mode=False):
-        found = {part: _observed(part, pt2e) for part in parts}
+        if batches is None:
+            return exchanged(compact, {own: _finished(own, pt2e) for own in trained})
+        found = {part: watched(part, pt2e) for part in checked_parts(compact)}
         seen = {part: (own.root, dict(own.observers())) for part, (_, own) in found.items()}
         calibrate(compact, seen, batches, call)
-        forms = {}
-        for part, (where, own) in found.items():
-            module, scales = pt2e.rounded(own)
-            forms[part] = quantized(part, module, Quantization(where, scales))
+        forms = {part: _rounded(part, *own, pt2e) for part, own in found.items()}
         return exchanged(compact, forms)
+
+
+def _finished(trained: FakeQuantized, pt2e: Any) -> CompactModule:
+    own = copy.deepcopy(trained).eval()
+    own.round_by_present_weights()
+    return _rounded(*own.of, pt2e)
+
+
+def _rounded(part: CompactModule, where: Places, own: Any, pt2e: Any) -> CompactModule:
+    module, scales = pt2e.rounded(own)
+    return quantized(part, module, Quantization(where, scales))
 
 
 def quantized(compact: CompactModule, module: fx.GraphModule, how: Quantization) -> CompactModule:
     """`module` as the quantised form of `compact`."""
     graphs = dict.fromkeys((False, True), module.graph)
     new = CompactModule(module.eval(), graphs, type(compact).__name__)
+    new.requires_grad_(False)
     for name in CompactModule.carried:
         setattr(new, name, getattr(compact, name))
     new.quantization = how
@@ -105,62 +116,9 @@ def rebuilt(compact: CompactModule, how: Quantization) -> CompactModule:
         QuantizeError: torchao is missing.
         ValueError: `how` is of another graph.
     """
-    pt2e = _pt2e()
+    pt2e = imported()
     found = pt2e.observed(inlined(compact), how.places, how.scales)
     with torch.no_grad():
         found.root(*fresh(fitting_inputs(compact)))  # so that there is a scale for each filter
     module, _ = pt2e.rounded(found)
     return quantized(compact, module, how)
-
-
-def _pt2e() -> Any:
-    """The module that uses torchao.
-
-    Raises:
-        QuantizeError: it is missing or cannot be imported.
-    """
-    try:
-        # torchao tells of its own future
-        with warnings.catch_warnings(), not_logged("torch.utils._pytree", "register_constant"):
-            warnings.simplefilter("ignore")
-            return importlib.import_module("dspfx.quantization.pt2e")
-    except ImportError as error:
-        raise QuantizeError(
-            f"quantisation needs torchao: pip install 'dspfx[deploy]' ({error})"
-        ) from error
-
-
-def _observed(part: CompactModule, pt2e: Any) -> tuple[Places, Any]:
-    """Where `part` is quantised, and a module with observers there."""
-    if part.quantization is not None:
-        raise QuantizeError("the model is quantised already; quantize what dspfx.convert returned")
-    others = {p.dtype for p in part.parameters() if p.is_floating_point()} - {torch.float32}
-    if others:
-        raise QuantizeError(
-            f"the model is of type {next(iter(others))}; quantize it in float32: model.float()"
-        )
-    root = inlined(part)
-    recorder = _Recorder(root)
-    with torch.no_grad():
-        recorder.run(*fresh(fitting_inputs(part)))
-    where = places(root, recorder.floats)
-    if not where.layers:
-        raise QuantizeError(
-            "the model has no layer that could compute with integers: "
-            + "; ".join(f"'{name}': {why}" for name, why in where.kept.items())
-        )
-    return where, pt2e.observed(root, where)
-
-
-class _Recorder(fx.Interpreter):
-    """Which nodes compute tensors of float32."""
-
-    def __init__(self, root: fx.GraphModule) -> None:
-        super().__init__(root)
-        self.floats: set[Node] = set()
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and result.dtype == torch.float32:
-            self.floats.add(n)
-        return result

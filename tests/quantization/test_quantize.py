@@ -1,6 +1,5 @@
 """`quantize`: numbers of 8 bits, in torch and in the runtimes that read the exported file."""
 
-import collections
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 from detector import IMAGES, Detector
 from groups import grouped
+from runtimes import runtimes
 from small import Small, X, pruned
 from torch import Tensor, nn
 
@@ -89,31 +89,6 @@ def test_the_same_twice_and_in_copies(tmp_path: Path) -> None:
     assert first.quantization == second.quantization
     for other in (second, copy.deepcopy(first)):
         assert_equal(first(X), other(X), tolerance=0)
-
-
-def runtimes(model: nn.Module, path: Path, dynamic_size: bool = True) -> dict[str, Any]:
-    """Callables that run the exported model elsewhere, and where its convolutions are computed."""
-    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    openvino = pytest.importorskip("openvino")
-    pytest.importorskip("onnxscript")
-    dspfx.export(model, X, path / "m.onnx", dynamic_size=dynamic_size)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(path / "optimized.onnx")
-    options.log_severity_level = 3
-    session = ort.InferenceSession(path / "m.onnx", options, providers=["CPUExecutionProvider"])
-    optimized = onnx.load(path / "optimized.onnx").graph.node
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path / "m.onnx", "CPU", settings)
-    infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
-    said = [
-        {key: info[key].astype(str) for key in ("layerType", "runtimePrecision")} for info in infos
-    ]
-    return {
-        "onnxruntime": lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]),
-        "openvino": lambda x: torch.from_numpy(compiled({"x": x.numpy()})[0]),
-        "onnxruntime's": collections.Counter(node.op_type for node in optimized),
-        "openvino's": collections.Counter(tuple(each.values()) for each in said),
-    }
 
 
 @pytest.mark.parametrize("groups", [1, 2])
