@@ -88,6 +88,16 @@ def _run(job: Job) -> results.Result:
     return result
 
 
+def network(job: Job) -> nn.Module:
+    """The network that the result of `job` is of, on the CPU and in evaluation mode."""
+    scenario = SCENARIOS[job.scenario]
+    data = fashion_mnist(scenario.images)
+    if job.method in (DENSE, LONGER):
+        return _dense(scenario, data, job.seed, longer=job.method == LONGER).eval()
+    model, _ = _pruned(job, scenario, data, generator(*job.key))
+    return model.eval()
+
+
 def _pruned(
     job: Job, scenario: Scenario, data: Data, rng: torch.Generator
 ) -> tuple[nn.Module, float]:

@@ -32,8 +32,13 @@ class FakeQuantized(nn.Module):
             parameter.requires_grad_(parameter.is_floating_point())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the compact module computes, with rounding."""
-        return self.root(*args, **kwargs)
+        """What the compact module computes, with rounding; in float32, also under autocast.
+
+        In half precision it would be rounded twice.
+        """
+        device = next(self.root.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            return self.root(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """Let the ranges of activations follow the batches, or stay."""

@@ -74,6 +74,15 @@ def test_before_training_it_rounds_already() -> None:
         assert float((trainable(X) - compact(X)).abs().max()) < 0.1 * float(compact(X).abs().max())
 
 
+def test_under_autocast_it_computes_in_float32() -> None:
+    trainable = dspfx.fake_quantize(dspfx.convert(pruned(Small())), BATCHES).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = trainable(X)
+    assert result.dtype == torch.float32
+    result.square().mean().backward()
+    assert all(p.grad is not None for p in trainable.parameters() if p.requires_grad)
+
+
 def test_ranges_follow_in_training_mode_alone() -> None:
     trainable = dspfx.fake_quantize(dspfx.convert(pruned(Small())), BATCHES)
     before = trainable(X)
