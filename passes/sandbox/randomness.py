@@ -24,13 +24,27 @@ def generators_among(values: Iterable[Any]) -> list[Any]:
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if (numpy := sys.modules.get("numpy")) is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState)
-    return [value for value in values if isinstance(value, kinds)]
+    found: dict[type, bool] = {}  # by class: asking each of many values takes long
+    for value in (values := list(values)):
+        kind = type(value)
+        if kind not in found:
+            found[kind] = isinstance(value, kinds)
+    return [value for value in values if found[type(value)]]
 
 
 def drawn_so_far(own: Iterable[Any]) -> list[bytes]:
     """The states of Python's, numpy's and the generators `own`: they change with every draw."""
     states = [_state(generator) for generator in (*_everybodys(), *own)]
     return [pickle.dumps(x.tolist() if isinstance(x, torch.Tensor) else x) for x in states]
+
+
+@contextmanager
+def nothing_drawn(own: Iterable[Any]) -> Iterator[None]:
+    """Raise a `TypeError` if Python's, numpy's or the generators `own` have been drawn from."""
+    before = drawn_so_far(own)
+    yield
+    if drawn_so_far(own) != before:
+        raise TypeError("it draws random numbers that are not torch's own")
 
 
 def drawn_by_torch() -> list[bytes]:

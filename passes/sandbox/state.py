@@ -4,9 +4,11 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dspfx.passes.sandbox.randomness import generators_kept, generators_of
@@ -113,6 +115,16 @@ def only_reads(module: nn.Module) -> bool:
     """Whether only torch's and our code runs in `module`, which leaves parameters alone."""
     own = type(module).__module__.startswith(("torch.nn.", "dspfx."))
     return own and not is_altered(module)
+
+
+def runs_torch_alone(root: nn.Module, kind: str, target: Any) -> bool:
+    """Whether a call that is a node of that kind runs torch's and our code alone."""
+    if kind == "call_module":
+        return all(map(only_reads, root.get_submodule(target).modules()))
+    if kind == "call_function":
+        place = getattr(target, "__module__", None) or ""
+        return isinstance(target, BuiltinFunctionType) or place == F.__name__
+    return kind == "get_attr" or (kind == "call_method" and hasattr(Tensor, target))
 
 
 def is_altered(module: nn.Module) -> bool:

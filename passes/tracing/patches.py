@@ -42,6 +42,7 @@ def patched(
     call_method: Callable[..., Any],
     training: bool,
     recording: Callable[[], bool],
+    mode_read: Callable[[], None],
 ) -> ExitStack:
     """Apply the patches, until the result is closed.
 
@@ -51,15 +52,19 @@ def patched(
         training: whether the model is in training; else code that asks sees that there are no
             gradients, as where the model is tried.
         recording: whether calls are traced now.
+        mode_read: told when code reads what differs between evaluation and training.
     """
     stack = ExitStack()
+    mode = _Mode(recording, mode_read)
+    stack.enter_context(mock.patch.object(nn.Module, "training", mode, create=True))
     stack.enter_context(mock.patch.object(builtins, "isinstance", _is_instance))
     stack.enter_context(mock.patch.object(builtins, "len", _length))
     stack.enter_context(checkpoints_run_once())
     stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inlined))
     stack.enter_context(mock.patch.object(VariableMeta, "__call__", _variable))
     if not training:
-        stack.enter_context(mock.patch.object(torch, "is_grad_enabled", _is_grad_enabled))
+        enabled = _gradients_disabled(mode_read)
+        stack.enter_context(mock.patch.object(torch, "is_grad_enabled", enabled))
     stack.enter_context(factories_traced(call, recording))
     for name in METHODS:
         method = getattr(torch.Tensor, name)
@@ -164,6 +169,38 @@ def _length(item: Any) -> Any:
     return _len(item) if is_machinery(sys._getframe(1)) else item.size(0)
 
 
-def _is_grad_enabled() -> bool:
-    """Report to code that gradients are disabled."""
-    return is_machinery(sys._getframe(1)) and _records()
+def _gradients_disabled(mode_read: Callable[[], None]) -> Callable[[], bool]:
+    """`is_grad_enabled` that reports to code that gradients are disabled."""
+
+    def is_grad_enabled() -> bool:
+        if is_machinery(sys._getframe(1)):
+            return _records()
+        mode_read()
+        return False
+
+    return is_grad_enabled
+
+
+class _Mode:
+    """The attribute `training` of every module, which notices when code reads it.
+
+    What torch's own code does with it, inside of a call that is one node, changes no graph.
+    """
+
+    def __init__(self, recording: Callable[[], bool], mode_read: Callable[[], None]) -> None:
+        self.recording, self.mode_read = recording, mode_read
+
+    def __get__(self, module: nn.Module, _: Any = None) -> bool:
+        if self.recording() or not is_machinery(sys._getframe(1)):
+            self.mode_read()
+        try:
+            mode: bool = vars(module)["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+        return mode
+
+    def __set__(self, module: nn.Module, mode: bool) -> None:
+        vars(module)["training"] = mode
+
+    def __delete__(self, module: nn.Module) -> None:
+        del vars(module)["training"]

@@ -6,7 +6,7 @@
    does one that hooks were registered on: they are never called with proxies.
 3. It is traced twice, in evaluation and in training mode, since `self.training` is a constant
    to the tracer: a functional dropout or an auxiliary head exists in one mode only. Where the
-   two graphs agree there is one graph.
+   two graphs agree, or code never asks for the mode, there is one graph.
 4. In-place operations are functionalised: reads of a value after it was overwritten become reads
    of the node that wrote it, so that every node is one value. Where an unknown function overwrote
    an argument, they read `as_left_by(x, call)`.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 
@@ -99,17 +100,19 @@ def trace(
     hooked = _hooked(root, ConcreteTracer(inputs, types, opaque, leaves))
     failed = dict(hooked)
 
-    def trace_in(mode: bool) -> fx.Graph:
+    def trace_in(mode: bool) -> tuple[fx.Graph, bool]:
         root.train(mode)
         return _trace_graph(root, inputs, opaque, failed, leaves, types)
 
     with state_kept(root, but=_CONSTANT):
-        graphs = {False: trace_in(False)}
+        graph, reads_mode = trace_in(False)
+        graphs = {False: graph, True: graph}
         known = set(failed)
-        graphs[True] = trace_in(True)
+        if reads_mode or not all(map(_only_sets_mode, root.modules())):
+            graphs[True], _ = trace_in(True)
         while failed.keys() != known:  # a leaf is one in both modes
             known = set(failed)
-            graphs = {mode: trace_in(mode) for mode in (False, True)}
+            graphs = {mode: trace_in(mode)[0] for mode in (False, True)}
     if _signature(graphs[False]) == _signature(graphs[True]):
         graphs[True] = graphs[False]
     renamed: dict[str, str] = {}
@@ -124,6 +127,12 @@ def trace(
     failed = {name: why for name, why in failed.items() if name in called or name not in hooked}
     lines = {n.name: n.meta[LINE] for g in graphs.values() for n in g.nodes if LINE in n.meta}
     return Traced(graphs[False], graphs[True], failed, lines)
+
+
+def _only_sets_mode(module: nn.Module) -> bool:
+    """Whether setting the mode of `module` sets nothing else, and it is seen who reads it."""
+    own = type(module).train is not nn.Module.train or "train" in vars(module)
+    return not own and not isinstance(module, torch.jit.ScriptModule)
 
 
 def _hooked(root: nn.Module, tracer: ConcreteTracer) -> dict[str, str]:
@@ -144,10 +153,13 @@ def _trace_graph(
     failed: dict[str, str],
     leaves: frozenset[type],
     types: FollowedTypes,
-) -> fx.Graph:
+) -> tuple[fx.Graph, bool]:
     """Trace until it succeeds, every submodule that refuses becoming one that `failed`.
 
     Tracing is repeated where code called `int` of what can stay a value of the graph.
+
+    Returns:
+        The graph, and whether code asked for the mode.
     """
     ints: set[CodeType] = set()
     while True:
@@ -156,7 +168,7 @@ def _trace_graph(
             graph = tracer.trace_concretely(root)
             found = {code for code in tracer.calls_int - ints if only_calls_int(code)}
             if not found:
-                return graph
+                return graph, tracer.mode_read.is_set()
             ints |= found
         except UntraceableError as error:
             if not error.module or error.module in failed:

@@ -7,7 +7,8 @@ specialised to what it asks of them (`guards`).
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import Event
 from types import CodeType, FrameType
 from typing import Any
 
@@ -21,7 +22,8 @@ from dspfx.layers.gated import GatedLayer
 from dspfx.layers.gates import ChannelGate
 from dspfx.passes.analysis import operators
 from dspfx.passes.sandbox.calls import fresh
-from dspfx.passes.sandbox.randomness import drawn_so_far, generators_kept, generators_of
+from dspfx.passes.sandbox.randomness import generators_kept, generators_of, nothing_drawn
+from dspfx.passes.sandbox.state import only_reads, runs_torch_alone
 from dspfx.passes.tracing.aliases import WRITTEN, WRITTEN_INPUT, Aliases
 from dspfx.passes.tracing.autograd import OwnGradients
 from dspfx.passes.tracing.buffer_writes import BufferWrites, write_back
@@ -69,6 +71,7 @@ class ConcreteTracer(fx.Tracer):
         self.types, self.ints = types, ints  # the code whose calls of `int` are traced
         self.calls_int: set[CodeType] = set()  # that which has called it of a proxy
         self.failed_in: str | None = None
+        self.mode_read = Event()  # set where code does
         self.modules = [""]  # the paths of those whose code is running, the innermost last
 
     def trace_concretely(self, root: nn.Module) -> fx.Graph:
@@ -87,8 +90,11 @@ class ConcreteTracer(fx.Tracer):
                 generators_kept(),
                 ints_traced(self.ints),
                 self.types.reads_noticed(self.read_type),
-                patched(self._call, self._call_method, root.training, lambda: not self.executing),
-                self._nothing_drawn(),
+                patched(
+                    *(self._call, self._call_method, root.training),
+                    *(lambda: not self.executing, self.mode_read.set),
+                ),
+                nothing_drawn(self.generators),
             ):
                 graph = self.trace(root)
                 for given in self.aliases.overwritten_inputs():
@@ -174,11 +180,11 @@ class ConcreteTracer(fx.Tracer):
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return self.create_proxy("call_method", name, args, kwargs)
 
-    def _as_leaf(self, function: Callable[[Any], Any], given: Any) -> Any:
+    def _as_leaf(self, function: Callable[[Any], Any], given: Any, torchs: bool = False) -> Any:
         """The result of `function` on the values of its arguments; nothing in it is traced."""
         outside, self.executing = self.executing, True
         try:
-            with generators_kept(self.generators):
+            with nullcontext() if torchs else generators_kept(self.generators):
                 return function(map_leaves(value_of, given))
         finally:
             self.executing = outside
@@ -293,8 +299,9 @@ class ConcreteTracer(fx.Tracer):
         """
         if self.executing or m not in (self.submodule_paths or ()):
             return forward(*args, **kwargs)
+        watched = nullcontext() if only_reads(m) else nothing_drawn(self.generators)
         try:
-            with self._nothing_drawn(), self._inside(m):
+            with watched, self._inside(m):
                 result = super().call_module(m, forward, args, kwargs)
                 self.aliases.check_returned(nodes_in(result), self.modules[-1])
             return result
@@ -313,13 +320,6 @@ class ConcreteTracer(fx.Tracer):
             yield
         finally:
             self.modules.pop()
-
-    @contextmanager
-    def _nothing_drawn(self) -> Iterator[None]:
-        before = drawn_so_far(self.generators)
-        yield
-        if drawn_so_far(self.generators) != before:
-            raise TypeError("it draws random numbers that are not torch's own")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers are proxies, but not inside a leaf that is being run."""
@@ -347,4 +347,4 @@ class ConcreteTracer(fx.Tracer):
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
 
-        return self._as_leaf(make, (args, kwargs))
+        return self._as_leaf(make, (args, kwargs), torchs=runs_torch_alone(self.root, kind, target))
