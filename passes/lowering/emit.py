@@ -66,21 +66,32 @@ def _branch(
 ) -> nn.Module:
     """One grouped convolution, or a linear layer, of the filters and inputs of `branch`."""
     device, width = weight.device, weight.shape[1]
-    own = torch.from_numpy(filters[branch.filters]).to(device)
+    own = filters[branch.filters]
     # each filter's weights are stored from the first channel of its own structural group on
     first = own // (len(weight) // structural_groups) * width
-    read = torch.from_numpy(inputs[branch.inputs]).to(device)[:, None] - first[:, :, None]
-    real = torch.from_numpy(branch.filters >= 0).to(device)
-    reads = torch.from_numpy(branch.inputs >= 0).to(device)[:, None] & real[:, :, None]
-    reads = reads & (read >= 0) & (read < width)
-    cut = weight[own[:, :, None], read.clamp(0, width - 1)]
-    cut = torch.where(reads.reshape(*reads.shape, *[1] * (cut.dim() - 3)), cut, 0).flatten(0, 1)
-    bias = None if bias is None else torch.where(real, bias[own], 0).flatten()
+    if alike := own.size > 0 and bool((first == first[:, :1]).all()):
+        first = first[:, :1]
+    read = inputs[branch.inputs][:, None] - first[:, :, None]
+    reads = (branch.inputs >= 0)[:, None] & (read >= 0) & (read < width)
+    real = branch.filters >= 0
+    rows, columns = (torch.from_numpy(x).to(device) for x in (own, read.clip(0, width - 1)))
+    if alike:  # all filters of a group read the same channels: far faster
+        pairs = zip(rows, columns[:, 0], strict=True)
+        cut = torch.cat([weight.index_select(0, o).index_select(1, i) for o, i in pairs])
+    else:
+        cut = weight[rows[:, :, None], columns].flatten(0, 1)
+    if not (reads.all() and real.all()):
+        kept = torch.from_numpy(reads & real[:, :, None]).to(device).flatten(0, 1)
+        cut = torch.where(kept.reshape(*kept.shape, *[1] * (cut.dim() - 2)), cut, 0)
+    if bias is not None:
+        bias = torch.where(torch.from_numpy(real).to(device), bias[rows], 0).flatten()
     return like(layer, as_weight(layer, cut, len(branch.inputs)), bias, len(branch.inputs))
 
 
 def like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
     """A frozen layer of torch's own of the kind and settings of `layer`, with another weight.
+
+    It takes over `weight` and `bias`, which are not copied.
 
     Args:
         layer: a linear layer or a convolution, perhaps transposed.
@@ -100,7 +111,7 @@ def like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Mod
         new = kind(*sizes, **how, groups=groups, bias=bias is not None, device="meta")
     if isinstance(layer, TRANSPOSED):
         weight = weight.contiguous()  # a transposed view, which torch.export.save warns of
-    new._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    new._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
-        new._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        new._parameters["bias"] = nn.Parameter(bias.detach(), requires_grad=False)
     return new

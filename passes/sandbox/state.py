@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from dspfx.passes.sandbox.randomness import generators_kept, generators_of
 
+_TORCHS = (torch.__name__, torch.functional.__name__, F.__name__)
 _CONTAINERS = (dict, OrderedDict, defaultdict, set, list)  # as of parameters
 
 
@@ -123,7 +124,7 @@ def runs_torch_alone(root: nn.Module, kind: str, target: Any) -> bool:
         return all(map(only_reads, root.get_submodule(target).modules()))
     if kind == "call_function":
         place = getattr(target, "__module__", None) or ""
-        return isinstance(target, BuiltinFunctionType) or place == F.__name__
+        return isinstance(target, BuiltinFunctionType) or place in _TORCHS
     return kind == "get_attr" or (kind == "call_method" and hasattr(Tensor, target))
 
 

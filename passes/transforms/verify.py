@@ -5,9 +5,8 @@ difference shows; layers that cast to a narrower type inside cast to float64 the
 cannot run so is compared in its own type.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspfx.errors import EquivalenceError
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis
 from dspfx.passes.analysis.liveness import Liveness
-from dspfx.passes.sandbox.calls import fresh
-from dspfx.passes.sandbox.randomness import fixed_seeds
+from dspfx.passes.sandbox.calls import Call, fresh, of_one_sample, samples_of
 from dspfx.passes.sandbox.sizes import Shapes, resized, shapes_of, sizes_to_prove
-from dspfx.passes.sandbox.state import buffers_kept, state_kept
+from dspfx.passes.sandbox.state import buffers_kept
 from dspfx.passes.transforms.compact import compact
 from dspfx.passes.transforms.plan import CompactionPlan, Order
+from dspfx.passes.transforms.widest import (
+    InFloat64,
+    Masked,
+    drawing_alike,
+    outputs_of,
+    random_like,
+    widest,
+)
 from dspfx.utils.arrays import BoolArray
 from dspfx.utils.pytree import leaves, map_leaves
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
+_CHEAP = 2**15  # numbers in the inputs: a pass of so few saves nothing with fewer samples
 
 
 def verify(
@@ -43,7 +49,8 @@ def verify(
     """The largest relative difference that compacting `masked` makes, on random inputs.
 
     The type in which it was found is given with it. The proof covers the size of `inputs` and, as
-    far as `masked` takes them, the `sizes_to_prove`.
+    far as `masked` takes them, the `sizes_to_prove`. Of large inputs one sample is compared, as of
+    these sizes, if one of them has more samples than `inputs`.
 
     Args:
         masked: in evaluation mode; only read.
@@ -54,51 +61,90 @@ def verify(
     Raises:
         EquivalenceError: if the outputs differ by more than the type's tolerance.
     """
-    widest = _widest(masked, inputs)
-    exact = nullcontext() if widest.module is masked else _InFloat64()
-    with torch.no_grad(), buffers_kept(widest.module), exact:
-        compacted = compact(widest.module, analysis, plan)
-        module = fx.GraphModule(compacted.root, compacted.graph)
-        worst = difference(widest.outputs, _outputs(module, widest.inputs))
-        if worst is None:
-            names = {
-                old.name: (new.name, plan.order.get(old), live.kept.get(old))
-                for old, new in compacted.nodes.items()
-            }
-            first = _first_difference(widest.module, module, widest.inputs, names)
-            raise EquivalenceError(_told(first, widest.module, widest.inputs, widest.outputs))
-        generator = torch.Generator().manual_seed(1)
-        for shapes in sizes_to_prove(shapes_of(inputs), others, generator):
-            given = _random(resized(widest.inputs, shapes), generator)
-            worst = max(worst, _at_another_size(widest.module, module, given))
-    return worst, widest.dtype
+    sizes = sizes_to_prove(shapes_of(inputs), others, torch.Generator().manual_seed(1))
+    of = masked, analysis, live, plan
+    if (few := _fewer_samples(inputs, sizes)) is not None:
+        with suppress(Exception):  # then all samples tell what it is
+            return _Verifier(*of, few[1], all_sizes=True).run(few[0])
+    return _Verifier(*of, sizes).run(inputs)
 
 
-def _at_another_size(masked: fx.GraphModule, compact: fx.GraphModule, inputs: Any) -> float:
-    """The difference for `inputs`; none where the masked model refuses them."""
+def _fewer_samples(
+    inputs: tuple[Any, ...], sizes: Sequence[Shapes]
+) -> tuple[tuple[Any, ...], list[Shapes]] | None:
+    """One sample of large `inputs`, and of all `sizes` but one, which has more than they have."""
+    tensors = [leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor)]
+    large = sum(x.numel() for x in tensors) >= _CHEAP
+    if not large or not all(x.is_floating_point() and x.dim() for x in tensors):
+        return None
+    count = samples_of(Call(inputs))
+    of_more = next((own for own in sizes if all(shape[0] > count for shape in own)), None)
+    one = None if of_more is None else of_one_sample(Call(inputs))
+    if one is None:
+        return None
+    of_one = [tuple((1, *shape[1:]) for shape in own) for own in sizes if own != of_more]
+    return one.args, [*([] if of_more is None else [of_more]), *of_one]
+
+
+@dataclass(frozen=True)
+class _Verifier:
+    """Compares `masked` and what `plan` makes of it; see `verify`."""
+
+    masked: fx.GraphModule
+    analysis: ChannelAnalysis
+    live: Liveness
+    plan: CompactionPlan
+    sizes: Sequence[Shapes]
+    all_sizes: bool = False
+
+    def run(self, inputs: tuple[Any, ...]) -> tuple[float, torch.dtype]:
+        """The largest difference for `inputs` and the further `sizes`, and the type it is in.
+
+        Raises:
+            EquivalenceError: the outputs differ, or `masked` does not take `all_sizes`.
+        """
+        wide = widest(self.masked, inputs)
+        exact = InFloat64() if wide.casts else nullcontext()
+        with torch.no_grad(), buffers_kept(wide.module), exact:
+            compacted = compact(wide.module, self.analysis, self.plan)
+            module = fx.GraphModule(compacted.root, compacted.graph)
+            worst = difference(wide.outputs, outputs_of(module, wide.inputs))
+            if worst is None:
+                first = self._first_difference(wide, module, compacted.nodes)
+                raise EquivalenceError(_told(first, wide.module, wide.inputs, wide.outputs))
+            generator = torch.Generator().manual_seed(1)
+            for shapes in self.sizes:
+                given = random_like(resized(wide.inputs, shapes), generator)
+                found = _at_another_size(wide.module, module, given)
+                if found is None and self.all_sizes:
+                    raise EquivalenceError(f"nothing is known of inputs of the shapes {shapes}")
+                worst = max(worst, found or 0.0)
+        return worst, wide.dtype
+
+    def _first_difference(
+        self, wide: Masked, module: fx.GraphModule, nodes: Mapping[Node, Node]
+    ) -> str:
+        names = {
+            old.name: (new.name, self.plan.order.get(old), self.live.kept.get(old))
+            for old, new in nodes.items()
+        }
+        return _first_difference(wide.module, module, wide.inputs, names)
+
+
+def _at_another_size(masked: fx.GraphModule, compact: fx.GraphModule, inputs: Any) -> float | None:
+    """The difference for `inputs`; None where the masked model refuses them."""
     try:
-        expected = _outputs(masked, inputs)
+        expected = outputs_of(masked, inputs)
     except Exception:
-        return 0.0
+        return None
     where = f"inputs of the shapes {shapes_of(inputs)}"
     try:
-        found = difference(expected, _outputs(compact, inputs))
+        found = difference(expected, outputs_of(compact, inputs))
     except Exception as error:
         raise EquivalenceError(f"{_told(where)} The compact model raises {error!r}") from error
     if found is None:
         raise EquivalenceError(_told(where, masked, inputs, expected))
     return found
-
-
-def _outputs(module: fx.GraphModule, inputs: Any) -> Any:
-    """The results of `module`; random numbers are equal in every call, and state is restored."""
-    with _drawing_alike(inputs), state_kept(module, written=list(module.buffers())):
-        return module.forward(*fresh(inputs))  # a call would print where it fails
-
-
-def _drawing_alike(inputs: Any) -> AbstractContextManager[None]:
-    devices = (leaf.device for leaf in leaves(inputs) if isinstance(leaf, Tensor))
-    return fixed_seeds(next(devices, torch.device("cpu")))
 
 
 def _told(
@@ -108,7 +154,7 @@ def _told(
     differ = f"masked and compact model differ, first at {where}. "
     if (
         masked is not None
-        and difference(outputs, _outputs(masked, last_bits_changed(inputs))) is None
+        and difference(outputs, outputs_of(masked, last_bits_changed(inputs))) is None
     ):
         return (
             f"{differ}The masked model alone differs as much if only the last bits of its inputs "
@@ -162,68 +208,6 @@ def difference(expected: Any, actual: Any) -> float | None:
     return worst
 
 
-@dataclass(frozen=True)
-class _Masked:
-    """The masked model in the widest type that it runs in, with inputs and outputs.
-
-    Attributes:
-        module: a float64 copy over the same graph, or the model itself.
-        inputs: random ones.
-        outputs: for these.
-        dtype: in which it runs.
-    """
-
-    module: fx.GraphModule
-    inputs: Any
-    outputs: Any
-    dtype: torch.dtype
-
-
-def _widest(masked: fx.GraphModule, inputs: tuple[Any, ...]) -> _Masked:
-    generator = torch.Generator().manual_seed(0)
-    wide_inputs = _random(map_leaves(_as_double, inputs), generator)
-    wide = fx.GraphModule(copy.deepcopy(masked).double(), masked.graph)
-    try:
-        with torch.no_grad(), _InFloat64():
-            return _Masked(wide, wide_inputs, _outputs(wide, wide_inputs), torch.float64)
-    except (RuntimeError, TypeError):
-        types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
-        drawn = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, wide_inputs)
-        own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
-        with torch.no_grad():
-            return _Masked(masked, drawn, _outputs(masked, drawn), own)
-
-
-def _as_double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
-def _random(inputs: Any, generator: torch.Generator) -> Any:
-    """`inputs` with normally distributed numbers in floating-point tensors, same types."""
-
-    def draw(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
-
-    return map_leaves(draw, inputs)
-
-
-class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Replace narrower floating types by float64 where code asks for them, as some norms do."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("dtype") in TOLERANCE:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
 def _first_difference(
     masked: fx.GraphModule,
     compact: fx.GraphModule,
@@ -232,10 +216,10 @@ def _first_difference(
 ) -> str:
     """The first node, in the order of execution, whose kept channels differ."""
     recorder = _Recorder(compact)
-    with _drawing_alike(inputs):
+    with drawing_alike(inputs):
         recorder.run(*fresh(inputs))
     checker = _Checker(masked, recorder.results, names)
-    with _drawing_alike(inputs):
+    with drawing_alike(inputs):
         checker.run(*fresh(inputs))
     return checker.first or "the output"
 

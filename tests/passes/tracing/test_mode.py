@@ -1,5 +1,6 @@
 """A model is traced in training mode only if its code may do something else there."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,12 @@ class Scaled(nn.Module):
 def traced(net: nn.Module, opaque: frozenset[str] = frozenset()) -> Traced:
     """The graphs of `net`."""
     return trace(net, {"x": torch.randn(2, 3, 8, 8)}, opaque)
+
+
+def scripted(module: nn.Module) -> Any:
+    """`module` as TorchScript."""
+    with warnings.catch_warnings(action="ignore"):  # it is deprecated, and used
+        return torch.jit.script(module)
 
 
 @pytest.fixture
@@ -104,12 +111,11 @@ def test_the_attribute_is_as_before_afterwards() -> None:
     dspfx.prepare(net, torch.randn(2, 3, 8, 8))
     assert net.training
     assert "training" not in vars(nn.Module)
-    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout()))
-    assert not scripted.eval()[1].training
+    assert not scripted(nn.Dropout()).eval().training
 
 
 def test_a_scripted_module_is_traced_around_in_both_modes(modes: list[bool]) -> None:
     net = Net(lambda _, y: y)
-    net.body[2] = torch.jit.script(nn.Dropout())
+    net.body[2] = scripted(nn.Dropout())
     traced(net)
     assert modes == [False, True]

@@ -1,0 +1,137 @@
+"""The masked model in float64, or else in the widest type that it runs in.
+
+1. It is copied, its parameters in the new type at once; gated layers mask their weights once.
+2. Layers that cast to a narrower type inside cast to float64 then. Where neither a first call does
+   nor any code but torch's runs, which might at another size, casts are not looked for again.
+"""
+
+import copy
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dspfx.layers.computed_weight import is_weighted
+from dspfx.layers.gated import gated_layers
+from dspfx.passes.sandbox.calls import fresh
+from dspfx.passes.sandbox.randomness import fixed_seeds
+from dspfx.passes.sandbox.state import runs_torch_alone, state_kept
+from dspfx.utils.pytree import leaves, map_leaves
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The masked model in the widest type that it runs in, with inputs and outputs.
+
+    Attributes:
+        module: a float64 copy over the same graph, or the model itself.
+        inputs: random ones.
+        outputs: for these.
+        dtype: in which it runs.
+        casts: it may ask for a narrower type, here or at another size, see `InFloat64`.
+    """
+
+    module: fx.GraphModule
+    inputs: Any
+    outputs: Any
+    dtype: torch.dtype
+    casts: bool
+
+
+def widest(masked: fx.GraphModule, inputs: tuple[Any, ...]) -> Masked:
+    """`masked` in float64, else in its own type, and what it computes for random `inputs`."""
+    generator = torch.Generator().manual_seed(0)
+    wide_inputs = random_like(map_leaves(_as_double, inputs), generator)
+    with torch.no_grad():
+        wide = _in_float64(masked)
+    try:
+        with torch.no_grad(), InFloat64() as mode:
+            outputs = outputs_of(wide, wide_inputs)
+        other_code = any(
+            node.op.startswith("call_") and not runs_torch_alone(masked, node.op, node.target)
+            for node in masked.graph.nodes
+        )
+        casts = mode.used or other_code
+        return Masked(wide, wide_inputs, outputs, torch.float64, casts)
+    except (RuntimeError, TypeError):
+        types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
+        drawn = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, wide_inputs)
+        own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
+        with torch.no_grad():
+            return Masked(masked, drawn, outputs_of(masked, drawn), own, casts=False)
+
+
+def _in_float64(masked: fx.GraphModule) -> fx.GraphModule:
+    """A copy over the same graph, whose gated layers mask their weights once for all calls."""
+    memo: dict[int, Any] = {}  # what is copied in its new type at once
+    for tensor in (*masked.parameters(), *masked.buffers()):
+        if type(tensor) is nn.Parameter and tensor.is_floating_point():
+            wider = tensor.detach().to(torch.float64, copy=True)
+            memo[id(tensor)] = nn.Parameter(wider, tensor.requires_grad)
+    root = nn.Module()
+    for kind in ("_modules", "_parameters", "_buffers"):
+        vars(root)[kind] = copy.deepcopy(vars(masked)[kind], memo)
+    root.double()
+    wide = fx.GraphModule(root, masked.graph)
+    read = {id(attrgetter(node.target)(wide)) for node in wide.graph.find_nodes(op="get_attr")}
+    for layer in gated_layers(wide).values():
+        own = layer._parameters
+        taken = read.intersection(map(id, own.values()))
+        if taken or "weight" not in own or is_weighted(layer):
+            continue  # its weight is read by others, too, or computed
+        masked_values = layer.masked()
+        layer.gate.open = True
+        for name, value in zip(("weight", "bias"), masked_values, strict=True):
+            if value is not None:
+                own[name] = nn.Parameter(value.detach(), requires_grad=False)
+    return wide
+
+
+def _as_double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def random_like(inputs: Any, generator: torch.Generator) -> Any:
+    """`inputs` with normally distributed numbers in floating-point tensors, same types."""
+
+    def draw(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+    return map_leaves(draw, inputs)
+
+
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
+    """Replace narrower floating types by float64 where code asks for them, as some norms do."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.used = False  # anything was replaced
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") in FLOATS:
+            self.used = self.used or kwargs["dtype"] != torch.float64
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def outputs_of(module: fx.GraphModule, inputs: Any) -> Any:
+    """The results of `module`; random numbers are equal in every call, and state is restored."""
+    with drawing_alike(inputs), state_kept(module, written=list(module.buffers())):
+        return module.forward(*fresh(inputs))  # a call would print where it fails
+
+
+def drawing_alike(inputs: Any) -> AbstractContextManager[None]:
+    """Random numbers are the same whenever this is entered, on the device of `inputs`."""
+    devices = (leaf.device for leaf in leaves(inputs) if isinstance(leaf, Tensor))
+    return fixed_seeds(next(devices, torch.device("cpu")))
