@@ -65,6 +65,7 @@ class SameGraph:
         self.prepared, self.model, self.call = prepared, model, call
         self.name = type(model).__name__
         self.executions: dict[Shapes, Execution] = {}
+        self.compared: list[tuple[Call, Any]] = []  # calls, and what the model computes for them
 
     def check(self, expected: Any, *, train: bool) -> ChannelAnalysis:
         """Compare the two in evaluation mode and, if they are to `train`, in training mode.
@@ -77,12 +78,18 @@ class SameGraph:
             TraceError: the graph computes or learns something else.
         """
         self._check_outputs(expected, self._execute(self.prepared.example_inputs))
+        self.compared.append((self.call, expected))
+        self._settle_sizes()
         ran = train and self._check_training()
         if not ran or self.prepared.graphs[True] is not self.prepared.graphs[False]:
             # the code that is written for the graph has not run
-            self._check_outputs(expected, self._run_code())
-        self._settle_sizes()
+            call, outputs = self._cheapest()
+            self._check_outputs(outputs, self._run_code(self._inputs(call)))
         return self._analyse_all_sizes()
+
+    def _cheapest(self) -> tuple[Call, Any]:
+        """The call of the fewest numbers, the example if it has as few."""
+        return min(self.compared, key=lambda compared: _numbers(compared[0]))
 
     def _execute(self, inputs: tuple[Any, ...]) -> Any:
         """What the evaluation graph computes, its execution being kept; nothing else changes."""
@@ -90,11 +97,11 @@ class SameGraph:
             self.executions[shapes_of(inputs)], outputs = execute(view, inputs)
             return outputs
 
-    def _run_code(self) -> Any:
-        """What the code of the evaluation graph computes for the example inputs."""
+    def _run_code(self, inputs: tuple[Any, ...]) -> Any:
+        """What the code of the evaluation graph computes for `inputs`."""
         with self._sandboxed() as view, torch.no_grad():
             # a call would print where it fails
-            return view.forward(*fresh(self.prepared.example_inputs))
+            return view.forward(*fresh(inputs))
 
     @contextmanager
     def _sandboxed(self) -> Iterator[fx.GraphModule]:
@@ -125,15 +132,18 @@ class SameGraph:
         """Compare a pass forward and backward of both, where the model can train.
 
         One sample is enough for code that does something else at the next step, if all the
-        gradients say something; where these differ, or say nothing, all samples are taken.
+        gradients say something, and so is a smaller size that both take; where these differ, or say
+        nothing, all samples are taken, and then the example.
 
         Returns:
             Whether there was one.
         """
-        few = of_one_sample(self.call) if _numbers(self.call) >= _CHEAP else None
+        cheapest, _ = self._cheapest() if _numbers(self.call) >= _CHEAP else (self.call, None)
+        few = of_one_sample(cheapest) if _numbers(cheapest) >= _CHEAP else None
         different: str | None = None
         expected: Results | None = None
-        for call in (few, self.call):
+        smaller_differs = False
+        for call in (few, cheapest, *(() if cheapest is self.call else (self.call,))):
             expected = None if call is None else training_pass(self.model, call)
             if call is None or expected is None or (call is few and is_blind(expected)):
                 continue
@@ -143,7 +153,10 @@ class SameGraph:
                 errors = rounding_errors(self.model, call)
                 different = difference(expected, actual, errors)
             if different is None:
+                if smaller_differs:
+                    self._refuse(shapes_of(self._inputs(cheapest)))
                 return True
+            smaller_differs = call is cheapest is not self.call
         if expected is not None and different is not None:
             raise TraceError(
                 f"the graph of {self.name} does not train as the model does: after one pass, "
@@ -176,15 +189,10 @@ class SameGraph:
                 continue
             if _is_same(expected, actual):
                 taken.append(shapes)
+                self.compared.append((call, expected))
                 shown |= shown_places(example, shapes)
                 continue
-            fix_sizes(prepared.graphs.values(), prepared.example_inputs, shapes)
-            prepared.recompile()
-            self.executions.clear()  # they are of a graph without the check
-            prepared.notes += (
-                f"takes inputs of the shapes {example} only, since its code does something else "
-                "for other sizes than its graph",
-            )
+            self._refuse(shapes)
         prepared.other_sizes = tuple(taken)
         self._settle_numbers()
 
@@ -239,6 +247,20 @@ class SameGraph:
         for shapes in sizes_in_steps(given):
             if shapes not in found:
                 yield other(shapes), partial(both, other(shapes))
+
+    def _refuse(self, shapes: Shapes) -> None:
+        """Let the graphs refuse sizes other than that of the example, as those of `shapes`."""
+        prepared = self.prepared
+        example = shapes_of(prepared.example_inputs)
+        fix_sizes(prepared.graphs.values(), prepared.example_inputs, shapes)
+        prepared.recompile()
+        prepared.other_sizes = ()
+        prepared.notes += (
+            f"takes inputs of the shapes {example} only, since its code does something else "
+            "for other sizes than its graph",
+        )
+        self.executions.clear()  # they are of a graph without the check
+        del self.compared[1:]
 
     def _analyse_all_sizes(self) -> ChannelAnalysis:
         inputs = fitting_inputs(self.prepared)

@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,18 +132,32 @@ def _isolated(module: nn.Module) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def _perturbed_copy(module: nn.Module) -> nn.Module:
     """A copy whose parameters are slightly different."""
-    twin = copy.deepcopy(module)
-    with torch.no_grad():
-        for i, (_, p) in enumerate(twin.named_parameters()):
-            if p.is_floating_point():
-                most = _PERTURBATION * (1 + i % 16 / 16)
-                for dim, size in enumerate(p.shape):
-                    shape = [size if d == dim else 1 for d in range(p.dim())]
-                    steps = torch.linspace(-most, most, size, dtype=p.dtype, device=p.device)
-                    p.add_(steps.view(shape) if size > 1 else 0)
+    copies: dict[int, Any] = {
+        id(p): nn.Parameter(_perturbed(p.detach(), number), p.requires_grad)
+        for number, p in enumerate(module.parameters())
+        if type(p) is nn.Parameter and p.is_floating_point() and p.layout == torch.strided
+    }
+    made = {id(p) for p in copies.values()}
+    twin = copy.deepcopy(module, copies)
+    for number, p in enumerate(twin.parameters()):
+        if id(p) not in made and p.is_floating_point():  # it was copied in its own way
+            p.copy_(_perturbed(p, number))
     return twin
+
+
+def _perturbed(parameter: Tensor, number: int) -> Tensor:
+    """A copy that is slightly different, every number otherwise."""
+    most = _PERTURBATION * (1 + number % 16 / 16)
+    steps: list[Tensor] = []
+    for dim in sorted(range(parameter.dim()), key=lambda dim: parameter.shape[dim]):
+        if (size := parameter.shape[dim]) > 1:
+            ramp = torch.linspace(-most, most, size, dtype=parameter.dtype, device=parameter.device)
+            steps.append(ramp.view([size if d == dim else 1 for d in range(parameter.dim())]))
+    new = parameter + sum(steps[:-1])  # of the smaller dimensions
+    return new.add_(steps[-1]) if steps else new
 
 
 def _round_otherwise(module: nn.Module, seed: int) -> None:

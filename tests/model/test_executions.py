@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import dspfx
+from dspfx.model import same_graph
 from dspfx.model.analysed import analyse_prepared
 from dspfx.passes.analysis import channels
 from dspfx.passes.analysis.products import Products
+from dspfx.passes.sandbox.calls import Call
 from helpers import randomise
 
 SIZE, SAMPLES = 96, 2  # more than 2**15 numbers: one sample is enough to train
@@ -59,15 +61,52 @@ def test_few_numbers_are_trained_on_all_samples(model: nn.Module) -> None:
     assert 10 * one < macs_of(lambda: dspfx.prepare(model, x)) <= 15 * one
 
 
-def test_what_is_zero_without_other_samples_is_trained_on_all(model: nn.Module) -> None:
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes that are trained on, from now on."""
+    shapes: list[torch.Size] = []
+    training_pass = same_graph.training_pass
+
+    def noting(module: nn.Module, call: Call) -> Any:
+        shapes.append(call.args[0].shape)
+        return training_pass(module, call)
+
+    monkeypatch.setattr(same_graph, "training_pass", noting)
+    return shapes
+
+
+def test_one_sample_of_a_smaller_size_is_trained_on(
+    model: nn.Module, trained: list[torch.Size]
+) -> None:
+    dspfx.prepare(model, torch.randn(SAMPLES, 3, 3 * SIZE, 3 * SIZE))
+    by_model, by_graph = trained
+    assert by_model == by_graph
+    assert by_model[0] == 1
+    assert by_model[2] < 3 * SIZE
+
+
+def test_what_is_zero_without_other_samples_is_trained_on_all(trained: list[torch.Size]) -> None:
     class Centred(Net):
         def forward(self, x: Tensor) -> Tensor:
             x = super().forward(x)
             return x - x.mean(0)
 
+    dspfx.prepare(randomise(Centred()), torch.randn(SAMPLES, 3, 3 * SIZE, 3 * SIZE))
+    assert [shape[0] for shape in trained] == [1, SAMPLES + 1, SAMPLES + 1]  # of that size
+
+
+def test_sizes_at_which_another_code_trains_are_refused(trained: list[torch.Size]) -> None:
+    class Halved(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            half = self.training and x.shape[-1] < SIZE
+            return super().forward(x) / (2 if half else 1)
+
     x = torch.randn(SAMPLES, 3, SIZE, SIZE)
-    one = macs_of(lambda: model(x))
-    assert macs_of(lambda: dspfx.prepare(randomise(Centred()), x)) > 12 * one
+    prepared: Any = dspfx.prepare(randomise(Halved()), x)
+    assert trained[-1] == x.shape
+    assert "for other sizes than its graph" in prepared.notes[-1]
+    with pytest.raises(AssertionError, match=f"is {SIZE}"):
+        prepared(x[:, :, :-2])
 
 
 def test_convert_executes_seven_forward_passes_at_most(model: nn.Module) -> None:
