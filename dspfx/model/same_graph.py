@@ -31,6 +31,7 @@ from dspfx.passes.sandbox.calls import (
     evaluate,
     fresh,
     of_one_sample,
+    of_two_samples,
     parameter_dtype_and_device,
 )
 from dspfx.passes.sandbox.fix_sizes import fix_numbers, fix_sizes
@@ -49,7 +50,7 @@ from dspfx.passes.sandbox.sizes import (
 from dspfx.passes.sandbox.state import state_kept, values_of, written_by
 from dspfx.utils.pytree import leaves, structure
 
-_CHEAP = 2**15  # numbers in the inputs: a pass of so few saves nothing with fewer samples
+_CHEAP = 2**15  # numbers: a pass of so few saves nothing with fewer samples, a copy nothing at all
 
 
 class SameGraph:
@@ -138,12 +139,11 @@ class SameGraph:
         Returns:
             Whether there was one.
         """
-        cheapest, _ = self._cheapest() if _numbers(self.call) >= _CHEAP else (self.call, None)
-        few = of_one_sample(cheapest) if _numbers(cheapest) >= _CHEAP else None
+        smaller, few = self._small_calls() if _numbers(self.call) >= _CHEAP else (None, None)
         different: str | None = None
         expected: Results | None = None
         smaller_differs = False
-        for call in (few, cheapest, *(() if cheapest is self.call else (self.call,))):
+        for call in (few, smaller, self.call):
             expected = None if call is None else training_pass(self.model, call)
             if call is None or expected is None or (call is few and is_blind(expected)):
                 continue
@@ -153,10 +153,10 @@ class SameGraph:
                 errors = rounding_errors(self.model, call)
                 different = difference(expected, actual, errors)
             if different is None:
-                if smaller_differs:
-                    self._refuse(shapes_of(self._inputs(cheapest)))
+                if smaller_differs and smaller is not None:
+                    self._refuse(shapes_of(self._inputs(smaller)))
                 return True
-            smaller_differs = call is cheapest is not self.call
+            smaller_differs = call is smaller
         if expected is not None and different is not None:
             raise TraceError(
                 f"the graph of {self.name} does not train as the model does: after one pass, "
@@ -166,6 +166,17 @@ class SameGraph:
                 "PrepareConfig(opaque=...)"
             )
         return False
+
+    def _small_calls(self) -> tuple[Call | None, Call | None]:
+        """Calls of a smaller size that both take, if there is one, and of one sample.
+
+        Of one sample code that asks for the mode may drop all, as stochastic depth does: of a
+        smaller size, two cost no more than trying.
+        """
+        cheapest, _ = self._cheapest()
+        smaller = None if cheapest is self.call else of_two_samples(cheapest)
+        asks = self.prepared.graphs[True] is not self.prepared.graphs[False]
+        return smaller, None if smaller and asks else of_one_sample(smaller or self.call)
 
     def _inputs(self, call: Call) -> tuple[Any, ...]:
         return positional(self.prepared.graph, call.by_name(self.model))
@@ -227,7 +238,7 @@ class SameGraph:
         they are computed.
         """
         found: dict[Shapes, tuple[Any, Any]] = {}
-        given, values = (self.call.args, self.call.kwargs), values_of(self.model)
+        given, values = (self.call.args, self.call.kwargs), values_of(self.model, _CHEAP)
 
         def other(shapes: Shapes) -> Call:
             return Call(*resized(given, shapes))
@@ -242,11 +253,14 @@ class SameGraph:
                 return False
             return True
 
-        for shapes in other_sizes(given, accepts):
-            yield other(shapes), partial(found.__getitem__, shapes)
-        for shapes in sizes_in_steps(given):
-            if shapes not in found:
-                yield other(shapes), partial(both, other(shapes))
+        try:
+            for shapes in other_sizes(given, accepts):
+                yield other(shapes), partial(found.__getitem__, shapes)
+            for shapes in sizes_in_steps(given):
+                if shapes not in found:
+                    yield other(shapes), partial(both, other(shapes))
+        finally:
+            values.put_all_back()
 
     def _refuse(self, shapes: Shapes) -> None:
         """Let the graphs refuse sizes other than that of the example, as those of `shapes`."""

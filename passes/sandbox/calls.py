@@ -89,18 +89,27 @@ def of_one_sample(call: Call) -> Call | None:
     Zeros, of which examples are often made, have gradients of zero. So a tensor of
     floating-point numbers that are all the same becomes one of random numbers.
     """
+    return _first_samples(call, 1) if samples_of(call) > 1 else None
+
+
+def of_two_samples(call: Call) -> Call:
+    """The same call with two samples at most, as `of_one_sample`."""
+    return _first_samples(call, 2)
+
+
+def _first_samples(call: Call, most: int) -> Call:
     count = samples_of(call)
     generator = torch.Generator().manual_seed(0)
 
     def first(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.dim() or len(x) != count:
             return x
-        x = x[:1]
+        x = x[:most]
         if not x.is_floating_point() or not x.numel() or not bool((x == x.flatten()[0]).all()):
             return x
         return torch.randn(x.shape, generator=generator).to(x)
 
-    return call.map(first) if count > 1 else None
+    return call.map(first)
 
 
 def check_accepted(root: nn.Module, call: Call, failure: type[DspfxError]) -> Any:

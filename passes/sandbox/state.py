@@ -1,5 +1,6 @@
 """Snapshot and restore module state: the values of tensors, and attributes."""
 
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,21 +19,39 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, set, list)  # as of parameters
 
 
 class Values:
-    """A snapshot of the values of `tensors`, which can be restored several times."""
+    """A snapshot of the values of `tensors`, which can be restored several times.
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._before = [(x, _version(x), x.requires_grad, x.detach().clone()) for x in tensors]
+    Writes that make no new version, through `.data`, show only where numbers are compared.
+
+    Args:
+        tensors: what can be written.
+        compared: of tensors with more numbers these are not compared, but by `put_all_back`.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], compared: float = math.inf) -> None:
+        self.compared = compared
+        self._before = [
+            (x, (_version(x), _place(x)), x.requires_grad, x.detach().clone()) for x in tensors
+        ]
 
     def put_back(self) -> None:
         """The tensors have the values that they had, no other history, and learn as before."""
-        with torch.no_grad():
-            for tensor, version, trained, value in self._before:
-                if _version(tensor) != version or _has_changed(tensor, value):
-                    if tensor.grad_fn is not None:
-                        tensor.detach_()
-                    tensor.copy_(value)
-                if tensor.requires_grad != trained:
-                    tensor.requires_grad_(trained)
+        self._put_back(self.compared)
+
+    def put_all_back(self) -> None:
+        """The same, of large tensors too."""
+        self._put_back(math.inf)
+
+    @torch.no_grad()
+    def _put_back(self, compared: float) -> None:
+        for tensor, seen, trained, value in self._before:
+            written = (_version(tensor), _place(tensor)) != seen
+            if written or (value.numel() <= compared and _has_changed(tensor, value)):
+                if tensor.grad_fn is not None:
+                    tensor.detach_()
+                tensor.copy_(value)
+            if tensor.requires_grad != trained:
+                tensor.requires_grad_(trained)
 
 
 @contextmanager
@@ -49,9 +68,9 @@ def of_python(root: nn.Module) -> list[nn.Module]:
     return [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
-def values_of(root: nn.Module) -> Values:
+def values_of(root: nn.Module, compared: float = math.inf) -> Values:
     """The values of all parameters and buffers."""
-    return Values([*root.parameters(), *root.buffers()])
+    return Values([*root.parameters(), *root.buffers()], compared)
 
 
 @contextmanager
@@ -139,6 +158,11 @@ def _contents(container: Any) -> tuple[Any, ...]:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _place(tensor: Tensor) -> int:
+    """Where the numbers are, which assigning to `.data` changes."""
+    return tensor.data_ptr() if tensor.layout == torch.strided else 0
 
 
 def _has_changed(tensor: Tensor, value: Tensor) -> bool:
