@@ -74,16 +74,17 @@ def _fewer_samples(
 ) -> tuple[tuple[Any, ...], list[Shapes]] | None:
     """One sample of large `inputs`, and of all `sizes` but one, which has more than they have."""
     tensors = [leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor)]
-    large = sum(x.numel() for x in tensors) >= _CHEAP
-    if not large or not all(x.is_floating_point() and x.dim() for x in tensors):
+    count, shapes = samples_of(Call(inputs)), shapes_of(inputs)
+    if sum(x.numel() for x in tensors) < _CHEAP or len(tensors) != len(shapes):
         return None
-    count = samples_of(Call(inputs))
+    if not all(x.is_floating_point() and x.dim() and len(x) == count > 1 for x in tensors):
+        return None
     of_more = next((own for own in sizes if all(shape[0] > count for shape in own)), None)
-    one = None if of_more is None else of_one_sample(Call(inputs))
-    if one is None:
+    one = of_one_sample(Call(inputs))
+    if of_more is None or one is None:
         return None
-    of_one = [tuple((1, *shape[1:]) for shape in own) for own in sizes if own != of_more]
-    return one.args, [*([] if of_more is None else [of_more]), *of_one]
+    of_one = (tuple((1, *shape[1:]) for shape in own) for own in sizes if own != of_more)
+    return one.args, [of_more, *of_one]
 
 
 @dataclass(frozen=True)
