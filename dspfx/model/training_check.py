@@ -37,8 +37,9 @@ Results = dict[str, Tensor]  # by what they are
 def training_pass(module: nn.Module, call: Call) -> Results | None:
     """What happens to a copy of `module` in training mode; None where it cannot train on `call`.
 
-    The outputs of two calls; the gradients, of a weighted sum of the first; what became of
-    parameters and buffers. But for outputs, there are two numbers of each tensor, see `_sketch`.
+    The outputs of two calls; the gradients, of a weighted sum of the second, since code that counts
+    calls may have others then; what became of parameters and buffers. But for outputs, there are
+    two numbers of each tensor, see `_sketch`.
     Neither `module` changes nor the arguments.
     """
     with _isolated(module):
@@ -47,9 +48,9 @@ def training_pass(module: nn.Module, call: Call) -> Results | None:
             twin.train(True)
             owned = _owned(twin)
             before = {what: x.detach().clone() for what, x in owned.items()}
-            outputs = _outputs(twin, call)
-            gradients = _gradients(twin, outputs)
+            outputs = [x.detach() for x in _outputs(twin, call)]
             again = _outputs(twin, call)
+            gradients = _gradients(twin, again)
         except Exception:
             return None
         names = [name for name, _ in twin.named_parameters()]

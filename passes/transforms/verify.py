@@ -50,7 +50,7 @@ def verify(
 
     The type in which it was found is given with it. The proof covers the size of `inputs` and, as
     far as `masked` takes them, the `sizes_to_prove`. Of large inputs one sample is compared, as of
-    these sizes, if one of them has more samples than `inputs`.
+    these sizes but one, which has as many samples as `inputs`.
 
     Args:
         masked: in evaluation mode; only read.
@@ -65,47 +65,54 @@ def verify(
     of = masked, analysis, live, plan
     if (few := _fewer_samples(inputs, sizes)) is not None:
         with suppress(Exception):  # then all samples tell what it is
-            return _Verifier(*of, few[1], all_sizes=True).run(few[0])
+            return _Verifier(*of, few[1], quick=True).run(few[0])
     return _Verifier(*of, sizes).run(inputs)
 
 
 def _fewer_samples(
     inputs: tuple[Any, ...], sizes: Sequence[Shapes]
 ) -> tuple[tuple[Any, ...], list[Shapes]] | None:
-    """One sample of large `inputs`, and of all `sizes` but one, which has more than they have."""
+    """One sample of large `inputs`, and of all `sizes` but one, of which there are as many."""
     tensors = [leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor)]
     count, shapes = samples_of(Call(inputs)), shapes_of(inputs)
     if sum(x.numel() for x in tensors) < _CHEAP or len(tensors) != len(shapes):
         return None
     if not all(x.is_floating_point() and x.dim() and len(x) == count > 1 for x in tensors):
         return None
-    of_more = next((own for own in sizes if all(shape[0] > count for shape in own)), None)
+    other = next((own for own in sizes if all(shape[0] >= count for shape in own)), None)
     one = of_one_sample(Call(inputs))
-    if of_more is None or one is None:
+    if other is None or one is None:
         return None
-    of_one = (tuple((1, *shape[1:]) for shape in own) for own in sizes if own != of_more)
-    return one.args, [of_more, *of_one]
+    of_one = [_with_samples(own, 1) for own in sizes if own != other]
+    return one.args, [_with_samples(other, count), *of_one]
+
+
+def _with_samples(shapes: Shapes, count: int) -> Shapes:
+    return tuple((count, *shape[1:]) for shape in shapes)
 
 
 @dataclass(frozen=True)
 class _Verifier:
-    """Compares `masked` and what `plan` makes of it; see `verify`."""
+    """Compares `masked` and what `plan` makes of it; see `verify`.
+
+    If it is `quick`, an error may be none: sizes may be refused, or casts not be replaced.
+    """
 
     masked: fx.GraphModule
     analysis: ChannelAnalysis
     live: Liveness
     plan: CompactionPlan
     sizes: Sequence[Shapes]
-    all_sizes: bool = False
+    quick: bool = False
 
     def run(self, inputs: tuple[Any, ...]) -> tuple[float, torch.dtype]:
         """The largest difference for `inputs` and the further `sizes`, and the type it is in.
 
         Raises:
-            EquivalenceError: the outputs differ, or `masked` does not take `all_sizes`.
+            EquivalenceError: the outputs differ; if it is `quick`, or `masked` refuses a size.
         """
         wide = widest(self.masked, inputs)
-        exact = InFloat64() if wide.casts else nullcontext()
+        exact = InFloat64() if wide.casts or (not self.quick and wide.may_cast) else nullcontext()
         with torch.no_grad(), buffers_kept(wide.module), exact:
             compacted = compact(wide.module, self.analysis, self.plan)
             module = fx.GraphModule(compacted.root, compacted.graph)
@@ -117,7 +124,7 @@ class _Verifier:
             for shapes in self.sizes:
                 given = random_like(resized(wide.inputs, shapes), generator)
                 found = _at_another_size(wide.module, module, given)
-                if found is None and self.all_sizes:
+                if found is None and self.quick:
                     raise EquivalenceError(f"nothing is known of inputs of the shapes {shapes}")
                 worst = max(worst, found or 0.0)
         return worst, wide.dtype

@@ -1,8 +1,8 @@
 """The masked model in float64, or else in the widest type that it runs in.
 
 1. It is copied, its parameters in the new type at once; gated layers mask their weights once.
-2. Layers that cast to a narrower type inside cast to float64 then. Where neither a first call does
-   nor any code but torch's runs, which might at another size, casts are not looked for again.
+2. Layers that cast to a narrower type inside cast to float64 then. Where a first call does not,
+   and only torch's code runs, casts are not looked for again.
 """
 
 import copy
@@ -34,7 +34,8 @@ class Masked:
         inputs: random ones.
         outputs: for these.
         dtype: in which it runs.
-        casts: it may ask for a narrower type, here or at another size, see `InFloat64`.
+        casts: it asks for a narrower type, see `InFloat64`.
+        may_cast: it runs other code than torch's, which may do so at another size.
     """
 
     module: fx.GraphModule
@@ -42,6 +43,7 @@ class Masked:
     outputs: Any
     dtype: torch.dtype
     casts: bool
+    may_cast: bool
 
 
 def widest(masked: fx.GraphModule, inputs: tuple[Any, ...]) -> Masked:
@@ -57,14 +59,15 @@ def widest(masked: fx.GraphModule, inputs: tuple[Any, ...]) -> Masked:
             node.op.startswith("call_") and not runs_torch_alone(masked, node.op, node.target)
             for node in masked.graph.nodes
         )
-        casts = mode.used or other_code
-        return Masked(wide, wide_inputs, outputs, torch.float64, casts)
+        return Masked(wide, wide_inputs, outputs, torch.float64, mode.used, other_code)
     except (RuntimeError, TypeError):
         types = iter([x.dtype for x in leaves(inputs) if isinstance(x, Tensor)])
         drawn = map_leaves(lambda x: x.to(next(types)) if isinstance(x, Tensor) else x, wide_inputs)
         own = next((p.dtype for p in masked.parameters() if p.is_floating_point()), torch.float32)
         with torch.no_grad():
-            return Masked(masked, drawn, outputs_of(masked, drawn), own, casts=False)
+            return Masked(
+                masked, drawn, outputs_of(masked, drawn), own, casts=False, may_cast=False
+            )
 
 
 def _in_float64(masked: fx.GraphModule) -> fx.GraphModule:
