@@ -23,6 +23,7 @@ from dspfx.model.retracer import Retracer
 from dspfx.passes.analysis.agreement import SizeFacts
 from dspfx.passes.sandbox.calls import Call
 from dspfx.passes.sandbox.sizes import Shapes
+from dspfx.passes.sandbox.unwritten import UnwrittenModule
 
 # where a module keeps what it owns
 _STATE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -156,7 +157,7 @@ class TwoModeModule(fx.GraphModule):
     def evaluation_view(self) -> Iterator[fx.GraphModule]:
         """The evaluation graph over the same submodules, all in evaluation mode for a while."""
         modes = {module: module.training for module in self.modules()}
-        view = fx.GraphModule(self, self.graphs[False])
+        view = UnwrittenModule(self, self.graphs[False])
         try:
             for module in modes:
                 module.training = False

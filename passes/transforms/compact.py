@@ -38,6 +38,7 @@ from dspfx.passes.analysis.channel_ops import (
     Value,
 )
 from dspfx.passes.lowering.emit import emit
+from dspfx.passes.sandbox.unwritten import UnwrittenModule
 from dspfx.passes.transforms.compacted import Compacted
 from dspfx.passes.transforms.cutting import (
     bytes_of,
@@ -83,7 +84,7 @@ class _Emitter:
         self.device = device_of(source)
 
     def finish(self) -> Compacted:
-        fx.GraphModule(self.root, self.graph)  # fx looks up purity of calls in the owning module
+        UnwrittenModule(self.root, self.graph)  # fx looks up purity of calls in the owning module
         remove_unused(self.graph, self.root)
         self.graph.lint()
         alive = set(self.graph.nodes)
