@@ -174,8 +174,7 @@ class TwoModeModule(fx.GraphModule):
         training = evaluation if same else copy.deepcopy(self.graphs[True])
         carried = {name: copy.deepcopy(value, memo) for name, value in self._carried().items()}
         graphs = {False: evaluation, True: training}
-        name = type(self).__name__
-        twin: Self = self._rebuild(state, self.training, graphs, carried, name)
+        twin: Self = self._rebuild(state, self.training, graphs, carried, type(self).__name__)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
