@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dspfx.model.module import PreparedModule
 from dspfx.passes.sandbox.calls import Call, fresh, parameter_dtype_and_device
 from dspfx.passes.sandbox.randomness import fixed_seeds
+from dspfx.passes.sandbox.state import written_by
 from dspfx.passes.tracing.autograd import ZERO, positions
 from dspfx.passes.tracing.patches import checkpoints_run_once
 from dspfx.utils.pytree import leaves
@@ -29,7 +31,7 @@ _PERTURBATION = 1e-3  # tells apart what starts equal, such as a network and its
 
 _ROW = 4096  # numbers of a tensor that are summed at once
 
-_GRADIENT = "the gradient of "
+_GRADIENT, _PARAMETER = "the gradient of ", "the parameter "
 
 Results = dict[str, Tensor]  # by what they are
 
@@ -47,7 +49,8 @@ def training_pass(module: nn.Module, call: Call) -> Results | None:
             twin = _perturbed_copy(module)
             twin.train(True)
             owned = _owned(twin)
-            before = {what: x.detach().clone() for what, x in owned.items()}
+            kept = _unwritten(twin)
+            before = {what: x.detach().clone() for what, x in owned.items() if what not in kept}
             outputs = [x.detach() for x in _outputs(twin, call)]
             again = _outputs(twin, call)
             gradients = _gradients(twin, again)
@@ -58,6 +61,7 @@ def training_pass(module: nn.Module, call: Call) -> Results | None:
         for calls, values in (("", outputs), (" of the second call", again)):
             results |= {f"output {i}{calls}": _numbers(x.detach()) for i, x in enumerate(values)}
         after = _owned(twin)
+        results |= {what: torch.zeros(2, dtype=torch.float64) for what in kept}
         return results | {
             what: _change(was, after[what]) for what, was in before.items() if what in after
         }
@@ -189,8 +193,17 @@ def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
 
 def _owned(module: nn.Module) -> dict[str, Tensor]:
     """Everything that `module` owns."""
-    owned = {f"the parameter {name}": x.detach() for name, x in module.named_parameters()}
+    owned = {f"{_PARAMETER}{name}": x.detach() for name, x in module.named_parameters()}
     return owned | {f"the buffer {name}": x.detach() for name, x in module.named_buffers()}
+
+
+def _unwritten(module: nn.Module) -> set[str]:
+    """The parameters that a graph reads by torch's code alone; that of others may write any."""
+    if not isinstance(module, PreparedModule):
+        return set()
+    written = {id(x) for x in written_by(module)}
+    named = module.named_parameters()
+    return {f"{_PARAMETER}{name}" for name, x in named if id(x) not in written}
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:

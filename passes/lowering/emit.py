@@ -4,6 +4,7 @@ A branch is one ordinary layer. Several branches, or one that gathers its inputs
 side by `Branches`.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -99,19 +100,27 @@ def like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Mod
         bias: `[O]`, or None.
         groups: of the convolution.
     """
+    kind: Any = nn.Linear
     settings = [*_SETTINGS, *(["output_padding"] if isinstance(layer, TRANSPOSED) else [])]
     count, reads = weight.shape[0], weight.shape[1]
     if isinstance(layer, nn.Linear):
-        new: nn.Module = nn.Linear(reads, count, bias is not None, device="meta")
+        new: nn.Module = _undrawn(nn.Linear)(reads, count, bias is not None, device="meta")
     else:
         how = {name: getattr(layer, name) for name in settings}
-        kind: Any = next(k for k in _PLAIN if isinstance(layer, k))
+        kind = next(k for k in _PLAIN if isinstance(layer, k))
         # transposed convolutions store [C, O/S, *taps]
         sizes = (groups * reads, count)[:: -1 if isinstance(layer, TRANSPOSED) else 1]
-        new = kind(*sizes, **how, groups=groups, bias=bias is not None, device="meta")
+        new = _undrawn(kind)(*sizes, **how, groups=groups, bias=bias is not None, device="meta")
+    new.__class__ = kind
     if isinstance(layer, TRANSPOSED):
         weight = weight.contiguous()  # a transposed view, which torch.export.save warns of
     new._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         new._parameters["bias"] = nn.Parameter(bias.detach(), requires_grad=False)
     return new
+
+
+@functools.cache
+def _undrawn(kind: Any) -> Any:
+    """`kind` without drawing weights that others take the place of, which takes long."""
+    return type(kind.__name__, (kind,), {"reset_parameters": lambda _: None})

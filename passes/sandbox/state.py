@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dspfx.layers.gates import ChannelGate, FilterGate
 from dspfx.passes.sandbox.randomness import generators_kept, generators_of
 
 _TORCHS = (torch.__name__, torch.functional.__name__, F.__name__)
@@ -118,9 +119,16 @@ def state_kept(
                 (container.extend if type(container) is list else container.update)(held)
 
 
+def buffers_written(root: nn.Module) -> list[Tensor]:
+    """The buffers that a call of `root` may write: all but those of gates."""
+    gates = (FilterGate, ChannelGate)
+    own = [module for module in root.modules() if not isinstance(module, gates)]
+    return list({id(x): x for module in own for x in module.buffers(recurse=False)}.values())
+
+
 def written_by(graph: fx.GraphModule) -> list[Tensor]:
     """The tensors that a call of `graph` may write: buffers, and what is not torch's to read."""
-    found = list(graph.buffers())
+    found = buffers_written(graph)
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             found.append(attrgetter(node.target)(graph))

@@ -6,20 +6,21 @@
 """
 
 import copy
+from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspfx.layers.computed_weight import is_weighted
-from dspfx.layers.gated import gated_layers
+from dspfx.layers.gated import GatedLayer, gated_layers
 from dspfx.passes.sandbox.calls import fresh
 from dspfx.passes.sandbox.randomness import fixed_seeds
-from dspfx.passes.sandbox.state import runs_torch_alone, state_kept
+from dspfx.passes.sandbox.state import buffers_written, runs_torch_alone, state_kept
 from dspfx.utils.pytree import leaves, map_leaves
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -72,28 +73,37 @@ def widest(masked: fx.GraphModule, inputs: tuple[Any, ...]) -> Masked:
 
 def _in_float64(masked: fx.GraphModule) -> fx.GraphModule:
     """A copy over the same graph, whose gated layers mask their weights once for all calls."""
+    once, values = _masked_once(masked)
     memo: dict[int, Any] = {}  # what is copied in its new type at once
-    for tensor in (*masked.parameters(), *masked.buffers()):
+    for tensor in masked.parameters():
         if type(tensor) is nn.Parameter and tensor.is_floating_point():
-            wider = tensor.detach().to(torch.float64, copy=True)
+            value = values.get(id(tensor), tensor).detach()
+            wider = value.to(torch.float64, copy=True)
             memo[id(tensor)] = nn.Parameter(wider, tensor.requires_grad)
     root = nn.Module()
     for kind in ("_modules", "_parameters", "_buffers"):
         vars(root)[kind] = copy.deepcopy(vars(masked)[kind], memo)
-    root.double()
-    wide = fx.GraphModule(root, masked.graph)
-    read = {id(attrgetter(node.target)(wide)) for node in wide.graph.find_nodes(op="get_attr")}
-    for layer in gated_layers(wide).values():
-        own = layer._parameters
-        taken = read.intersection(map(id, own.values()))
-        if taken or "weight" not in own or is_weighted(layer):
-            continue  # its weight is read by others, too, or computed
-        masked_values = layer.masked()
-        layer.gate.open = True
-        for name, value in zip(("weight", "bias"), masked_values, strict=True):
-            if value is not None:
-                own[name] = nn.Parameter(value.detach(), requires_grad=False)
+    wide = fx.GraphModule(root.double(), masked.graph)
+    for name in once:
+        cast(GatedLayer, wide.get_submodule(name)).gate.open = True
     return wide
+
+
+def _masked_once(masked: fx.GraphModule) -> tuple[list[str], dict[int, Tensor]]:
+    """The layers that nobody else reads a parameter of, and the masked values of these."""
+    read = [attrgetter(node.target)(masked) for node in masked.graph.find_nodes(op="get_attr")]
+    held = [p for module in masked.modules() for p in module._parameters.values()]
+    readers = Counter(map(id, (*read, *held)))
+    names, values = list[str](), dict[int, Tensor]()
+    for name, layer in gated_layers(masked).items():
+        own = [layer._parameters.get("weight"), layer._parameters.get("bias")]
+        alone = all(p is None or (type(p) is nn.Parameter and readers[id(p)] == 1) for p in own)
+        if own[0] is None or not alone or is_weighted(layer):
+            continue  # its weight is computed, or read by others
+        names.append(name)
+        pairs = zip(own, layer.masked(), strict=True)
+        values |= {id(p): value for p, value in pairs if p is not None and value is not None}
+    return names, values
 
 
 def _as_double(leaf: Any) -> Any:
@@ -130,7 +140,7 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
 def outputs_of(module: fx.GraphModule, inputs: Any) -> Any:
     """The results of `module`; random numbers are equal in every call, and state is restored."""
-    with drawing_alike(inputs), state_kept(module, written=list(module.buffers())):
+    with drawing_alike(inputs), state_kept(module, written=buffers_written(module)):
         return module.forward(*fresh(inputs))  # a call would print where it fails
 
 
