@@ -1,10 +1,11 @@
 """`dspfx bench`: how long a network takes, dense and pruned."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dspfx.commands import targets as subjects
+from dspfx.commands.prune_options import CALIBRATION
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.commands.unused_options import refuse
 from dspfx.convert import convert
@@ -13,10 +14,15 @@ from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
 from dspfx.pruning.budget import Budget
 from dspfx.pruning.prune import prune
+from dspfx.recipe.images.sources import Source, in_batches, open_source
+from dspfx.recipe.networks.outputs import check
+from dspfx.recipe.settings import Recipe
 from dspfx.recipe.speed import speed
 from dspfx.recipe.team import device_of
 from dspfx.training.groups.cluster import cluster_groups
 from dspfx.utils.typed_json import to_json
+
+BATCH = 64  # images to calibrate with at a time
 
 
 def bench(
@@ -29,6 +35,16 @@ def bench(
     groups: subjects.Groups = None,
     engines: Annotated[
         str | None, typer.Option(help=f"Some of {','.join(NAMES)}; default: all that are there.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16, int8 or auto; the last two need --data.")
+    ] = "fp32",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images for an accuracy and to calibrate int8 with: digits, fashion-mnist, "
+            "cifar10 or a folder with train and val."
+        ),
     ] = None,
     model: subjects.ModelName = None,
     classes: subjects.Classes = None,
@@ -45,6 +61,13 @@ def bench(
         subject = subjects.open_subject(
             named, model=model, classes=classes, channels=channels, image_size=image_size
         )
+        source = None
+        if data is not None:
+            image = subject.architecture.image_size
+            source = open_source(Recipe(named, data, image_size=image, validation=0.0))
+            if source.channels != subject.architecture.channels:
+                source = source.coloured()
+            check(subject.dense, subject.images(2), source.classes)
         subject.refuse_if_pruned(groups=groups, keep_macs=keep_macs)
         if keep_macs is None:
             refuse({"groups": groups}, ["groups"], "without --keep-macs")
@@ -60,5 +83,16 @@ def bench(
         if compact is not None:
             compact.to(own_device)
         chosen = None if engines is None else [name.strip() for name in engines.split(",")]
-        found = speed(dense, compact, x, engines=chosen, say=say)
+        given = {} if source is None else _images_of(source)
+        found = speed(dense, compact, x, engines=chosen, precision=precision, say=say, **given)
         own.give(str(found), to_json(found))
+
+
+def _images_of(source: Source) -> dict[str, Any]:
+    """Training images to calibrate with, and test images in batches of a size."""
+    some = in_batches(source.numbers["train"][:CALIBRATION], BATCH)
+    numbers = source.numbers["test"]
+    return {
+        "batches": [x for x, _ in source.batches("train", some)],
+        "test": lambda size: source.batches("test", in_batches(numbers, size)),
+    }

@@ -22,6 +22,7 @@ from dspfx.pruning.budget import Budget, PruneReport
 from dspfx.pruning.gradual import GradualPruning
 from dspfx.pruning.prune import prune as prune_to
 from dspfx.pruning.prune_channels import prune_channels
+from dspfx.quantization.quantize import quantize as to_int8
 from dspfx.recipe.images.sources import Source, in_batches, open_source
 from dspfx.recipe.networks.outputs import check, classification_loss, right_answers
 from dspfx.recipe.settings import Recipe
@@ -50,6 +51,7 @@ def prune(
     groups: options.Groups = None,
     ignore: options.Ignore = None,
     round_to: options.RoundTo = 1,
+    quantize: options.Quantize = False,
     seed: options.Seed = 0,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -59,18 +61,20 @@ def prune(
 
     Filters are grouped by clustering. With --data, the gradients of the loss on training images
     decide which channels and inputs of groups go, batch norms are recalibrated, and the accuracy is
-    measured; without, inputs of groups go by the weights alone. For a file that other programs run
-    whole channels go, unless --groups is given.
+    measured; without, inputs of groups go by the weights alone. For a file that other programs run,
+    and with --quantize, whole channels go, unless --groups is given.
     """
     with session(debug=debug, as_json=as_json, threads=threads) as own:
         subjects.check_dense(model, output)
         budget = _budget(keep_macs, keep_params, keep_latency)
         path = check_writable(output or _usual_file(model))
-        whole = groups is None and not path.name.endswith(OWN)  # is fast wherever it will run
+        # what is fast wherever it will run
+        whole = groups is None and (quantize or not path.name.endswith(OWN))
         given = groups or subjects.GROUPS
         config = PrepareConfig(groups=given, ignore=tuple(ignore or ()), round_to=round_to)
         if data is None:
-            refuse({"images": images, "passes": passes}, ["images", "passes"], "without --data")
+            asked = {"images": images, "passes": passes, "quantize": quantize or None}
+            refuse(asked, list(asked), "without --data")
             source = None
         else:
             source = open_source(Recipe(model, data, image_size=image_size, validation=0.0))
@@ -100,7 +104,11 @@ def prune(
             recalibrate(prepared, source.batches("train", in_batches(some, BATCH)))
             accuracies["recalibrated"] = _accuracy(prepared, source)
         say(str(pruned))
-        _give(own, path, subject, prepared, pruned, accuracies)
+        compact = convert(prepared)
+        if quantize and source is not None:
+            compact = _quantised(compact, source)
+            accuracies["quantised"] = _accuracy(compact, source)
+        _give(own, path, subject, compact, pruned, accuracies)
 
 
 def _opened(
@@ -144,12 +152,11 @@ def _give(
     own: Session,
     path: Path,
     subject: subjects.Subject,
-    prepared: nn.Module,
+    compact: nn.Module,
     pruned: PruneReport,
     accuracies: dict[str, float],
 ) -> None:
-    """Convert, write the file at `path`, and give the report."""
-    compact = convert(prepared)
+    """Write the file at `path`, and give the report."""
     write(compact, path, subject)
     found = report(compact)
     lines = [f"test accuracy, {name}: {share:.2%}" for name, share in accuracies.items()]
@@ -210,6 +217,12 @@ def _by_gradients(
     prepared.eval()
     assert pruning.report is not None  # the last pruning is due at the last step
     return pruning.report
+
+
+def _quantised(compact: nn.Module, source: Source) -> nn.Module:
+    """`compact` in 8 bits, calibrated on training images."""
+    some = source.numbers["train"][: options.CALIBRATION]
+    return to_int8(compact, source.batches("train", in_batches(some, BATCH)))
 
 
 def _accuracy(model: Any, source: Source) -> float:

@@ -10,6 +10,7 @@ from dspfx.export import SUFFIXES
 
 SAMPLE = 32  # images to ask for gradients at a time
 IMAGES, PASSES = 1024, 40
+CALIBRATION = 512  # images
 
 Model = Annotated[
     str,
@@ -66,4 +67,13 @@ Groups = Annotated[
 ]
 Ignore = Annotated[list[str] | None, typer.Option(help="Layers to leave alone; more than once.")]
 RoundTo = Annotated[int, typer.Option(min=1, help="Keep widths to multiples of it.")]
+Quantize = Annotated[
+    bool,
+    typer.Option(
+        "--quantize",
+        help="Round weights and activations to 8 bits, calibrated on "
+        f"{CALIBRATION} training images.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the clustering.")]

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from command_line import SMALL, TINY, invoke, saved
@@ -290,6 +292,26 @@ def test_prune_exports(tmp_path: Path) -> None:
     code, _, err = invoke(*words.split()[:-1], str(tmp_path / "small.exe"))
     assert code == 1
     assert "does not say in which format" in err
+
+
+def test_prune_quantizes(saved: Path, tmp_path: Path) -> None:
+    """The accuracy that is said is that of the file, in a runtime that knows nothing of dspfx."""
+    pytest.importorskip("torchao")
+    path = tmp_path / "small.onnx"
+    words = f"prune cifar-resnet8 --keep-macs 0.6 --weights {saved / 'weights.pt'} --quantize"
+    code, text, err = invoke(*words.split(), "-o", str(path))
+    assert code == 1
+    assert "--quantize would have no effect without --data" in err
+    words += " --data digits --passes 0"
+    code, text, err = invoke(*words.split(), "-o", str(path), "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    session = onnxruntime.InferenceSession(path)
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(path).graph.node}
+    data = dspfx.recipe.images.datasets.load("digits")
+    (scores,) = session.run(None, {session.get_inputs()[0].name: data.test_x.numpy()})
+    right = float((torch.from_numpy(scores).argmax(1) == data.test_y).float().mean())
+    assert right == pytest.approx(found["accuracy"]["quantised"], abs=0.006)
 
 
 @pytest.mark.parametrize("words", ["compact.safetensors", "cifar-resnet8 --keep-macs 0.5"])
