@@ -4,7 +4,7 @@
 
 which makes an environment with these libraries, from `benchmarks/coverage_users.txt`, and runs
 
-    python -m benchmarks.coverage_users [--only PATTERN] [--output docs/coverage_users.md]
+    python -m benchmarks.coverage_users [--only PATTERN] [--output docs/coverage_users.md] [--renew]
 
 Every model of `benchmarks/users_zoo.py` is prepared, pruned by whole channels to half of its MACs,
 or to the least that it can give, and converted.
@@ -34,6 +34,7 @@ from benchmarks.users_page import (
     WIDEST_REASON,
     Outcome,
     document,
+    read_page,
 )
 from benchmarks.users_steps import (
     WrongError,
@@ -57,6 +58,9 @@ def main(
     output: Annotated[Path, typer.Option(help="where the table is written")] = OUTPUT,
     workers: Annotated[int, typer.Option(min=1, help="models examined at a time")] = 1,
     seconds: Annotated[float, typer.Option(min=1, help="that each may take")] = 120,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="write the others as the page has them")
+    ] = False,
     details: Annotated[
         Path | None,
         typer.Option(help="a file of all that was found, which a later run goes on from"),
@@ -80,10 +84,14 @@ def main(
         if details is not None:
             details.write_text(json.dumps([asdict(outcome) for outcome in outcomes.values()]))
     arguments = "" if only == "*" else f" --only {only}"
+    listed = users_cases()
+    if renew:
+        outcomes = read_page(output.read_text()) | {case: outcomes[case] for case in cases}
+        cases, arguments = [case for case in listed if case in outcomes], ""
     ordered = [outcomes[case] for case in cases]
-    text = document(ordered, f"python -m benchmarks.coverage_users{arguments}", len(users_cases()))
+    text = document(ordered, f"python -m benchmarks.coverage_users{arguments}", len(listed))
     print(text)
-    if only == "*" or output != OUTPUT:
+    if only == "*" or renew or output != OUTPUT:
         output.write_text(text)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import math
+import re
 from dataclasses import dataclass, field
 
 from tabulate import tabulate
@@ -13,6 +14,7 @@ EXACT, ROUNDED, ONNX_ROUNDED = 1e-9, 1e-4, 1e-3
 WIDEST_REASON = 300
 POINT = 0.01  # of all MACs
 STATUSES = ("all the way", "partly frozen", "in parts", "refused", "raw error", "quietly wrong")
+_ROUNDS_OFF = ", rounds off"
 _PACKAGES = (
     *("torch", "torchvision", "ultralytics", "transformers", "segmentation-models-pytorch"),
     *("monai", "torchaudio", "diffusers", "python-doctr", "kornia", "spandrel"),
@@ -67,7 +69,7 @@ def document(outcomes: list[Outcome], command: str, listed: int) -> str:
             *(o.case.library, o.case.family, o.case.name, o.status, f"{o.parameters / 1e6:.2f}"),
             *(_share(o.macs_share), _share(o.parameters_share), _share(o.known)),
             *(_share(o.asked, 1), _share(o.left, 1), _small(o.equal), _small(o.prepared)),
-            *(o.trained or "no", (o.onnx or "no") + (", rounds off" if o.rounds_off else "")),
+            *(o.trained or "no", (o.onnx or "no") + (_ROUNDS_OFF if o.rounds_off else "")),
         )
         for o in outcomes
     ]
@@ -123,6 +125,32 @@ def document(outcomes: list[Outcome], command: str, listed: int) -> str:
             "",
         ]
     )
+
+
+def read_page(text: str) -> dict[Case, Outcome]:
+    """What a page says, as it was rounded there, by the model."""
+    cells = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+    reasons = {row[0]: row[1].replace("\\|", "|") for row in cells if len(row) == 2}
+    found: dict[Case, Outcome] = {}
+    for row in cells:
+        if len(row) == 2 or row[3] not in STATUSES:
+            continue
+        case, status, reason = Case(*row[:3]), row[3], reasons.get(row[2], "")
+        failed = STATUSES.index(status) > STATUSES.index("in parts")
+        step, _, trouble = reason.partition(": ")
+        shares = [float(cell[:-1]) / 100 if cell else math.nan for cell in row[5:10]]
+        small = [float(cell) if cell else math.nan for cell in row[10:12]]
+        trained, onnx = ("" if cell == "no" else cell for cell in row[12:14])
+        found[case] = Outcome(
+            *(case, status, {step: trouble} if failed else {}, round(float(row[4]) * 1e6)),
+            *(*shares, *small, onnx.removesuffix(_ROUNDS_OFF), trained),
+            *(onnx.endswith(_ROUNDS_OFF), "" if failed else reason),
+        )
+    return found
 
 
 def _version(package: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.coverage_users import examine
 from benchmarks.examination import examined, flops
 from benchmarks.users.case import MODELS, UsersModel, images
-from benchmarks.users_page import Outcome, document
+from benchmarks.users_page import Outcome, document, read_page
 from benchmarks.users_zoo import LIBRARIES, users_cases
 from benchmarks.zoo import Case
 
@@ -126,3 +126,20 @@ def test_a_page_says_why_a_model_does_not_go_all_the_way() -> None:
     assert "1 models, of 95 that are listed" in page
     assert "0 all the way, 0 partly frozen, 0 in parts, 0 refused, 1 raw error" in page
     assert r"KeyError: 'a \| b'" in page
+
+
+def test_a_page_is_read_as_it_was_written() -> None:
+    """So that a few of its rows can be written anew."""
+    other, third = Case("spandrel", "tests", "other"), Case("spandrel", "tests", "third")
+    outcomes = [
+        Outcome(CASE, "raw error", {"prepare": "[raw error] KeyError: 'a | b'"}, 123_456),
+        Outcome(
+            *(other, "in parts", {}, 20_000, 0.5, 0.25, 1.0, 0.5, 0.499, 3e-15, 0.0, "any batch"),
+            *("yes", True, "prepared in parts, a, since b"),
+        ),
+        Outcome(third, "all the way", {}, 7_000_000, 1, 1, 1, 0.5, 0.5, 0.0, 0.0, "", "yes"),
+    ]
+    page = document(outcomes, "make coverage-users", 3)
+    read = read_page(page)
+    assert list(read) == [CASE, other, third]
+    assert document(list(read.values()), "make coverage-users", 3) == page
