@@ -121,7 +121,7 @@ def compile(
     check_deployable(model, "compile", CompileError)
     expected = check_accepted(model, Call(inputs), CompileError)
     given = None if batches is None else [as_inputs(batch) for batch in batches]
-    samples = [(inputs, expected)] if given is None else _samples(model, inputs, given)
+    samples = [(fresh(inputs), expected)] if given is None else _samples(model, inputs, given)
     _, device = parameter_dtype_and_device(model)
     missing = {engine.name: why for engine in named if (why := engine.missing(device))}
     there = [engine for engine in named if engine.name not in missing]
