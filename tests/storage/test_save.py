@@ -205,7 +205,11 @@ def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         plan = json.loads(file.metadata()["dspfx"])["plan"]
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert (plan["format"], plan["torch"], plan["dspfx"]) == (archive.FORMAT, torch.__version__, "0.1.0")
+    assert (plan["format"], plan["torch"], plan["dspfx"]) == (
+        archive.FORMAT,
+        torch.__version__,
+        "0.1.0",
+    )
     (part,) = plan["parts"]
     for name, mask in dspfx.get_masks(prepared).items():
         record = part["masks"][name]
