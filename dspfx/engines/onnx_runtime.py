@@ -6,29 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspfx.engines.child import missing_package, runs_in_a_child
+from dspfx.engines.child import runs_in_a_child
 from dspfx.engines.engine import Executable, Precision
-from dspfx.engines.form import NATIVE, NATIVE_ALONE, Form
+from dspfx.engines.form import Form
+from dspfx.engines.on_files import OnFiles
 from dspfx.engines.onnx_call import TOLERANCE, OnnxCall, check_float32
 
 
-class OnnxRuntime:
+class OnnxRuntime(OnFiles):
     """ONNX Runtime on the CPU."""
 
     name = "onnxruntime"
-    slow_to_load = False
-
-    def missing(self, device: torch.device) -> str:
-        """Its package, or a CPU."""
-        return "computes on CPUs only" if device.type != "cpu" else missing_package("onnxruntime")
 
     def precisions(self, device: torch.device) -> tuple[Precision, ...]:
         """It has no bfloat16 on x86 CPUs."""
         return ("fp32", "int8")
-
-    def takes(self, form: Form) -> bool:
-        """All of ordinary layers."""
-        return form.name not in (NATIVE, NATIVE_ALONE)
 
     def load(self, form: Form, precision: Precision) -> Executable:
         """Open a session, in a process of its own first."""

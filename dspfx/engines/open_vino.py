@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspfx.engines.child import missing_package, runs_in_a_child
+from dspfx.engines.child import runs_in_a_child
 from dspfx.engines.engine import Executable, Precision
-from dspfx.engines.form import NATIVE, NATIVE_ALONE, Form
+from dspfx.engines.form import Form
+from dspfx.engines.on_files import OnFiles
 from dspfx.engines.onnx_call import TOLERANCE, OnnxCall, check_float32
 
 MOST_SHAPES = 8  # for which a network is compiled by itself, which is faster than for any shape
@@ -18,15 +19,10 @@ _TYPES = {"f32": torch.float32, "f64": torch.float64, "i64": torch.int64, "i32":
 _TYPES |= {"boolean": torch.bool, "u8": torch.uint8, "i8": torch.int8}
 
 
-class OpenVino:
+class OpenVino(OnFiles):
     """OpenVINO on the CPU."""
 
     name = "openvino"
-    slow_to_load = False
-
-    def missing(self, device: torch.device) -> str:
-        """Its package, or a CPU."""
-        return "computes on CPUs only" if device.type != "cpu" else missing_package("openvino")
 
     def precisions(self, device: torch.device) -> tuple[Precision, ...]:
         """bfloat16 where the processor has instructions for it."""
@@ -34,10 +30,6 @@ class OpenVino:
 
         known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return ("fp32", "bf16", "int8") if "BF16" in known else ("fp32", "int8")
-
-    def takes(self, form: Form) -> bool:
-        """All of ordinary layers."""
-        return form.name not in (NATIVE, NATIVE_ALONE)
 
     def load(self, form: Form, precision: Precision) -> Executable:
         """Compile the network, in a process of its own first."""
