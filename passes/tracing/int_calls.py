@@ -6,10 +6,13 @@ traced.
 """
 
 import builtins
+import contextlib
 import dis
 import gc
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
+from operator import attrgetter
 from types import CodeType, FunctionType
 from typing import Any
 from unittest import mock
@@ -36,11 +39,27 @@ def ints_traced(codes: Iterable[CodeType]) -> ExitStack:
     stack.enter_context(mock.patch.object(builtins, _NAME, _traced_int, create=True))
     for code in codes:
         names = tuple(_NAME if name == "int" else name for name in code.co_names)
-        for function in gc.get_referrers(code):
-            if isinstance(function, FunctionType) and "int" not in function.__globals__:
+        for function in _functions_of(code):
+            if "int" not in function.__globals__:
                 function.__code__ = code.replace(co_names=names)
                 stack.callback(setattr, function, "__code__", code)
     return stack
+
+
+def _functions_of(code: CodeType) -> list[FunctionType]:
+    """The functions that run `code`.
+
+    Of objects that `gc.freeze` has set aside, as servers do, nobody tells who refers to them; those
+    are found by their names, unless they are local to another function.
+    """
+    found = [f for f in gc.get_referrers(code) if isinstance(f, FunctionType)]
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == code.co_filename:
+            with contextlib.suppress(AttributeError):
+                function = attrgetter(code.co_qualname)(module)
+                if getattr(function, "__code__", None) is code:
+                    found.append(function)
+    return list(dict.fromkeys(found))
 
 
 def _traced_int(number: Any = 0, *base: Any, **named: Any) -> Any:
