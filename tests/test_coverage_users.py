@@ -129,7 +129,7 @@ def test_a_page_says_why_a_model_does_not_go_all_the_way() -> None:
 
 
 def test_a_page_is_read_as_it_was_written() -> None:
-    """So that a few of its rows can be written anew."""
+    """So that a few of its rows can be written again."""
     other, third = Case("spandrel", "tests", "other"), Case("spandrel", "tests", "third")
     outcomes = [
         Outcome(CASE, "raw error", {"prepare": "[raw error] KeyError: 'a | b'"}, 123_456),

@@ -14,6 +14,7 @@ from detector import IMAGES, Detector
 from models import CRNN, MODELS, C2f, Configurable, ListInput, Siamese
 from small import Small, pruned
 from torch import Tensor, nn
+from unusual import CountsCalls
 
 import dspfx
 from dspfx.layers.group_conv import GroupConvRun, group_conv_like
@@ -191,21 +192,6 @@ def test_a_fixed_batch_is_that_of_the_example(tmp_path: Path, batch: int) -> Non
     assert_equal(model(x), outputs, 1e-5)
 
 
-class Counts(nn.Module):
-    """Knows how often it was called."""
-
-    calls: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.conv(x) * self.calls
-
-
 class Overwrites(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +204,7 @@ class Overwrites(nn.Module):
 
 def test_what_a_file_would_leave_out_is_refused(tmp_path: Path) -> None:
     for model, words in (
-        (Counts(), "writes into its buffer 'calls'"),
+        (CountsCalls(), "writes into its buffer 'calls'"),
         (Overwrites(), "its inputs"),
     ):
         with pytest.raises(dspfx.ExportError, match=words):

@@ -1,4 +1,4 @@
-"""A model of operators and layers that no table has, and rules for them."""
+"""Models of operators and layers that no table has, rules for them, and a model with a memory."""
 
 from typing import Any
 
@@ -40,3 +40,18 @@ RULES: dict[Any, Any] = {
     torch.special.expit: "elementwise",
     torch.special.entr: "elementwise",
 }
+
+
+class CountsCalls(nn.Module):
+    """Writes into a buffer, which no file can do."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.relu(self.conv(x))

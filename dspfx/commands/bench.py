@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from dspfx.commands import targets as subjects
-from dspfx.commands.prune_options import CALIBRATION
+from dspfx.commands.calibration import calibration
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.commands.unused_options import refuse
 from dspfx.convert import convert
@@ -21,8 +21,6 @@ from dspfx.recipe.speed import speed
 from dspfx.recipe.team import device_of
 from dspfx.training.groups.cluster import cluster_groups
 from dspfx.utils.typed_json import to_json
-
-BATCH = 64  # images to calibrate with at a time
 
 
 def bench(
@@ -90,9 +88,8 @@ def bench(
 
 def _images_of(source: Source) -> dict[str, Any]:
     """Training images to calibrate with, and test images in batches of a size."""
-    some = in_batches(source.numbers["train"][:CALIBRATION], BATCH)
     numbers = source.numbers["test"]
     return {
-        "batches": [x for x, _ in source.batches("train", some)],
+        "batches": [x for x, _ in calibration(source)],
         "test": lambda size: source.batches("test", in_batches(numbers, size)),
     }

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from dspfx.commands import prune_options as options
 from dspfx.commands import targets as subjects
+from dspfx.commands.calibration import calibration
 from dspfx.commands.files import OWN, check_writable, write, written
 from dspfx.commands.session import AsJson, Debug, Session, Threads, say, session
 from dspfx.commands.unused_options import refuse
@@ -106,7 +107,7 @@ def prune(
         say(str(pruned))
         compact = convert(prepared)
         if quantize and source is not None:
-            compact = _quantised(compact, source)
+            compact = to_int8(compact, calibration(source))
             accuracies["quantised"] = _accuracy(compact, source)
         _give(own, path, subject, compact, pruned, accuracies)
 
@@ -217,12 +218,6 @@ def _by_gradients(
     prepared.eval()
     assert pruning.report is not None  # the last pruning is due at the last step
     return pruning.report
-
-
-def _quantised(compact: nn.Module, source: Source) -> nn.Module:
-    """`compact` in 8 bits, calibrated on training images."""
-    some = source.numbers["train"][: options.CALIBRATION]
-    return to_int8(compact, source.batches("train", in_batches(some, BATCH)))
 
 
 def _accuracy(model: Any, source: Source) -> float:

@@ -28,6 +28,11 @@ class Form:
     make: Callable[[], nn.Module]
     inputs: tuple[Any, ...]
 
+    @property
+    def native(self) -> bool:
+        """Whether it is made for the own kernel, which no other engine has."""
+        return self.name in (NATIVE, NATIVE_ALONE)
+
     @cached_property
     def model(self) -> nn.Module:
         """The module."""

@@ -3,7 +3,7 @@
 import torch
 
 from dspfx.engines.engine import Executable, Precision
-from dspfx.engines.form import NATIVE, NATIVE_ALONE, Form
+from dspfx.engines.form import NATIVE, Form
 from dspfx.engines.torch_call import TorchCall
 from dspfx.errors import CompileError
 from dspfx.layers import native
@@ -30,7 +30,7 @@ class Inductor:
 
     def takes(self, form: Form) -> bool:
         """All but those of the own kernel."""
-        return form.name not in (NATIVE, NATIVE_ALONE)
+        return not form.native
 
     def load(self, form: Form, precision: Precision) -> Executable:
         """Compile `form`; its weights stay parameters where torch cannot freeze them."""
@@ -55,7 +55,7 @@ class OwnKernel:
 
     def takes(self, form: Form) -> bool:
         """Those that are made for it."""
-        return form.name in (NATIVE, NATIVE_ALONE)
+        return form.native
 
     def load(self, form: Form, precision: Precision) -> Executable:
         """Compile what lies between its runs, unless the form is to be called as it is."""

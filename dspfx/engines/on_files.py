@@ -3,7 +3,7 @@
 import torch
 
 from dspfx.engines.child import missing_package
-from dspfx.engines.form import NATIVE, NATIVE_ALONE, Form
+from dspfx.engines.form import Form
 
 
 class OnFiles:
@@ -22,4 +22,4 @@ class OnFiles:
 
     def takes(self, form: Form) -> bool:
         """All forms of ordinary layers."""
-        return form.name not in (NATIVE, NATIVE_ALONE)
+        return not form.native

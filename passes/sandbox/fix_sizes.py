@@ -1,7 +1,7 @@
 """Guards of sizes: graphs that refuse inputs for which their model does something else."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,12 +35,9 @@ def fix_sizes(graphs: Iterable[fx.Graph], example: tuple[Any, ...], refused: Sha
             "for inputs of other sizes the code of the model does something else than its graph; "
             "give it tensors that are arguments of their own, or do not branch on their sizes"
         )
-    for graph in set(graphs):
-        inputs = graph.find_nodes(op="placeholder")
-        with graph.inserting_after(inputs[-1]):
-            for number, dim, size in places:
-                _check_size(graph, inputs[tensors[number]], dim, size)
-        graph.lint()
+    for graph, inputs in _at_inputs(graphs):
+        for number, dim, size in places:
+            _check_size(graph, inputs[tensors[number]], dim, size)
 
 
 def fix_numbers(graphs: Iterable[fx.Graph], example: tuple[Any, ...]) -> None:
@@ -55,11 +52,18 @@ def fix_numbers(graphs: Iterable[fx.Graph], example: tuple[Any, ...]) -> None:
             "the model does something else for other numbers among its inputs than its graph; give "
             "it numbers apart from its tensors"
         )
+    for graph, inputs in _at_inputs(graphs):
+        for number, x in held.items():
+            _check(graph, inputs[number], x, f"with {inputs[number].target}={x!r}")
+
+
+def _at_inputs(graphs: Iterable[fx.Graph]) -> Iterator[tuple[fx.Graph, list[Node]]]:
+    """Every graph with its inputs, after which nodes are inserted meanwhile."""
     for graph in set(graphs):
-        inputs = graph.find_nodes(op="placeholder")
+        inputs = list(graph.find_nodes(op="placeholder"))
         with graph.inserting_after(inputs[-1]):
-            for number, x in held.items():
-                _check(graph, inputs[number], x, f"with {inputs[number].target}={x!r}")
+            yield graph, inputs
+        graph.lint()
 
 
 def _check_size(graph: fx.Graph, tensor: Node, dim: int, size: int) -> None:

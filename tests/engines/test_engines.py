@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from unusual import CountsCalls
 
 import dspfx
 from dspfx.engines import child, onnx_call
@@ -100,21 +101,6 @@ class FixedBatch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.conv(x)).reshape(4, 4, 100)
-
-
-class CountsCalls(nn.Module):
-    """Writes into a buffer, which no file can do."""
-
-    calls: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return torch.relu(self.conv(x))
 
 
 @pytest.mark.parametrize("name", ON_FILES)

@@ -121,7 +121,7 @@ class Widened(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Patches behind a learned one, as a vision transformer has them."""
+    """Patches after a learned one, as a vision transformer has them."""
 
     def __init__(self) -> None:
         super().__init__()
