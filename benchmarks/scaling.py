@@ -32,6 +32,7 @@ RESNETS = ("resnet18", "resnet50", "resnet152")
 BLOCKS = (125, 250, 500, 1000)
 VERBS, COUNTED = ("prepare", "convert"), ("time", "MACs")
 PASSES = ("resnet50", "vit_b_16", "swin_t")
+TIMES = 3
 
 
 class Block(nn.Module):
@@ -68,11 +69,18 @@ def main(
         rows.append((f"chain of {name} blocks" if name.isdigit() else name, *measure(model, size)))
     header = ("network", "nodes", "prepare s", "set_masks s", "convert s", "all three s")
     table = tabulate(rows, header, tablefmt="github", floatfmt=("", "", *[".2f"] * 4))
-    in_passes = [
-        (name, *passes(torchvision.models.get_model(name))) for name in tqdm(PASSES, disable=None)
-    ]
-    header = ("network", "forward s", *(f"{verb}, {by}" for verb in VERBS for by in COUNTED))
-    further = tabulate(in_passes, header, tablefmt="github", floatfmt=("", ".3f", *[".1f"] * 4))
+    in_passes = []
+    for name in tqdm(PASSES, disable=None):
+        for count in dict.fromkeys((1, threads)):
+            torch.set_num_threads(count)
+            in_passes.append((name, count, *passes(torchvision.models.get_model(name))))
+    header = (
+        "network",
+        "threads",
+        "forward s",
+        *(f"{verb}, {by}" for verb in VERBS for by in COUNTED),
+    )
+    further = tabulate(in_passes, header, tablefmt="github", floatfmt=("", "", ".3f", *[".1f"] * 4))
     text = "\n".join(
         [
             "# Time by size",
@@ -83,7 +91,7 @@ def main(
             table,
             "",
             "`prepare` and `convert` in forward passes of two images of 224x224, by time and by "
-            "the multiply-accumulates that they execute:",
+            "the multiply-accumulates that they execute; medians of three:",
             "",
             further,
             "",
@@ -116,12 +124,14 @@ def passes(model: nn.Module) -> tuple[float, float, float, float, float]:
         forward = statistics.median(_timed(lambda: model(x))[1] for _ in range(5))
         _, one = _counted(lambda: model(x))
     config = dspfx.PrepareConfig(groups=GROUPS)
-    prepared, preparing = _timed(lambda: dspfx.prepare(model, x, config=config))
-    _, prepare_macs = _counted(lambda: dspfx.prepare(model, x, config=config))
+    preparing = statistics.median(
+        _timed(lambda: dspfx.prepare(model, x, config=config))[1] for _ in range(TIMES)
+    )
+    prepared, prepare_macs = _counted(lambda: dspfx.prepare(model, x, config=config))
     dspfx.set_masks(prepared, random_masks(prepared))
-    twins = [copy.deepcopy(prepared) for _ in range(2)]  # of which no analysis is kept
-    _, converting = _timed(lambda: dspfx.convert(twins[0]))
-    _, convert_macs = _counted(lambda: dspfx.convert(twins[1]))
+    twins = [copy.deepcopy(prepared) for _ in range(TIMES)]  # of which no analysis is kept
+    converting = statistics.median(_timed(lambda t=t: dspfx.convert(t))[1] for t in twins)
+    _, convert_macs = _counted(lambda: dspfx.convert(copy.deepcopy(prepared)))
     by_time = preparing / forward, converting / forward
     return forward, by_time[0], prepare_macs / one, by_time[1], convert_macs / one
 
