@@ -26,6 +26,7 @@ class Case:
     batch: int
     precision: str
     keep: float
+    engines: tuple[str, ...] | None = None
 
     @property
     def key(self) -> dict[str, Any]:
@@ -57,7 +58,13 @@ def measure(case: Case) -> dict[str, Any]:
         try:
             model = _quantisable(make(), x) if case.precision == "int8" else make()
             started = time.perf_counter()
-            fast = dspfx.compile(model, x, precision=case.precision, **more)  # type: ignore[arg-type]
+            fast = dspfx.compile(
+                model,
+                x,
+                engines=case.engines,
+                precision=case.precision,  # type: ignore[arg-type]
+                **more,
+            )
         except Exception as error:  # of anybody's: a table shows what does not work, too
             found[name] = {"error": str(error).splitlines()[0][:200]}
             continue
@@ -79,7 +86,7 @@ def measure(case: Case) -> dict[str, Any]:
             own["share"] = own["macs"] / dense
     packages = ("torch", "onnxruntime", "openvino", "torch_pruning")
     versions = {name: metadata.version(name) for name in packages}
-    return {**case.key, "variants": found, "versions": versions}
+    return {**case.key, "engines": case.engines, "variants": found, "versions": versions}
 
 
 def _quantisable(model: nn.Module, x: torch.Tensor) -> nn.Module:
