@@ -17,10 +17,15 @@ class Engine(Protocol):
     Attributes:
         name: by which it is asked for.
         slow_to_load: loading a network takes it tens of seconds, not some.
+        multiple: of channels, what it computes as fast as fewer; a power of two.
     """
 
     name: str
     slow_to_load: bool
+
+    @property
+    def multiple(self) -> int:
+        """See above."""
 
     def missing(self, device: torch.device) -> str:
         """Why it cannot run networks on `device` here; empty if it can."""

@@ -9,6 +9,7 @@ from dspfx.engines.open_vino import OpenVino
 from dspfx.errors import CompileError
 
 ENGINES: tuple[Engine, ...] = (OpenVino(), OnnxRuntime(), OwnKernel(), Inductor())
+OWN = OwnKernel.name
 NAMES = tuple(engine.name for engine in ENGINES)
 
 

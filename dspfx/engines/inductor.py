@@ -14,6 +14,7 @@ class Inductor:
 
     name = "inductor"
     slow_to_load = True
+    multiple = 8
 
     def missing(self, device: torch.device) -> str:
         """Never."""
@@ -42,6 +43,7 @@ class OwnKernel:
 
     name = "own"
     slow_to_load = False
+    multiple = 1
 
     def missing(self, device: torch.device) -> str:
         """It is for CPUs, and has to be built."""

@@ -53,6 +53,12 @@ class OnnxCall:
             return self._otherwise(*args)
         return self._network.returned(self._run(tensors))
 
+    def unproved(self, *args: Any) -> Any:
+        """What `run` computes, whatever that is, for arguments as they were exported for."""
+        tensors = self._network.tensors(args)
+        assert tensors is not None
+        return self._network.returned(self._run(tensors))
+
     def why_not(self, *args: Any) -> str:
         """Why `run` does not serve such arguments; empty if it does."""
         tensors = self._network.tensors(args)

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspfx.engines.child import runs_in_a_child
-from dspfx.engines.engine import Executable, Precision
-from dspfx.engines.form import Form
+from dspfx.engines.engine import Precision
 from dspfx.engines.on_files import OnFiles
-from dspfx.engines.onnx_call import TOLERANCE, OnnxCall, check_float32
+from dspfx.engines.onnx_call import Run
 
 MOST_SHAPES = 8  # for which a network is compiled by itself, which is faster than for any shape
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -31,13 +29,9 @@ class OpenVino(OnFiles):
         known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return ("fp32", "bf16", "int8") if "BF16" in known else ("fp32", "int8")
 
-    def load(self, form: Form, precision: Precision) -> Executable:
-        """Compile the network, in a process of its own first."""
-        check_float32(form.model)
-        network = form.onnx
-        runs_in_a_child(self.name, network, form.inputs)
-        run = _Network(network.file, network.names, _HINTS[precision])
-        return OnnxCall(form.model, network, run, TOLERANCE[precision])
+    def opened(self, file: bytes, names: Sequence[str], precision: Precision) -> Run:
+        """The network, compiled when it is called."""
+        return _Network(file, names, _HINTS[precision])
 
 
 class _Network:

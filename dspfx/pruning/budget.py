@@ -1,9 +1,11 @@
 """Budgets: what fraction of a network may remain, of what; and the report of who met one."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from dspfx.engines.engine import Precision
+from dspfx.engines.engines import NAMES, OWN
 from dspfx.errors import BudgetError
 from dspfx.passes.analysis.cost import Cost
 
@@ -18,13 +20,17 @@ class Budget:
         macs: of the multiply-accumulates of one sample, whole model; in (0, 1].
         params: of the parameters of the whole model; in (0, 1]. A layer that is called twice
             counts once.
-        latency: of the time that the dense network takes, compiled, for the example inputs; in
-            (0, 1]. Layers are measured, which takes a while.
+        latency: of the time that the dense network takes for the example inputs in the same engine
+            and precision; in (0, 1]. Layers and whole networks are measured, which takes a while.
         count: what MACs and parameters are of. `"emitted"`: of the model that `dspfx.convert`
             makes of it, where groups of different sizes are filled up with zeros, or become one
             dense layer if that is likely to be faster; what is emitted anyway is not masked then.
             `"masks"`: of what the masks leave, which is what
             `convert(..., cost_model=dspfx.FEWEST_WEIGHTS)` emits, and what papers count.
+        engine: of a budget of latency, what will run the network: `"own"`, the project's kernel and
+            torch, `"inductor"`, `"onnxruntime"` or `"openvino"`. Where groups of filters save no
+            time in it, only whole channels go, in the multiples that it likes.
+        precision: of a budget of latency, that of the engine: `"fp32"`, `"bf16"` or `"int8"`.
 
     Example:
         >>> budget = dspfx.Budget(macs=0.5)
@@ -38,6 +44,8 @@ class Budget:
     params: float | None = None
     latency: float | None = None
     count: Count = "emitted"
+    engine: str = OWN
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         given = {name: f for name in _FRACTIONS if (f := getattr(self, name)) is not None}
@@ -50,6 +58,12 @@ class Budget:
             raise BudgetError(f"a budget is a fraction in (0, 1], got {value!r}")
         if self.count not in get_args(Count):
             raise BudgetError(f"count must be 'emitted' or 'masks', got {self.count!r}")
+        if self.engine not in NAMES:
+            raise BudgetError(f"there is no engine {self.engine!r}; there are {', '.join(NAMES)}")
+        if self.precision not in get_args(Precision):
+            raise BudgetError(f"precision={self.precision!r} is none of fp32, bf16, int8")
+        if self.latency is None and (self.engine, self.precision) != (OWN, "fp32"):
+            raise BudgetError("engine= and precision= are of a budget of latency")
         object.__setattr__(self, name, float(value))  # numpy's cannot be saved
 
     @property
@@ -60,15 +74,17 @@ class Budget:
     def at(self, fraction: float) -> "Budget":
         """A budget of the same, of another fraction."""
 
-        def scaled(own: float | None) -> float | None:
-            return None if own is None else fraction
+        return replace(self, **{n: fraction for n in _FRACTIONS if getattr(self, n) is not None})
 
-        return Budget(scaled(self.macs), scaled(self.params), scaled(self.latency), self.count)
+    def plain(self) -> dict[str, Any]:
+        """As plain values; the engine and its precision where they are no defaults."""
+        usual = {"engine": OWN, "precision": "fp32"}
+        return {n: v for n, v in asdict(self).items() if n not in usual or v != usual[n]}
 
-    def of(self, masks: Cost, emitted: Cost, seconds: float) -> float:
+    def of(self, masks: Cost, emitted: Cost, time: float) -> float:
         """What is budgeted of a network, of which the masks leave so much."""
         if self.latency is not None:
-            return seconds
+            return time
         cost = emitted if self.count == "emitted" else masks
         return cost.macs if self.macs is not None else cost.parameters
 

@@ -12,7 +12,7 @@ After Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +22,11 @@ from dspfx.errors import LearnError
 from dspfx.model.parts import Part, parts_of
 from dspfx.model.unfinished import note_unfinished
 from dspfx.pruning.budget import Budget, PruneReport, check_budget
-from dspfx.pruning.latency import LatencyTable
+from dspfx.pruning.latency import Latency
 from dspfx.pruning.ranking import sensitive_parts
-from dspfx.pruning.search import latency_tables, prune_by
+from dspfx.pruning.search import prune_by
 from dspfx.pruning.sensitivity import Sensitivity
+from dspfx.pruning.whole_times import WholeTimes
 from dspfx.utils.distributed import Processes
 from dspfx.utils.resume import check_kind, check_settings
 from dspfx.utils.wrappers import unwrapped
@@ -57,7 +58,8 @@ class GradualPruning:
 
     Args:
         prepared: from `dspfx.prepare`, or a model that holds such; it may be wrapped or compiled.
-        budget: what may remain in the end. For one of latency, layers are measured here.
+        budget: what may remain in the end. For one of latency, layers are measured here, and the
+            whole network half of the way and before the last pruning.
         total_steps: T, how often `step` will be called at most.
         begin: the share of them after which pruning begins.
         end: the share of them after which it is done; the rest trains what remains.
@@ -124,7 +126,7 @@ class GradualPruning:
         self.prepared = unwrapped(prepared)
         self.parts = parts_of(self.prepared)
         self.sensitivities = [Sensitivity(part.module) for part in self.parts]
-        self.tables = latency_tables(self.parts, budget, self.processes)
+        self.latency = Latency.of(self.parts, budget, self.processes)
         self._started = self._trial()
 
     def __repr__(self) -> str:
@@ -176,14 +178,14 @@ class GradualPruning:
         """What a resumed run needs beside the model's own state; plain values and tensors."""
         return {
             "settings": {
-                "budget": asdict(self.budget),
+                "budget": self.budget.plain(),
                 **{name: getattr(self, name) for name in SETTINGS},
             },
             "steps_done": self.steps_done,
             "prunings_done": self.prunings_done,
             "started": self._started,
             "sums": [v.clone() for s in self.sensitivities for v in s.values()],
-            "times": [dict(table.times) for table in self.tables],
+            "latency": None if self.latency is None else self.latency.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -193,17 +195,16 @@ class GradualPruning:
             LearnError: `state` is of another model, or of a run with other settings. Nothing is
                 changed then.
         """
-        own = self.state_dict()
+        own, state = self.state_dict(), _of_today(state)
         check_kind(own, state, "GradualPruning")
         check_settings(own["settings"], state["settings"], "this one")
-        layers = [sorted(times) for times in own["times"]], [sorted(t) for t in state["times"]]
         shapes = [v.shape for v in own["sums"]], [v.shape for v in state["sums"]]
-        if layers[0] != layers[1] or shapes[0] != shapes[1]:
+        if _timed(own["latency"]) != _timed(state["latency"]) or shapes[0] != shapes[1]:
             raise LearnError("this is the state of a GradualPruning for another model")
         self.steps_done, self.prunings_done = state["steps_done"], state["prunings_done"]
         self._started, self._going = state["started"], False
-        pairs = zip(self.tables, state["times"], strict=True)
-        self.tables = [table.with_times(times) for table, times in pairs]
+        if self.latency is not None:
+            self.latency = self.latency.with_state(state["latency"])
         values = [v for s in self.sensitivities for v in s.values()]
         for value, saved in zip(values, state["sums"], strict=True):
             value.copy_(saved)
@@ -235,9 +236,11 @@ class GradualPruning:
         self.processes.broadcast(sums)
         if not any(s.classes.any() for s in self.sensitivities):
             raise LearnError(f"all gradients were zero so far; {WHEN}")
+        if self._is_to_be_measured(due):
+            self._measure()
         share = due / self.prunings
         kept = self._started ** (1 - share) * self.budget.fraction**share
-        report = self._prune_to(kept, self.parts, self.tables)
+        report = self._prune_to(kept, self.parts, self.latency)
         if due < self.prunings:
             way = f"pruning {due} of {self.prunings}, on the way to {self.budget.fraction:.2%}"
             report = replace(report, note=way)
@@ -248,14 +251,43 @@ class GradualPruning:
     def _trial(self) -> float:
         """What fraction there is at present; raises if the budget cannot be reached."""
         parts = parts_of(copy.deepcopy(self.prepared))
-        pairs = zip(parts, self.tables, strict=False)  # tables: none, or one for each
-        tables = [LatencyTable.blank(part.module).with_times(t.times) for part, t in pairs]
-        started = self._prune_to(1.0, parts, tables).achieved
-        self._prune_to(self.budget.fraction, parts, tables)
+        latency = None if self.latency is None else self.latency.on(parts)
+        started = self._prune_to(1.0, parts, latency).achieved
+        self._prune_to(self.budget.fraction, parts, latency)
         return max(started, self.budget.fraction)
 
-    def _prune_to(
-        self, fraction: float, parts: list[Part], tables: list[LatencyTable]
-    ) -> PruneReport:
+    def _prune_to(self, fraction: float, parts: list[Part], latency: Latency | None) -> PruneReport:
+        tables = () if latency is None else latency.tables
         ordered = sensitive_parts(parts, self.sensitivities, self.budget, tables, self.groups)
-        return prune_by(tables, ordered, self.budget.at(min(fraction, 1.0)), LEAST)
+        return prune_by(latency, ordered, self.budget.at(min(fraction, 1.0)), LEAST)
+
+    def _is_to_be_measured(self, due: int) -> bool:
+        """Half of the way, and before the last pruning."""
+        half = self.prunings / 2
+        return self.prunings_done < half <= due or due == self.prunings
+
+    def _measure(self) -> None:
+        """Correct what is predicted by the time that the present masks leave."""
+        if self.latency is None or self.report is None:
+            return
+        modules = [part.module for part in self.parts]
+
+        def measure() -> float:
+            return WholeTimes(self.budget, modules).fraction(modules)
+
+        measured = self.processes.of_first(measure)
+        self.latency = self.latency.corrected(self.report.achieved, measured)
+
+
+def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`state`, also where it was saved before whole networks were measured."""
+    if "times" not in state:
+        return state
+    latency = {"times": state["times"], "own_inputs": [{} for _ in state["times"]], "saved": 1.0}
+    others = {name: value for name, value in state.items() if name != "times"}
+    return {**others, "latency": latency if state["times"] else None}
+
+
+def _timed(state: Mapping[str, Any] | None) -> list[list[str]]:
+    """The layers that there are times of."""
+    return [] if state is None else [sorted(times) for times in state["times"]]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,12 +12,15 @@ from dspfx.model.analysed import analyse_prepared
 from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part, parts_of
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
-from dspfx.passes.analysis.liveness import Liveness, ReadLists, liveness
+from dspfx.passes.analysis.liveness import Liveness, liveness
 from dspfx.passes.analysis.removable import droppable_layers
-from dspfx.pruning.budget import Budget, PruneReport
+from dspfx.pruning.budget import Budget, PruneReport, check_budget
 from dspfx.pruning.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
-from dspfx.pruning.search import PrunablePart, prune_to
-from dspfx.utils.arrays import BoolArray, FloatArray, IntArray
+from dspfx.pruning.energy_shares import energies_of_groups
+from dspfx.pruning.prunable_layer import PrunableLayer
+from dspfx.pruning.prune_in_time import prune_in_time
+from dspfx.pruning.search import PrunablePart, prune_by
+from dspfx.utils.arrays import BoolArray, FloatArray
 
 LEAST = (
     "with one input channel left to each group, {least:.2%} remains; ask for more than that, use "
@@ -42,6 +45,10 @@ def prune(
     same is done to whole filters. Beta is one number for the network (Park et al., "Dynamic
     Structure Pruning for Compressing CNNs", AAAI 2023, arXiv 2303.09736), found by bisection; the
     cost of a candidate follows from its masks by liveness.
+
+    For a budget of latency, what goes first is what has the least share of its layers' energy for
+    the time that it takes: inputs of groups where the budget's engine saves time by them, and whole
+    channels, residual streams included, in multiples that it likes.
 
     What is pruned already stays pruned. The masks take effect at once; fine-tune afterwards. Where
     several processes train the model, each of them prunes it: equal weights give equal masks, and
@@ -76,8 +83,13 @@ def prune(
         >>> dspfx.report(dspfx.convert(prepared)).emitted == report.emitted
         True
     """
+    check_budget(budget)
+    hint = LEAST + (LOWER_CAPS if keep_at_least else "")
+    if budget.latency is not None:
+        criteria = Criteria.of(prepared, moments, scores, keep_at_least)
+        return prune_in_time(prepared, criteria, budget, hint, groups=True, whole=drop_filters)
     parts = group_parts(prepared, moments, drop_filters, scores, keep_at_least)
-    return prune_to(prepared, parts, budget, LEAST + (LOWER_CAPS if keep_at_least else ""))
+    return prune_by(None, parts, budget, hint)
 
 
 def group_parts(
@@ -91,47 +103,6 @@ def group_parts(
     own = parts_of(prepared)
     criteria = Criteria.of(prepared, moments, scores, keep_at_least)
     return [_PrunablePart.of(part, criteria, drop_filters) for part in own]
-
-
-@dataclass(frozen=True)
-class PrunableLayer:
-    """The sorted energies of one layer, from which any threshold gives read lists.
-
-    Attributes:
-        mix: the layer in the analysis.
-        group: int `[O]`.
-        lost_channels: `[S, G, C/S]`, the share of its group's energy that is lost when the
-            channel and all weaker ones are dropped.
-        lost_filters: `[O]`, likewise for filters; infinite where filters may not be dropped.
-        alive: bool `[O]`, the filters that may be kept at most.
-        mask: bool `[O, C/S]`, what they may read at most; None if that is what their groups may.
-    """
-
-    mix: Mix
-    group: IntArray
-    lost_channels: np.ndarray
-    lost_filters: np.ndarray
-    alive: BoolArray
-    mask: BoolArray | None = None
-
-    @staticmethod
-    def of(mix: Mix, mask: BoolArray, *orders: np.ndarray) -> "PrunableLayer":
-        """The orders of a layer that has `mask` at present, perhaps from other groups."""
-        layer = PrunableLayer(mix, *orders)
-        revived = layer.reads(0.0, 1).mask(mix) & ~mask
-        return replace(layer, mask=mask) if revived.any() else layer
-
-    def reads(self, beta: float, round_to: int, live: BoolArray | None = None) -> ReadLists:
-        """The read lists at threshold `beta`, in multiples of `round_to`, of `live` inputs only."""
-        lost = self.lost_channels
-        if live is not None:
-            lost = np.where(live.reshape(len(lost), 1, -1), lost, -1.0)
-        keep = _above(lost, beta, round_to)
-        alive = self.alive & _above(self.lost_filters, beta, round_to)
-        found = ReadLists.grouped(self.mix, self.group, keep, alive)
-        if self.mask is None:
-            return found
-        return ReadLists.masked(self.mix, found.mask(self.mix) & self.mask)
 
 
 @dataclass(frozen=True)
@@ -191,29 +162,11 @@ def _prunable_layer(
 ) -> PrunableLayer:
     """The orders of `mix`; `least` maps how many there are to how many stay."""
     group = layer.gate.assignment.cpu().numpy()
-    structural, groups = mix.structural_groups, len(layer.gate.logits)
-    members = np.eye(groups)[group].reshape(structural, -1, groups)  # [S, O/S, G]
-    by_structure = energy.reshape(structural, -1, energy.shape[1])  # [S, O/S, C/S]
-    channels = np.einsum("sog,soc->sgc", members, by_structure)
+    channels = energies_of_groups(energy, group, len(layer.gate.logits), mix.structural_groups)
     filters = _lost(energy.sum(1), least) if droppable else np.full(mix.filters, np.inf)
     alive = layer.gate.alive.cpu().numpy()
     mask = layer.gate.mask.cpu().numpy()
     return PrunableLayer.of(mix, mask, group, _lost(channels, least), filters, alive)
-
-
-def _above(lost: np.ndarray, beta: float, round_to: int) -> BoolArray:
-    """True where `lost` is at least `beta`, and for the next best that make the number a multiple.
-
-    What has no energy at all is never among them.
-    """
-    keep: BoolArray = lost >= beta
-    if round_to == 1:
-        return keep
-    count = keep.sum(-1, keepdims=True)
-    wanted = np.minimum(-(-count // round_to) * round_to, (lost >= 0).sum(-1, keepdims=True))
-    rank = np.argsort(np.argsort(-lost, axis=-1, kind="stable"), axis=-1)
-    above: BoolArray = rank < wanted
-    return above
 
 
 def _lost(energy: np.ndarray, least: Callable[[int], int] = lambda _: 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The order in which channels and inputs of groups go: by what the loss says, over what they cost.
+"""The order in which channels and inputs of groups go: by what is lost with them, over their cost.
 
 Costs are marginal, at what is alive at present: of a coupling class, what all layers spend on
 writing and reading it; of a channel of a group, what the group's filters spend on reading it.
@@ -6,10 +6,13 @@ writing and reading it; of a channel of a group, what the group's filters spend 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 from torch.fx.node import Node
 
+from dspfx.engines.engines import engines_named
 from dspfx.layers.gated import gated_layers
 from dspfx.layers.gates import FilterGate
 from dspfx.model.liveness import present_liveness
@@ -17,18 +20,27 @@ from dspfx.model.parts import Part
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.liveness import Liveness, ReadLists
 from dspfx.pruning.budget import Budget
+from dspfx.pruning.channel_order import ChannelOrder, removable, sides, width_of
 from dspfx.pruning.latency import LatencyTable
-from dspfx.pruning.prune import PrunableLayer
-from dspfx.pruning.prune_channels import (
-    ChannelOrder,
-    removable,
-    sides,
-    width_of,
-)
-from dspfx.pruning.sensitivity import Sensitivity
+from dspfx.pruning.prunable_layer import PrunableLayer
 from dspfx.utils.arrays import BoolArray, FloatArray
 
 Prices = Mapping[Node, float]  # of one filter that reads one channel
+
+
+class Losses(Protocol):
+    """What is lost with each channel of a prepared module: of the loss, or of its energy."""
+
+    @property
+    def classes(self) -> Tensor:
+        """Float64 `[classes]`: with a channel that goes whole."""
+
+    @property
+    def groups(self) -> Mapping[str, Tensor]:
+        """Name of a gated layer -> float64 `[S, G, C/S]`: with a channel that a group drops."""
+
+    def unknown(self) -> tuple[Tensor, frozenset[str]]:
+        """Bool `[classes]` and names of layers: of what these read nothing is known; it stays."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +62,24 @@ class SensitivePart(ChannelOrder):
 
 def sensitive_parts(
     parts: Sequence[Part],
-    sensitivities: Iterable[Sensitivity],
+    losses: Iterable[Losses],
     budget: Budget,
     tables: Sequence[LatencyTable],
     groups: bool,
 ) -> list[SensitivePart]:
-    """The order of everything in all parts, by sensitivity over cost, as shares of its number.
+    """The order of everything in all parts, by loss over cost, as shares of its number.
 
     Args:
         parts: of a model.
-        sensitivities: of each.
+        losses: of each.
         budget: what the cost is of.
         tables: of each part, for a budget of latency.
         groups: whether inputs of groups go, too.
     """
     own: Sequence[LatencyTable | None] = tables or [None] * len(parts)
     made = [
-        _unordered(part, sensitivity, budget, table, groups)
-        for part, sensitivity, table in zip(parts, sensitivities, own, strict=True)
+        _unordered(part, lost, budget, table, groups)
+        for part, lost, table in zip(parts, losses, own, strict=True)
     ]
     scores = [a for part in made for a in (part.lost, *_channels(part))]
     everything = np.concatenate([a.ravel() for a in scores])
@@ -85,7 +97,7 @@ def _channels(part: SensitivePart) -> list[FloatArray]:
 
 
 def _unordered(
-    part: Part, sensitivity: Sensitivity, budget: Budget, table: LatencyTable | None, groups: bool
+    part: Part, losses: Losses, budget: Budget, table: LatencyTable | None, groups: bool
 ) -> SensitivePart:
     """A part with scores in place of the order."""
     analysis, live = present_liveness(part.module)
@@ -94,8 +106,8 @@ def _unordered(
     both = list(sides(part, analysis))
     prices = _prices(budget, table, analysis, live)
     cost, group_costs = _costs(analysis, live, gates, prices)
-    values = sensitivity.classes.cpu().numpy()
-    unknown, unknown_layers = sensitivity.unknown()
+    values = losses.classes.cpu().numpy()
+    unknown, unknown_layers = losses.unknown()
     going = removable(analysis, both, values) & ~unknown.cpu().numpy()
     lost = np.full(len(values), np.inf)
     lost[going & (cost == 0)] = -1.0  # gone already: it is no part of any width
@@ -103,17 +115,19 @@ def _unordered(
     lost[going] = values[going] / cost[going]
     layers = {}
     for name, gate in gates.items():
-        of_groups = sensitivity.groups[name].cpu().numpy()
+        of_groups = losses.groups[name].cpu().numpy()
         scores = np.full(of_groups.shape, np.inf)
-        if groups and name not in unknown_layers:
-            scores = _scores(of_groups, group_costs[name])
+        saved = 1.0 if table is None else table.own_inputs.get(name, 1.0)
+        if groups and saved > 0 and name not in unknown_layers:
+            scores = _scores(of_groups, group_costs[name] * saved)
         op, mask, group = mixes[name], gate.mask.cpu().numpy(), gate.assignment.cpu().numpy()
         scores[_readers(mask.reshape(op.structural_groups, -1, mask.shape[1]), gate) == 0] = -1.0
         filters = np.full(op.filters, np.inf)
         alive = gate.alive.cpu().numpy()
         layers[name] = PrunableLayer.of(op, mask, group, scores, filters, alive)
     widths = tuple(map(width_of, both))
-    return SensitivePart(part.module, analysis, part.name, lost, widths, layers)
+    liked = 1 if table is None else engines_named([budget.engine])[0].multiple
+    return SensitivePart(part.module, analysis, part.name, lost, widths, layers, liked=liked)
 
 
 def _prices(
@@ -179,7 +193,7 @@ def _readers(reads: BoolArray, gate: FilterGate) -> FloatArray:
 
 
 def _scores(values: FloatArray, costs: FloatArray) -> FloatArray:
-    """`[S, G, C/S]`: sensitivity over cost; infinite for the best of a group."""
+    """`[S, G, C/S]`: loss over cost; infinite for the best of a group."""
     known = costs > 0
     scores = np.full(values.shape, np.inf)
     scores[known] = values[known] / costs[known]

@@ -5,28 +5,27 @@ The cost of a candidate follows from its masks: by liveness what they leave, and
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from torch import fx, nn
+from torch import fx
 
 from dspfx.errors import BudgetError
 from dspfx.model.liveness import apply_reads
 from dspfx.model.module import PreparedModule
-from dspfx.model.parts import Part, full_name
+from dspfx.model.parts import full_name
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.cost import Cost, layer_costs, together, total
 from dspfx.passes.analysis.liveness import Liveness
 from dspfx.passes.lowering.cost_model import CPU
 from dspfx.passes.transforms.emitted import broken_ties, emitted_total
 from dspfx.passes.transforms.plan import CompactionPlan, plan
-from dspfx.pruning.budget import Budget, PruneReport, check_budget
-from dspfx.pruning.latency import LatencyTable, measured_fraction
+from dspfx.pruning.budget import Budget, PruneReport
+from dspfx.pruning.latency import Latency
 from dspfx.pruning.reopen import reopened
 from dspfx.pruning.weak_layers import in_words, weak_layers
-from dspfx.utils.distributed import Processes
 
 FINEST = 2.0**-40  # thresholds are not told apart any further
 CLOSE_ENOUGH = 0.005
@@ -89,39 +88,13 @@ class Emitted(NamedTuple):
     broken: tuple[str, ...]
 
 
-def prune_to(
-    prepared: nn.Module, parts: Sequence[PrunablePart], budget: Budget, hint: str
-) -> PruneReport:
-    """`prune_by` the times of layers, where they count; the result is measured then.
-
-    Raises:
-        BudgetError: the budget cannot be reached. Nothing is changed.
-    """
-    check_budget(budget)
-    processes = Processes.of(prepared)
-    report = prune_by(latency_tables(parts, budget, processes), parts, budget, hint)
-    if budget.latency is None:
-        return report
-    modules = [part.module for part in parts]
-    return replace(report, measured=processes.of_first(lambda: measured_fraction(modules)))
-
-
-def latency_tables(
-    parts: Iterable[Part | PrunablePart], budget: Budget, processes: Processes
-) -> list[LatencyTable]:
-    """The times of the layers of all `parts`; none where the budget does not ask for them."""
-    if budget.latency is None:
-        return []
-    return [LatencyTable.of(part.module, processes) for part in parts]
-
-
 def prune_by(
-    tables: Sequence[LatencyTable], parts: Sequence[PrunablePart], budget: Budget, hint: str
+    latency: Latency | None, parts: Sequence[PrunablePart], budget: Budget, hint: str
 ) -> PruneReport:
     """Mask `parts` by the smallest threshold that is within `budget`.
 
     Args:
-        tables: of the parts, for a budget of latency.
+        latency: of the parts, for a budget of it.
         parts: all of a model.
         budget: what may remain.
         hint: for an error, why no less than `{least}` can remain, and what to do about it.
@@ -130,10 +103,10 @@ def prune_by(
         BudgetError: the budget cannot be reached. Nothing is changed.
     """
     before = together(total(part.analysis) for part in parts)
-    dense = budget.of(before, before, sum(table.predict() for table in tables))
+    dense = budget.of(before, before, 1.0)
     with ExitStack() as stack:
         views = [stack.enter_context(part.module.evaluation_view()) for part in parts]
-        search = _Search(parts, views, tables, budget, dense)
+        search = _Search(parts, views, latency, budget, dense)
         threshold, found = search.smallest(hint)
         found = search.reopened(search.filled(threshold, found)) if threshold > 0 else found
     for part, live in zip(parts, found.lives, strict=True):
@@ -186,11 +159,11 @@ class _Search:
         self,
         parts: Sequence[PrunablePart],
         views: Sequence[fx.GraphModule],
-        tables: Sequence[LatencyTable],
+        latency: Latency | None,
         budget: Budget,
         dense: float,
     ) -> None:
-        self.parts, self.views, self.tables = parts, views, tables
+        self.parts, self.views, self.latency = parts, views, latency
         self.budget, self.dense = budget, dense
         self.plans: dict[tuple[int, bytes], Emitted] = {}  # of a part, by what is alive in it
 
@@ -265,9 +238,9 @@ class _Search:
         costs = (total(p.analysis, live) for p, live in zip(self.parts, lives, strict=True))
         planned = [self._emitted(number, live) for number, live in enumerate(lives)]
         cost, emitted = together(costs), together(each.cost for each in planned)
-        seconds = sum(t.predict(live) for t, live in zip(self.tables, lives, strict=False))
+        time = self.latency.predict(lives) if self.latency is not None else 0.0
         ties = tuple(tie for each in planned for tie in each.broken)
-        return Candidate(lives, cost, emitted, self.budget.of(cost, emitted, seconds), ties)
+        return Candidate(lives, cost, emitted, self.budget.of(cost, emitted, time), ties)
 
     def _emitted(self, number: int, live: Liveness) -> Emitted:
         key = number, live.digest()

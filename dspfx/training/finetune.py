@@ -18,7 +18,6 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -249,7 +248,7 @@ class CyclicFinetune:
             setattr(self, name, copy.copy(state["progress"][name]))
 
     def _settings(self) -> dict[str, Any]:
-        plain = None if self.budget is None else asdict(self.budget)
+        plain = None if self.budget is None else self.budget.plain()
         names = ("cycles", "epochs", "steps_per_epoch", "prune_more")
         return {"budget": plain, **{name: getattr(self, name) for name in names}}
 

@@ -53,6 +53,12 @@ class Measured:
                 self.known.update(_timed(missing, x))
         return {name: self.known[key] for name, key in signatures.items()}
 
+    def remembered(self, key: str, find: Callable[[], float]) -> float:
+        """The seconds of what is called `key`, which `find` measures if they are not known."""
+        if key not in self.known:
+            self.known[key] = find()
+        return self.known[key]
+
     def save(self) -> None:
         """Write all times, atomically; a folder that cannot be written to is no error."""
         with contextlib.suppress(OSError):

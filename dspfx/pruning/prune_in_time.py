@@ -1,0 +1,89 @@
+"""Pruning to a budget of latency by the weights alone: what has the least energy for its time goes.
+
+Whole networks are measured in the end. Where they take longer or shorter than their layers promise,
+the prediction is corrected by that, and pruning begins anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from dspfx.errors import BudgetError
+from dspfx.model.parts import parts_of
+from dspfx.pruning.budget import Budget, PruneReport
+from dspfx.pruning.criteria import Criteria
+from dspfx.pruning.energy_shares import EnergyShares
+from dspfx.pruning.latency import Latency
+from dspfx.pruning.ranking import sensitive_parts
+from dspfx.pruning.search import PrunablePart, prune_by
+from dspfx.pruning.whole_times import WholeTimes
+from dspfx.utils.distributed import Processes
+
+CORRECTIONS = 3
+AS_PREDICTED = 0.02  # a difference of measured from predicted fractions that is none
+
+
+def prune_in_time(
+    prepared: nn.Module,
+    criteria: Criteria,
+    budget: Budget,
+    hint: str,
+    *,
+    groups: bool,
+    whole: bool = True,
+) -> PruneReport:
+    """Mask `prepared` down to a budget of latency.
+
+    Args:
+        prepared: from `dspfx.prepare`.
+        criteria: of it.
+        budget: of latency.
+        hint: see `prune_by`.
+        groups: whether groups may drop inputs by themselves.
+        whole: whether channels may go from the whole model.
+
+    Raises:
+        BudgetError: the budget cannot be reached, or its engine is not there. Nothing is changed.
+    """
+    parts, processes = parts_of(prepared), Processes.of(prepared)
+    energies = [EnergyShares.of(part, criteria, whole=whole) for part in parts]
+    latency = Latency.of(parts, budget, processes)
+    assert latency is not None
+    ordered = sensitive_parts(parts, energies, budget, latency.tables, groups)
+    return _measured(latency, ordered, budget, hint, processes)
+
+
+def _measured(
+    latency: Latency,
+    parts: Sequence[PrunablePart],
+    budget: Budget,
+    hint: str,
+    processes: Processes,
+) -> PruneReport:
+    """`prune_by` the times of layers, corrected by what is measured."""
+    report = prune_by(latency, parts, budget, hint)
+    modules = [part.module for part in parts]
+    if report.threshold == 0:
+        return report
+    whole: WholeTimes | None = None
+
+    def measure() -> float:
+        nonlocal whole
+        whole = whole or WholeTimes(budget, modules)
+        return whole.fraction(modules)
+
+    for left in reversed(range(CORRECTIONS + 1)):
+        measured = processes.of_first(measure)
+        report = replace(report, measured=measured)
+        if not left or abs(measured - report.achieved) <= AS_PREDICTED:
+            break
+        latency = latency.corrected(report.achieved, measured)
+        try:
+            again = prune_by(latency, parts, budget, hint)
+        except BudgetError as error:
+            return replace(report, note=f"by what was measured, {error}")
+        if again.after == report.after:  # nothing comes closer
+            return replace(again, measured=measured)
+        report = again
+    return report
