@@ -416,14 +416,15 @@ def case_latency() -> Any:
     """The first process measures; here each would find something else."""
     rank, calls = dist.get_rank(), itertools.count()
 
-    def seconds(site: Any, measured: Any) -> float:
+    def seconds(site: Any, *_: Any) -> float:
         next(calls)
         return float(site.weight.count_nonzero()) ** (1 + rank)
 
     with (
-        mock.patch("dspfx.pruning.latency._fastest", seconds),
-        mock.patch("dspfx.pruning.search.measured_fraction", return_value=0.5 + rank),
+        mock.patch("dspfx.pruning.layer_times._fastest", seconds),
+        mock.patch("dspfx.pruning.prune_in_time.WholeTimes") as whole,
     ):
+        whole.return_value.fraction.return_value = 0.5 + 0.001 * rank
         ddp = wrap(plain())
         report = dspfx.prune(ddp, dspfx.Budget(latency=0.5))
     assert (next(calls) > 0) == (rank == 0)

@@ -27,7 +27,7 @@ class OneLayer:
         filters, channels: of it.
         shape: of its input, without the channels: the batch, then positions.
         conv: the attributes of ONNX's Conv; None for a linear layer.
-        depthwise: every filter reads a channel of its own.
+        structural_groups: of a convolution; a depthwise one has as many as channels.
         reads: of each of its groups of filters, which of the `channels` it gathers; none if all
             filters read all channels as they come.
     """
@@ -36,7 +36,7 @@ class OneLayer:
     channels: int
     shape: tuple[int, ...]
     conv: Mapping[str, Sequence[int]] | None
-    depthwise: bool = False
+    structural_groups: int = 1
     reads: tuple[tuple[int, ...], ...] = ()
 
     def file(self, precision: Precision) -> bytes:
@@ -51,7 +51,7 @@ class OneLayer:
             ]
             x = written.joined(parts)
         else:
-            x = written.layer(x, self.channels, self.filters, self.conv, depthwise=self.depthwise)
+            x = written.layer(x, self.channels, self.filters, self.conv, self.structural_groups)
         written.layer(x, self.filters, 1, output=OUTPUT)
         return written.file(self.input_shape())
 
@@ -98,8 +98,8 @@ class _Writer:
         channels: int,
         filters: int,
         conv: Mapping[str, Sequence[int]] | None = None,
+        groups: int = 1,
         *,
-        depthwise: bool = False,
         output: str | None = None,
     ) -> str:
         """What a layer makes of `x`; a convolution of single positions if it has no attributes."""
@@ -108,11 +108,9 @@ class _Writer:
             product = self.node("MatMul", given, self.weight((channels, filters), 1))
             return self.node("Add", product, self.tensor(np.zeros(filters, np.float32)), to=output)
         taps = self.point if conv is None else conv["kernel_shape"]
-        weight = self.weight((filters, 1 if depthwise else channels, *taps), 0)
+        weight = self.weight((filters, channels // groups, *taps), 0)
         bias = self.tensor(np.zeros(filters, np.float32))
-        groups = {"group": channels} if depthwise else {}
-        attributes = {**(conv or {}), **groups}
-        return self.node("Conv", given, weight, bias, to=output, **attributes)
+        return self.node("Conv", given, weight, bias, to=output, group=groups, **(conv or {}))
 
     def gathered(self, x: str, channels: Sequence[int]) -> str:
         """The `channels` of `x`."""

@@ -122,6 +122,29 @@ def sides(part: Part, analysis: ChannelAnalysis) -> Iterator[Side]:
             yield Side(op, analysis.class_of(op.operands[0]), writes=False)
 
 
+def tied(sides: Sequence[Side], asked: int, liked: int) -> Iterator[IntArray]:
+    """The classes that go together: of each structural group that is as narrow as a step.
+
+    A layer with groups of its own would be left whole otherwise, or its groups just as slow. What
+    a group reads and writes goes with it.
+    """
+    by_layer: dict[str, list[Side]] = {}
+    for side in sides:
+        by_layer.setdefault(side.mix.layer, []).append(side)
+    for own in by_layer.values():
+        groups = own[0].mix.structural_groups
+        narrow = [len(side.classes) // groups <= _step_of(side, asked, liked) for side in own]
+        wide = [len(side.classes) > groups for side in own]
+        if groups > 1 and all(narrow) and all(wide):
+            for group in range(groups):
+                parts = [side.classes.reshape(groups, -1)[group] for side in own]
+                yield np.unique(np.concatenate(parts))
+
+
+def _step_of(side: Side, asked: int, liked: int) -> int:
+    return asked if asked > 1 else multiple_of(liked, len(side.classes))
+
+
 def removable(analysis: ChannelAnalysis, sides: list[Side], importance: FloatArray) -> BoolArray:
     """`[classes]`: those that can go, for all their writers or all their readers are gated.
 

@@ -91,7 +91,7 @@ def _of_groups(part: Part, mix: Mix, criteria: Criteria) -> FloatArray:
 
 
 def _shares(energies: FloatArray) -> FloatArray:
-    """Of what is left of all `energies` when the smaller ones are gone; zero where there is none."""
+    """Of what is left of all `energies` when smaller ones are gone; zero where there is nothing."""
     order = np.argsort(energies, axis=None, kind="stable")
     own = energies.ravel()[order]
     left = np.cumsum(own[::-1])[::-1]

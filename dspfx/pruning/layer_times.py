@@ -9,7 +9,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -165,7 +165,7 @@ class _InEngine:
                 continue
             fixed = [pinned[self.analysis.class_of(x)].all() for x in (node, op.operands[0])]
             times[node.name] = self._at_shares(one, *map(bool, fixed))
-            if op.gated and not one.depthwise:
+            if op.gated and one.structural_groups == 1:
                 groups = len(gates[op.layer].assignment.unique())
                 own_inputs[op.layer] = self._saved_by_own_inputs(one, groups)
         return LayerTimes(times, own_inputs)
@@ -175,31 +175,36 @@ class _InEngine:
         layer: Any = self.module.get_submodule(op.layer)
         if isinstance(layer, TRANSPOSED) or op.full_width:
             return None
-        depthwise = op.structural_groups == op.channels == op.filters > 1
-        if op.structural_groups > 1 and not depthwise:
-            return None
         shape = tuple(self.analysis.values[op.operands[0]].shape)
         if isinstance(layer, nn.Linear):
             return OneLayer(op.filters, op.channels, shape[:-1], None)
         if not isinstance(layer, nn.modules.conv._ConvNd):
             return None
         positions = shape[0], *shape[2:]
-        return OneLayer(op.filters, op.channels, positions, _attributes(layer), depthwise)
+        groups = op.structural_groups
+        return OneLayer(op.filters, op.channels, positions, _attributes(layer), groups)
 
-    def _at_shares(self, one: OneLayer, filters_fixed: bool, channels_fixed: bool) -> Any:
-        known = {0.0: 0.0}
-        for share in SHARES:
-            free = 2 - filters_fixed - channels_fixed
-            side = share if one.depthwise or free < 2 else math.sqrt(share)
-            filters = one.filters if filters_fixed else self._width(one.filters, side)
-            channels = one.channels if channels_fixed else self._width(one.channels, side)
-            if one.depthwise:
-                filters = channels = min(filters, channels)
-            smaller = OneLayer(filters, channels, one.shape, one.conv, one.depthwise)
-            whole = one.filters * (1 if one.depthwise else one.channels)
-            known[filters * (1 if one.depthwise else channels) / whole] = self._seconds(smaller)
+    def _at_shares(
+        self, one: OneLayer, filters_fixed: bool, channels_fixed: bool
+    ) -> tuple[float, ...]:
+        known = {0.0: 0.0, 1.0: self._seconds(one)}
+        for share in SHARES[:-1]:
+            smaller = self._fewer_groups(one, share)
+            if one.structural_groups == 1:
+                side = share if filters_fixed or channels_fixed else math.sqrt(share)
+                filters = one.filters if filters_fixed else self._width(one.filters, side)
+                channels = one.channels if channels_fixed else self._width(one.channels, side)
+                smaller = replace(one, filters=filters, channels=channels)
+            known[_weights(smaller) / _weights(one)] = self._seconds(smaller)
         shares = sorted(known)
         return tuple(map(float, np.interp(SHARES, shares, [known[share] for share in shares])))
+
+    def _fewer_groups(self, one: OneLayer, share: float) -> OneLayer:
+        """A layer with groups of its own, of which fewer are left."""
+        width = one.channels // one.structural_groups
+        left = max(1, self._width(one.channels, share) // width)
+        filters = one.filters // one.structural_groups * left
+        return replace(one, filters=filters, channels=width * left, structural_groups=left)
 
     def _width(self, whole: int, share: float) -> int:
         step = multiple_of(self.engine.multiple, whole)
@@ -213,8 +218,7 @@ class _InEngine:
             for _ in range(groups)
         )
         whole = self._seconds(one)
-        smaller = OneLayer(one.filters, half, one.shape, one.conv)
-        gathered = OneLayer(one.filters, one.channels, one.shape, one.conv, reads=reads)
+        smaller, gathered = replace(one, channels=half), replace(one, reads=reads)
         if (most := whole - self._seconds(smaller)) <= 0:
             return 0.0
         return min(1.0, max(0.0, (whole - self._seconds(gathered)) / most))
@@ -233,6 +237,10 @@ class _InEngine:
 
         key = f"{self.engine.version()} {self.precision} {file.__name__} {one!r}"
         return self.measured.remembered(key, find)
+
+
+def _weights(one: OneLayer) -> int:
+    return one.filters * one.channels // one.structural_groups
 
 
 def _attributes(layer: nn.modules.conv._ConvNd) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,7 @@ from dspfx.model.parts import Part, parts_of
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis
 from dspfx.passes.analysis.liveness import ReadLists
 from dspfx.pruning.budget import Budget, PruneReport, check_budget
-from dspfx.pruning.channel_order import ChannelOrder, Side, removable, sides, width_of
+from dspfx.pruning.channel_order import ChannelOrder, Side, removable, sides, tied, width_of
 from dspfx.pruning.criteria import LOWER_CAPS, Criteria, LeastKept, strongest
 from dspfx.pruning.energy_shares import energies_of_sides
 from dspfx.pruning.prune_in_time import prune_in_time
@@ -119,6 +119,8 @@ class _ChannelPart(ChannelOrder):
         module, analysis = part.module, analyse_prepared(part.module)
         both = list(sides(part, analysis))
         importance = _importance(part, analysis, both, criteria)
+        for classes in tied(both, module.asked.round_to, 1):
+            importance[classes] = importance[classes].mean()
         capped = _capped(part, both, importance, criteria)
         going = np.flatnonzero(removable(analysis, both, importance) & ~capped)
         lost = np.full(len(importance), np.inf)

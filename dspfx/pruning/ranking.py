@@ -20,7 +20,7 @@ from dspfx.model.parts import Part
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.liveness import Liveness, ReadLists
 from dspfx.pruning.budget import Budget
-from dspfx.pruning.channel_order import ChannelOrder, removable, sides, width_of
+from dspfx.pruning.channel_order import ChannelOrder, removable, sides, tied, width_of
 from dspfx.pruning.latency import LatencyTable
 from dspfx.pruning.prunable_layer import PrunableLayer
 from dspfx.utils.arrays import BoolArray, FloatArray
@@ -106,7 +106,12 @@ def _unordered(
     both = list(sides(part, analysis))
     prices = _prices(budget, table, analysis, live)
     cost, group_costs = _costs(analysis, live, gates, prices)
-    values = losses.classes.cpu().numpy()
+    values = losses.classes.cpu().numpy().copy()
+    liked = 1 if table is None else engines_named([budget.engine])[0].multiple
+    for classes in tied(both, part.module.asked.round_to, liked):
+        left = classes[cost[classes] > 0]
+        if len(left):
+            values[left], cost[left] = values[left].mean(), cost[left].mean()
     unknown, unknown_layers = losses.unknown()
     going = removable(analysis, both, values) & ~unknown.cpu().numpy()
     lost = np.full(len(values), np.inf)
@@ -126,7 +131,6 @@ def _unordered(
         alive = gate.alive.cpu().numpy()
         layers[name] = PrunableLayer.of(op, mask, group, scores, filters, alive)
     widths = tuple(map(width_of, both))
-    liked = 1 if table is None else engines_named([budget.engine])[0].multiple
     return SensitivePart(part.module, analysis, part.name, lost, widths, layers, liked=liked)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from dspfx import Budget
 from dspfx.layers.gated import GatedLayer, gated_layers
 from dspfx.layers.weights import spread, structural_groups
 from dspfx.model.analysed import analyse_prepared
+from dspfx.model.liveness import present_liveness
 from dspfx.model.parts import parts_of
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Mix
 from dspfx.passes.analysis.cost import layer_costs, total
-from dspfx.pruning.latency import SHARES, LatencyTable
+from dspfx.pruning.latency import Latency
+from dspfx.pruning.layer_times import SHARES, LayerTimes
 from dspfx.pruning.ranking import sensitive_parts
-from dspfx.pruning.search import prune_to
+from dspfx.pruning.search import prune_by
 from dspfx.pruning.sensitivity import Sensitivity
 from dspfx.utils.distributed import Processes
 from dspfx.utils.pytree import leaves
@@ -274,7 +276,7 @@ def test_no_more_goes_than_must(fraction: float) -> None:
 
     left = [macs((number + 0.5) * share) for number in range(round(1 / share) + 1)]
     limit = fraction * total(part.analysis).macs
-    found = prune_to(prepared, [part], budget, "")
+    found = prune_by(None, [part], budget, "")
     best = max(count for count in left if count <= limit)
     assert best <= found.after.macs <= limit  # with what fits in besides
 
@@ -282,14 +284,29 @@ def test_no_more_goes_than_must(fraction: float) -> None:
 def layers_take(monkeypatch: pytest.MonkeyPatch, a_mac: dict[str, float]) -> None:
     """A multiply-accumulate takes so long from now on, by layer, 1 by default."""
 
-    def times(module: nn.Module, analysis: ChannelAnalysis) -> dict[str, tuple[float, ...]]:
+    def times(module: nn.Module, analysis: ChannelAnalysis, _: Budget) -> LayerTimes:
         macs = {node.name: cost.macs for node, cost in layer_costs(analysis).items()}
-        return {
+        found = {
             name: tuple(a_mac.get(name, 1.0) * share * whole for share in SHARES)
             for name, whole in macs.items()
         }
+        return LayerTimes(found, {})
 
-    monkeypatch.setattr(dspfx.pruning.latency, "_times", times)
+    monkeypatch.setattr(dspfx.pruning.latency, "layer_times", times)
+    monkeypatch.setattr(dspfx.pruning.gradual, "WholeTimes", AsPredicted)
+
+
+class AsPredicted:
+    """Whole networks take what their layers promise, of which a test knows nothing else."""
+
+    def __init__(self, budget: Budget, modules: Sequence[nn.Module]) -> None:
+        (self.module,) = modules
+
+    def fraction(self, modules: Sequence[nn.Module]) -> float:
+        latency = Latency.of(parts_of(self.module), Budget(latency=0.5), Processes.of(self.module))
+        assert latency is not None
+        _, live = present_liveness(self.module)
+        return latency.predict([live])
 
 
 def pruned_to(budget: Budget) -> dspfx.PreparedModule:
@@ -470,14 +487,17 @@ def test_a_resumed_run_is_the_same_to_the_last_bit() -> None:
 
 def test_measuring_leaves_the_random_numbers_of_the_user_alone() -> None:
     prepared, before = layers(), torch.get_rng_state()
-    table = LatencyTable.of(prepared, Processes.of(prepared))  # of a network in float64
-    assert table.predict() > 0
+    budget = Budget(latency=0.5)
+    latency = Latency.of(parts_of(prepared), budget, Processes.of(prepared))  # in float64
+    assert latency is not None
+    assert latency.tables[0].predict() > 0
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    monkeypatch.setattr(dspfx.pruning.latency, "_times", lambda *_: measured.append(1) or {})
+    none = LayerTimes({}, {})
+    monkeypatch.setattr(dspfx.pruning.latency, "layer_times", lambda *_: measured.append(1) or none)
     dspfx.GradualPruning(layers(), Budget(latency=0.4), total_steps=10)
     assert len(measured) == 1
 
@@ -489,9 +509,12 @@ def test_a_resumed_run_knows_the_times_of_the_first(monkeypatch: pytest.MonkeyPa
 
     first, resumed = made({"side": 30.0}), made({"side": 3.0, "up": 7.0})
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert resumed.tables[0].times == first.tables[0].times
-    assert resumed.tables[0].predict() == first.tables[0].predict()
-    monkeypatch.setattr(dspfx.pruning.latency, "_times", lambda *_: {"stem": (1.0,) * len(SHARES)})
+    assert resumed.latency is not None
+    assert first.latency is not None
+    assert resumed.latency.state() == first.latency.state()
+    assert resumed.latency.tables[0].predict() == first.latency.tables[0].predict()
+    others = LayerTimes({"stem": (1.0,) * len(SHARES)}, {})
+    monkeypatch.setattr(dspfx.pruning.latency, "layer_times", lambda *_: others)
     with pytest.raises(dspfx.LearnError, match="another model"):
         dspfx.GradualPruning(layers(), Budget(latency=0.4), total_steps=10).load_state_dict(
             first.state_dict()

@@ -21,6 +21,9 @@ from torch import nn
 from torchvision.utils import save_image
 
 import dspfx
+from dspfx.pruning.latency import Latency
+from dspfx.pruning.layer_times import LayerTimes
+from dspfx.pruning.whole_times import WholeTimes
 from dspfx.recipe import PRESETS, Machine, Outcome, Recipe, Schedule, preset, run, training
 from dspfx.recipe.comparison import compare
 from dspfx.recipe.epochs import Epoch, loggers
@@ -354,9 +357,13 @@ def test_a_share_of_the_time_is_kept(
 ) -> None:
     times = iter([{}] * 2 + [{"stage_1_0_conv_a": (1e-3,) * 5}] * 9)  # at first like MACs
     monkeypatch.setattr(
-        dspfx.pruning.latency, "_times", lambda *_: next(times) if method == "gradual" else {}
+        dspfx.pruning.latency,
+        "layer_times",
+        lambda *_: LayerTimes(next(times) if method == "gradual" else {}, {}),
     )
-    monkeypatch.setattr(dspfx.pruning.search, "measured_fraction", lambda _: 0.5)
+    monkeypatch.setattr(Latency, "corrected", lambda self, *_: self)
+    monkeypatch.setattr(WholeTimes, "__init__", lambda *_: None)
+    monkeypatch.setattr(WholeTimes, "fraction", lambda *_: 0.5)
     recipe = dataclasses.replace(
         TINY, method=method, keep_latency=0.6, keep_macs=0.1, prune_more=0.0
     )
