@@ -74,7 +74,8 @@ class Budget:
     def at(self, fraction: float) -> "Budget":
         """A budget of the same, of another fraction."""
 
-        return replace(self, **{n: fraction for n in _FRACTIONS if getattr(self, n) is not None})
+        changed: dict[str, Any] = {n: fraction for n in _FRACTIONS if getattr(self, n) is not None}
+        return replace(self, **changed)
 
     def plain(self) -> dict[str, Any]:
         """As plain values; the engine and its precision where they are no defaults."""

@@ -9,6 +9,7 @@ saved.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,8 @@ class Latency:
         tables = []
         for part in parts:
             blank = LatencyTable.blank(part.module)
-            found = processes.of_first(
-                lambda part=part, blank=blank: layer_times(part.module, blank.analysis, budget)
-            )
+            measure = partial(layer_times, part.module, blank.analysis, budget)
+            found = processes.of_first(measure)
             tables.append(replace(blank, times=found.times, own_inputs=found.own_inputs))
         return Latency(tuple(tables))
 

@@ -166,7 +166,7 @@ class _InEngine:
             fixed = [pinned[self.analysis.class_of(x)].all() for x in (node, op.operands[0])]
             times[node.name] = self._at_shares(one, *map(bool, fixed))
             if op.gated and one.structural_groups == 1:
-                groups = len(gates[op.layer].assignment.unique())
+                groups = len(set(gates[op.layer].assignment.tolist()))
                 own_inputs[op.layer] = self._saved_by_own_inputs(one, groups)
         return LayerTimes(times, own_inputs)
 
