@@ -5,7 +5,6 @@ from typing import Annotated, Any
 import typer
 
 from dspfx.commands import targets as subjects
-from dspfx.commands.calibration import calibration
 from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.commands.unused_options import refuse
 from dspfx.convert import convert
@@ -14,6 +13,7 @@ from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
 from dspfx.pruning.budget import Budget
 from dspfx.pruning.prune import prune
+from dspfx.recipe.images.calibration import calibration
 from dspfx.recipe.images.sources import Source, in_batches, open_source
 from dspfx.recipe.networks.outputs import check
 from dspfx.recipe.settings import Recipe

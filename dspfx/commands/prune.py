@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from dspfx.commands import prune_options as options
 from dspfx.commands import targets as subjects
-from dspfx.commands.calibration import calibration
 from dspfx.commands.files import OWN, check_writable, write, written
 from dspfx.commands.session import AsJson, Debug, Session, Threads, say, session
 from dspfx.commands.unused_options import refuse
@@ -24,6 +23,7 @@ from dspfx.pruning.gradual import GradualPruning
 from dspfx.pruning.prune import prune as prune_to
 from dspfx.pruning.prune_channels import prune_channels
 from dspfx.quantization.quantize import quantize as to_int8
+from dspfx.recipe.images.calibration import calibration
 from dspfx.recipe.images.sources import Source, in_batches, open_source
 from dspfx.recipe.networks.outputs import check, classification_loss, right_answers
 from dspfx.recipe.settings import Recipe
@@ -40,6 +40,8 @@ def prune(
     keep_macs: options.KeepMacs = None,
     keep_params: options.KeepParams = None,
     keep_latency: options.KeepLatency = None,
+    engine: options.Engine = None,
+    precision: options.Precision = None,
     output: options.Output = None,
     pretrained: subjects.Pretrained = False,
     weights: subjects.Weights = None,
@@ -67,7 +69,10 @@ def prune(
     """
     with session(debug=debug, as_json=as_json, threads=threads) as own:
         subjects.check_dense(model, output)
-        budget = _budget(keep_macs, keep_params, keep_latency)
+        if keep_latency is None:
+            refuse(locals(), ("engine", "precision"), "without --keep-latency")
+        precision = precision or ("int8" if quantize and keep_latency is not None else None)
+        budget = _budget(keep_macs, keep_params, keep_latency, engine, precision)
         path = check_writable(output or _usual_file(model))
         # what is fast wherever it will run
         whole = groups is None and (quantize or not path.name.endswith(OWN))
@@ -170,12 +175,20 @@ def _usual_file(model: str) -> Path:
     return Path(f"{model.replace('/', '-').replace(':', '-')}-pruned.safetensors")
 
 
-def _budget(macs: float | None, params: float | None, latency: float | None) -> Budget:
+def _budget(
+    macs: float | None,
+    params: float | None,
+    latency: float | None,
+    engine: str | None,
+    precision: str | None,
+) -> Budget:
     if sum(part is not None for part in (macs, params, latency)) != 1:
         raise BudgetError(
             "say how much may remain, by one of --keep-macs, --keep-params and --keep-latency"
         )
-    return Budget(macs=macs, params=params, latency=latency)
+    given = {"engine": engine, "precision": precision}
+    told: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Budget(macs=macs, params=params, latency=latency, **told)
 
 
 def _by_weights(prepared: nn.Module, budget: Budget, whole: bool) -> PruneReport:

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from dspfx.commands.targets import GROUPS
+from dspfx.engines.engines import NAMES
 from dspfx.export import SUFFIXES
+from dspfx.recipe.images.calibration import CALIBRATION
 
 SAMPLE = 32  # images to ask for gradients at a time
 IMAGES, PASSES = 1024, 40
-CALIBRATION = 512  # images
 
 Model = Annotated[
     str,
@@ -27,6 +28,14 @@ KeepParams = Annotated[
 KeepLatency = Annotated[
     float | None,
     typer.Option(help="Fraction of the time to keep instead; layers are measured."),
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(help=f"What will run it, where --keep-latency is measured: {', '.join(NAMES)}."),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="In which it is measured: fp32, bf16, int8; int8 with --quantize."),
 ]
 Output = Annotated[
     Path | None,

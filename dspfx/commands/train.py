@@ -54,6 +54,8 @@ def train(
     groups: options.Groups = None,
     keep_macs: options.KeepMacs = None,
     keep_latency: options.KeepLatency = None,
+    engine: options.Engine = None,
+    quantize: options.Quantize = None,
     strength: options.Strength = None,
     logits_every: options.LogitsEvery = None,
     prune_more: options.PruneMore = None,
@@ -197,9 +199,10 @@ def gentler(recipe: Recipe, given: dict[str, Any]) -> Recipe:
 def for_other_programs(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
     """The options `given`, with whole channels where neither they nor `recipe` ask for groups.
 
-    Other programs run groups more slowly than whole channels, if faster than the dense layer.
+    Other programs run groups more slowly than whole channels, if faster than the dense layer. Of an
+    engine that is named the times decide.
     """
-    if recipe.method != "gradual" or "method" in given or "groups" in given:
+    if recipe.method != "gradual" or {"method", "groups", "engine"} & given.keys():
         return given
     say("pruning whole channels, which other programs run fast; groups, too, by --method gradual")
     return {**given, "method": "channels"}

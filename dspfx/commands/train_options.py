@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from dspfx.engines.engines import NAMES
 from dspfx.export import SUFFIXES
 from dspfx.recipe.epochs import LOGGERS
+from dspfx.recipe.images.calibration import CALIBRATION
 from dspfx.recipe.presets import PRESETS
 from dspfx.recipe.settings import PRECISIONS
 
@@ -93,6 +95,18 @@ KeepMacs = Annotated[float | None, _option(PRUNING, "Fraction of the MACs to kee
 KeepLatency = Annotated[
     float | None,
     _option(PRUNING, "Fraction of the time to keep instead; layers are measured here."),
+]
+Engine = Annotated[
+    str | None,
+    _option(PRUNING, f"What will run it, where --keep-latency is measured: {', '.join(NAMES)}."),
+]
+Quantize = Annotated[
+    bool | None,
+    _option(
+        PRUNING,
+        f"Round weights and activations to 8 bits in the end, by {CALIBRATION} training images.",
+        "--quantize/--no-quantize",
+    ),
 ]
 Strength = Annotated[float | None, _option(PRUNING, "Of the group learning (--method learned).")]
 LogitsEvery = Annotated[

@@ -6,7 +6,8 @@
     pruned.pt            the prepared network, when it was pruned while it trained
     checkpoint.pt        all that is needed to go on; replaced in one step
     model.safetensors    the compact network (`dspfx.save`); how to construct it is in
-                         model.safetensors.json
+                         model.safetensors.json; rounded to 8 bits, if that was asked for
+    float32.safetensors  then the same network before that
     report.json, .txt    what came out
     report.html          the same network as a page with a picture, where matplotlib is installed
 
@@ -45,6 +46,7 @@ class RunFolder:
         self.pruned = path / "pruned.pt"
         self.checkpoint = path / "checkpoint.pt"
         self.model = path / "model.safetensors"
+        self.float32 = path / "float32.safetensors"
         self.report = path / "report.json"
         self.text = path / "report.txt"
         self.page = path / "report.html"

@@ -26,6 +26,7 @@ class Outcome:
         model: the file that it is in.
         warnings: of pruning.
         tuned: it was fine-tuned; otherwise batch norms were recalibrated.
+        quantized: accuracy of the compact network rounded to 8 bits; None if it was not.
         speed: how long the dense and the compact network take; None where it was not measured.
     """
 
@@ -41,6 +42,7 @@ class Outcome:
     model: str
     warnings: tuple[str, ...]
     tuned: bool = True
+    quantized: float | None = None
     speed: Speed | None = None
 
     def __str__(self) -> str:
@@ -53,6 +55,8 @@ class Outcome:
             (f"masked, {was_done}", f"{self.masked:.2%}"),
             ("compact", f"{self.compact:.2%}"),
         ]
+        if self.quantized is not None:
+            accuracies.append(("compact, quantised to 8 bits", f"{self.quantized:.2%}"))
         parts = [
             str(self.report),
             tabulate(accuracies, ("network", "test accuracy"), disable_numparse=True),

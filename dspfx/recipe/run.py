@@ -15,9 +15,11 @@ from dspfx.prepare import prepare
 from dspfx.pruning.budget import PruneReport
 from dspfx.pruning.prune import prune
 from dspfx.pruning.weak_layers import in_words, weak_layers_of
+from dspfx.quantization.quantize import quantize
 from dspfx.recipe.comparison import compare
 from dspfx.recipe.epochs import Logger
 from dspfx.recipe.folder import RunFolder
+from dspfx.recipe.images.calibration import calibration
 from dspfx.recipe.images.sources import Source, in_batches, open_source
 from dspfx.recipe.networks.architectures import (
     Architecture,
@@ -293,6 +295,12 @@ class _Steps:
         found = compare(prepared, compact, training.batches_of("test"))
         sums = self.own.sums(found.right_masked, found.right_compact, found.equal)
         images = len(self.source.numbers["test"])
+        final, quantized = compact, None
+        if self.recipe.quantize:
+            self.say("rounding to 8 bits")
+            final = quantize(compact, (x.to(self.own.device) for x, _ in calibration(self.source)))
+            rounded = compare(compact, final, training.batches_of("test"))
+            quantized = self.own.sums(rounded.right_compact)[0] / images
         outcome = Outcome(
             dense=training.facts["dense"],
             pruned=training.facts["pruned"],
@@ -302,13 +310,16 @@ class _Steps:
             equal_predictions=int(sums[2]),
             test_images=images,
             largest_difference=self.own.largest(found.largest_difference),
-            report=report(compact),
+            report=report(final),
             model=str(self.files.model),
             tuned=self.recipe.tune.epochs > 0,
+            quantized=quantized,
             warnings=in_words(weak_layers_of(prepared)),
         )
         if self.own.first:
-            save(compact, self.files.model)
+            save(final, self.files.model)
+            if final is not compact:
+                save(compact, self.files.float32)
             self.architecture.write(self.files.model)
             self.files.write(self.files.report, outcome.to_dict())
             self.files.write(self.files.text, str(outcome))

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dspfx.engines.engine import Precision
+from dspfx.engines.engines import OWN
 from dspfx.errors import RecipeError
 from dspfx.model.config import PrepareConfig
 from dspfx.pruning.budget import Budget
@@ -64,6 +66,9 @@ class Recipe:
         keep_macs: the fraction of the multiply-accumulates that may remain.
         keep_latency: the fraction of the dense network's time that may remain, in place of
             `keep_macs`; layers are measured on the machine that trains, for two images.
+        engine: what will run the network, in which they are measured; see `dspfx.Budget`. In
+            integers of 8 bits if it will be quantised.
+        quantize: round the compact network to 8 bits in the end; see `dspfx.quantize`.
         strength, logits_every: of the group learning, see `dspfx.GroupLearner`.
         ignore: see `dspfx.PrepareConfig`.
         cycles, prune_more: of the fine-tuning, see `dspfx.CyclicFinetune`; what was pruned
@@ -95,6 +100,8 @@ class Recipe:
     groups: int = 4
     keep_macs: float = 0.35
     keep_latency: float | None = None
+    engine: str = OWN
+    quantize: bool = False
     strength: float = 2e-3
     logits_every: int = 1
     ignore: tuple[str, ...] = ()
@@ -110,8 +117,9 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ignore", tuple(self.ignore))
         Budget(macs=self.keep_macs)
-        if self.keep_latency is not None:
-            Budget(latency=self.keep_latency)
+        if self.keep_latency is None and self.engine != OWN:
+            raise RecipeError("the engine is where keep_latency is measured; ask for that")
+        _ = self.budget
         PrepareConfig(groups=self.groups)
         self._check_choices()
         self._check_numbers()
@@ -170,7 +178,8 @@ class Recipe:
     def budget(self) -> Budget:
         """What may remain."""
         if self.keep_latency is not None:
-            return Budget(latency=self.keep_latency)
+            precision: Precision = "int8" if self.quantize else "fp32"
+            return Budget(latency=self.keep_latency, engine=self.engine, precision=precision)
         return Budget(macs=self.keep_macs)
 
     @property

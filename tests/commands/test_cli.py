@@ -110,6 +110,12 @@ def test_options_change_single_settings() -> None:
         "bench cifar-resnet8 --groups 2",
         "inspect resnet18 --channels 1",
         "prune cifar-resnet8 --keep-macs 0.5 --images 8",
+        "prune cifar-resnet8 --keep-macs 0.5 --engine openvino",
+        "prune cifar-resnet8 --keep-macs 0.5 --precision int8",
+        "prune cifar-resnet8 --keep-latency 0.5 --engine nothing",
+        "prune cifar-resnet8 --keep-latency 0.5 --precision int8",
+        "train --data digits --model cifar-resnet8 --engine openvino",
+        "train --data digits --model cifar-resnet8 --keep-latency 0.5 --engine nothing",
         "prune cifar-resnet8 --keep-macs 0.5 --passes 0",
         "prune resnet18 --keep-macs 0.5 --pretrained --weights resnet18.pt",
         "prune resnet18 --keep-macs 0.5 --data digits --channels 1",
@@ -312,6 +318,22 @@ def test_prune_quantizes(saved: Path, tmp_path: Path) -> None:
     (scores,) = session.run(None, {session.get_inputs()[0].name: data.test_x.numpy()})
     right = float((torch.from_numpy(scores).argmax(1) == data.test_y).float().mean())
     assert right == pytest.approx(found["accuracy"]["quantised"], abs=0.006)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_prune_for_an_engine(saved: Path, tmp_path: Path) -> None:
+    """What is measured is what will run: the engine, in integers as it is quantised."""
+    pytest.importorskip("torchao")
+    path = tmp_path / "small.onnx"
+    words = f"prune cifar-resnet8 --keep-latency 0.8 --weights {saved / 'weights.pt'} --quantize"
+    words += " --data digits --passes 0 --engine onnxruntime --json"
+    code, text, err = invoke(*words.split(), "-o", str(path))
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["pruned"]["achieved"] <= 0.8
+    assert found["pruned"]["measured"] > 0
+    assert found["report"]["after"]["macs"] < found["report"]["before"]["macs"]
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(path).graph.node}
 
 
 @pytest.mark.parametrize("words", ["compact.safetensors", "cifar-resnet8 --keep-macs 0.5"])

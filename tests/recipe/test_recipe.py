@@ -371,6 +371,33 @@ def test_a_share_of_the_time_is_kept(
     assert 0.5 < found.after.macs / found.before.macs <= 0.6
 
 
+def test_what_is_quantised_is_the_model(tmp_path: Path) -> None:
+    """And its accuracy is said; the one before stays beside it."""
+    pytest.importorskip("torchao")
+    recipe = dataclasses.replace(TINY, method="channels", cycles=1, quantize=True)
+    outcome = run(recipe, tmp_path / "run", machine=Machine("cpu"))
+    assert outcome.quantized is not None
+    assert f"compact, quantised to 8 bits  {outcome.quantized:.2%}" in str(outcome)
+    files = RunFolder(tmp_path / "run")
+    images = open_source(recipe)
+    before, after = (
+        dspfx.load(path, Architecture.beside(files.model).build().eval())  # type: ignore[union-attr]
+        for path in (files.float32, files.model)
+    )
+    right = [0, 0]
+    with torch.no_grad():
+        for x, y in images.batches("test", [images.numbers["test"]]):
+            right = [
+                count + int((model(x).argmax(1) == y).sum())
+                for count, model in zip(right, (before, after), strict=True)
+            ]
+    count = len(images.numbers["test"])
+    assert right[0] / count == outcome.compact
+    assert right[1] / count == outcome.quantized
+    again = run(recipe, tmp_path / "run", resume=True, machine=Machine("cpu"))
+    assert to_json(again) == to_json(outcome)
+
+
 def test_without_learning_and_fine_tuning(tmp_path: Path) -> None:
     """Clusters and recalibration instead, on given weights, and a teacher nobody asks."""
     dspfx.save_checkpoint(tmp_path / "weights.pt", model=CifarResNet(8, in_channels=1))
@@ -503,6 +530,17 @@ def test_presets_are_what_the_authors_did() -> None:
 def test_recipes_are_json() -> None:
     for recipe in (*PRESETS.values(), Recipe(ignore=["stem"])):  # type: ignore[arg-type]
         assert from_json(Recipe, json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+def test_the_engine_of_a_budget() -> None:
+    recipe = Recipe(keep_latency=0.5, engine="openvino", quantize=True)
+    assert recipe.budget == dspfx.Budget(latency=0.5, engine="openvino", precision="int8")
+    for given, message in (
+        ({"engine": "openvino"}, "ask for that"),
+        ({"keep_latency": 0.5, "engine": "none"}, "no engine 'none'"),
+    ):
+        with pytest.raises(dspfx.DspfxError, match=message):
+            Recipe(**given)  # type: ignore[arg-type]
 
 
 def test_settings_out_of_range() -> None:

@@ -1,11 +1,11 @@
-"""The images that `--quantize` and `--precision int8` are calibrated on."""
+"""The images that networks are quantised with."""
 
 from collections.abc import Iterator
 
-from dspfx.commands.prune_options import CALIBRATION
 from dspfx.recipe.images.sources import Batch, Source, in_batches
 
-BATCH = 64  # images at a time
+CALIBRATION = 512  # images
+BATCH = 64  # of them at a time
 
 
 def calibration(source: Source) -> Iterator[Batch]:
