@@ -88,7 +88,7 @@ def quantize(
 
 def _finished(trained: FakeQuantized, pt2e: Any) -> CompactModule:
     own = copy.deepcopy(trained).eval()
-    own.round_by_present_weights()
+    own.finish()
     return _rounded(*own.of, pt2e)
 
 

@@ -11,6 +11,7 @@ from dspfx.model.module import CompactModule
 from dspfx.model.parts import exchanged
 from dspfx.passes.sandbox.calls import fresh
 from dspfx.quantization.calibrate import calibrate
+from dspfx.quantization.norms import add_norms, begin_norms, fold_norms, norms_of
 from dspfx.quantization.places import Places
 from dspfx.quantization.torchao import imported
 from dspfx.quantization.watched import checked_parts, watched
@@ -21,7 +22,8 @@ class FakeQuantized(nn.Module):
     """A compact module whose weights and activations are rounded, and which can be trained.
 
     In training mode the ranges of activations are moving averages of what the batches lead to; in
-    evaluation mode they stay. Batch norms are folded, and there is no dropout.
+    evaluation mode they stay. Convolutions have batch norms, see `dspfx.quantization.norms`, and
+    there is no dropout.
     """
 
     def __init__(self, compact: CompactModule, places: Places, observed: Any) -> None:
@@ -45,10 +47,13 @@ class FakeQuantized(nn.Module):
         self.training = mode
         for _, observer in self.of[2].observers():
             observer.enable_observer(mode)
+        for _, norm in norms_of(self.of[2].root):
+            norm.train(mode)
         return self
 
-    def round_by_present_weights(self) -> None:
-        """Let the scales of filters be those of the weights as they are now."""
+    def finish(self) -> None:
+        """Fold batch norms; the scales of filters are those of the weights as they are now."""
+        fold_norms(self.of[2].root)
         with torch.no_grad():
             self.root(*fresh(fitting_inputs(self.of[0])))
 
@@ -64,7 +69,11 @@ def fake_quantize(
     Fine-tune it in your own loop, at a small learning rate, then call `dspfx.quantize` on it, which
     keeps the scales that it has come to. Gradients pass through the rounding as if there were none;
     the range of every activation is a moving average of what the batches of training mode lead to.
-    Batch norms are folded into convolutions, and dropout has been removed.
+
+    A compact model has no batch norms after convolutions. Here these have some again, so that it
+    trains like the model that it was made of: they change nothing at first, train in training mode
+    on batches of several values a channel, and are gone from what `dspfx.quantize` returns. Dropout
+    has been removed.
 
     Args:
         compact: from `dspfx.convert`, in float32; it is left as it is.
@@ -94,11 +103,13 @@ def fake_quantize(
     compact = unwrapped(compact)
     with torch.inference_mode(mode=False):
         found = {part: watched(part, pt2e, training=True) for part in checked_parts(compact)}
-        for _, own in found.values():
+        for where, own in found.values():
+            add_norms(own.root, [layer for _, layer in where.weights])
             own.root.apply(pt2e.disable_fake_quant)
         seen = {part: (own.root, dict(own.observers())) for part, (_, own) in found.items()}
         calibrate(compact, seen, batches, call)
         for _, own in found.values():
             own.root.apply(pt2e.enable_fake_quant)
+            begin_norms(own.root)
         forms = {part: FakeQuantized(part, *own).eval() for part, own in found.items()}
         return exchanged(compact, forms)

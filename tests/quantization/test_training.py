@@ -1,6 +1,7 @@
 """`fake_quantize`: training with the rounding that there will be."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,62 @@ def test_what_is_refused() -> None:
         dspfx.fake_quantize(dspfx.quantize(compact, [X]), [X])
     with pytest.raises(dspfx.QuantizeError, match="there is no batch"):
         dspfx.fake_quantize(compact, [])
+
+
+class Deep(nn.Module):
+    """Convolutions with batch norms, which `convert` folds away; the last has none."""
+
+    def __init__(self, depth: int = 12) -> None:
+        super().__init__()
+        widths = [3, *[16] * depth]
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
+                )
+                for i, o in itertools.pairwise(widths)
+            )
+        )
+        self.plain = nn.Conv2d(16, 16, 1, bias=False)
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.plain(self.layers(x)).relu()).mean((2, 3))
+
+
+def test_deep_networks_train_at_the_rates_of_their_own_training() -> None:
+    """Without batch norms, they diverged."""
+    torch.manual_seed(0)
+    model = Deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(30):
+        fitted(model, optimizer)
+    compact = dspfx.convert(dspfx.prepare(model.eval(), X))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in compact.modules())
+    trainable = dspfx.fake_quantize(compact, BATCHES)
+    norms = [name for name, _ in trainable.named_modules() if name.endswith("_norm")]
+    assert len(norms) == 12  # neither the one without a bias, nor the one that makes the results
+    optimizer = torch.optim.SGD(trainable.parameters(), lr=0.1, momentum=0.9)
+    more = [fitted(trainable, optimizer) for _ in range(30)]
+    assert more[-1] < more[0]
+    quantized = dspfx.quantize(trainable.eval())
+    assert not any(name.endswith("_norm") for name, _ in quantized.named_modules())
+    assert_close(trainable(X), quantized(X))
+
+
+def fitted(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """The loss before a step, of telling the brightest quarter."""
+    x = torch.cat(BATCHES)
+    quarters = x.mean(1).unflatten(1, (2, 5)).unflatten(3, (2, 5)).mean((2, 4)).flatten(1)
+    loss = nn.functional.cross_entropy(model.train()(x), quarters.argmax(1))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def test_a_single_value_a_channel_is_not_normed_by_itself() -> None:
+    compact = dspfx.convert(dspfx.prepare(Deep(2).eval(), X))
+    trainable = dspfx.fake_quantize(compact, BATCHES)
+    expected = trainable(X[:1, :, :1, :1])
+    assert_equal(expected, trainable.train()(X[:1, :, :1, :1]), tolerance=0.2)
