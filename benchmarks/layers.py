@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 import dspfx
-from benchmarks.latency import cases
+from benchmarks.grouped import cases
 from benchmarks.reference import DEFAULT_FOLDER
 from dspfx.layers import native
 from dspfx.layers.group_conv import GroupConv2d, GroupConvRun
@@ -45,7 +45,7 @@ def main(
     """Print and write a table for every network."""
     torch.set_num_threads(threads)
     sections = [_heading(threads)]
-    for make, name, _ in cases(reference):
+    for make, name in cases(reference):
         if name in NETWORKS and fnmatch.fnmatchcase(name, only):
             case = make()
             x = torch.randn(BATCH, 3, case.size, case.size)

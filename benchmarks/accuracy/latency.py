@@ -1,7 +1,8 @@
 """What the networks of the accuracy benchmark take, each in its fastest runtime.
 
-One seed's networks are built again from their shapes, compiled, and timed in turns in one process.
-All are converted and compiled by dspfx; those without groups run in ONNX Runtime and OpenVINO, too.
+One seed's networks are built again from their shapes, compiled, and timed in one process, in blocks
+in turns. All are converted and compiled by dspfx; those without groups run in ONNX Runtime and
+OpenVINO, too.
 """
 
 import json
@@ -18,17 +19,17 @@ from benchmarks.accuracy import results
 from benchmarks.accuracy.runs import DENSE
 from benchmarks.accuracy.scenarios import SCENARIOS
 from benchmarks.accuracy.shapes import rebuilt
-from benchmarks.latency import SETTLE, onnx_bytes, onnx_runtime, openvino_runtime
-from dspfx.utils.timing import medians
+from dspfx.engines.engines import engines_named
+from dspfx.engines.form import AS_CONVERTED, Form
+from dspfx.utils.timing import in_blocks
 
 LATENCY = Path(results.RESULTS).with_name("accuracy_latency.json")
-ROUNDS = 15
 
 
 def measure(scenario: str, seed: int, batch: int, methods: list[str] | None, command: str) -> None:
     """Time one seed's networks of `methods`, or those widely tried; write it to `LATENCY`.
 
-    Each runtime has its own rounds: threads of some go on spinning when others are timed.
+    Each runtime has blocks of its own: threads of some go on spinning when others are timed.
     """
     x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     every = [r for r in results.read().values() if r.scenario == scenario]
@@ -43,13 +44,10 @@ def measure(scenario: str, seed: int, batch: int, methods: list[str] | None, com
         compact = dspfx.convert(dspfx.prepare(model, x)) if whole else model
         calls[name, "dspfx"] = partial(dspfx.compile(compact, x, engines=["own", "inductor"]), x)
         if whole:
-            onnx = onnx_bytes(model, x)
-            calls[name, "onnxruntime"] = onnx_runtime(onnx, x, torch.get_num_threads())
-            calls[name, "openvino"] = openvino_runtime(onnx, x, torch.get_num_threads())
-    times: dict[tuple[str, str], float] = {}
-    for runtime in dict.fromkeys(runtime for _, runtime in calls):
-        own = {key: call for key, call in calls.items() if key[1] == runtime}
-        times |= medians(own, ROUNDS, settle=SETTLE)
+            form = Form(AS_CONVERTED, lambda compact=compact: compact, (x,))
+            for engine in engines_named(["onnxruntime", "openvino"]):
+                calls[name, engine.name] = partial(engine.load(form, "fp32"), x)
+    times = in_blocks(calls)
     rows = [
         {
             "scenario": scenario,

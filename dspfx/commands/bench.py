@@ -9,6 +9,7 @@ from dspfx.commands.session import AsJson, Debug, Threads, say, session
 from dspfx.commands.unused_options import refuse
 from dspfx.convert import convert
 from dspfx.engines.engines import NAMES
+from dspfx.errors import RecipeError
 from dspfx.model.config import PrepareConfig
 from dspfx.prepare import prepare
 from dspfx.pruning.budget import Budget
@@ -59,6 +60,8 @@ def bench(
         subject = subjects.open_subject(
             named, model=model, classes=classes, channels=channels, image_size=image_size
         )
+        if data is None and precision in ("int8", "auto"):
+            raise RecipeError(f"--precision {precision} needs images to calibrate with: --data")
         source = None
         if data is not None:
             image = subject.architecture.image_size

@@ -186,9 +186,9 @@ def _budget(
         raise BudgetError(
             "say how much may remain, by one of --keep-macs, --keep-params and --keep-latency"
         )
-    given = {"engine": engine, "precision": precision}
-    told: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Budget(macs=macs, params=params, latency=latency, **told)
+    given: dict[str, Any] = {"engine": engine, "precision": precision}
+    where = {name: value for name, value in given.items() if value is not None}
+    return Budget(macs=macs, params=params, latency=latency, **where)
 
 
 def _by_weights(prepared: nn.Module, budget: Budget, whole: bool) -> PruneReport:

@@ -27,7 +27,7 @@ from dspfx.pruning.latency import Latency
 from dspfx.pruning.reopen import reopened
 from dspfx.pruning.weak_layers import in_words, weak_layers
 
-FINEST = 2.0**-40  # thresholds are not told apart any further
+FINEST = 2.0**-40  # thresholds closer than this count as equal
 CLOSE_ENOUGH = 0.005
 MOST_FILLED = 64  # channels of a part that are tried to be kept after all
 MOST_HOLDERS, LEAST_HELD = 4, 0.001  # that an error names, and what share they hold at least

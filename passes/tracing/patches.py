@@ -52,7 +52,7 @@ def patched(
         training: whether the model is in training; else code that asks sees that there are no
             gradients, as where the model is tried.
         recording: whether calls are traced now.
-        mode_read: told when code reads what differs between evaluation and training.
+        mode_read: called when code reads what differs between evaluation and training.
     """
     stack = ExitStack()
     mode = _Mode(recording, mode_read)

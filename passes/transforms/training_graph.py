@@ -1,6 +1,6 @@
 """Derive the compact training graph from the evaluation graph, where they differ in flags only.
 
-Functional dropout and stochastic depth are told by `training=` whether the model is in training.
+`training=` says to functional dropout and stochastic depth whether the model is in training.
 Two graphs that are the same but for such flags have the same channels, so that what one was
 compacted to serves the other:
 

@@ -119,7 +119,7 @@ class _Verifier:
             worst = difference(wide.outputs, outputs_of(module, wide.inputs))
             if worst is None:
                 first = self._first_difference(wide, module, compacted.nodes)
-                raise EquivalenceError(_told(first, wide.module, wide.inputs, wide.outputs))
+                raise EquivalenceError(_message(first, wide.module, wide.inputs, wide.outputs))
             generator = torch.Generator().manual_seed(1)
             for shapes in self.sizes:
                 given = random_like(resized(wide.inputs, shapes), generator)
@@ -149,13 +149,13 @@ def _at_another_size(masked: fx.GraphModule, compact: fx.GraphModule, inputs: An
     try:
         found = difference(expected, outputs_of(compact, inputs))
     except Exception as error:
-        raise EquivalenceError(f"{_told(where)} The compact model raises {error!r}") from error
+        raise EquivalenceError(f"{_message(where)} The compact model raises {error!r}") from error
     if found is None:
-        raise EquivalenceError(_told(where, masked, inputs, expected))
+        raise EquivalenceError(_message(where, masked, inputs, expected))
     return found
 
 
-def _told(
+def _message(
     where: str, masked: fx.GraphModule | None = None, inputs: Any = None, outputs: Any = None
 ) -> str:
     """What is wrong; of outputs that differ, also whether `masked` magnifies rounding errors."""

@@ -108,6 +108,7 @@ def test_options_change_single_settings() -> None:
         "bench no.such.module:model",
         "bench cifar-resnet8 --device bogus",
         "bench cifar-resnet8 --groups 2",
+        "bench cifar-resnet8 --precision int8",
         "inspect resnet18 --channels 1",
         "prune cifar-resnet8 --keep-macs 0.5 --images 8",
         "prune cifar-resnet8 --keep-macs 0.5 --engine openvino",

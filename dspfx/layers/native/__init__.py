@@ -119,8 +119,12 @@ def built() -> bool:
 
 
 def _build_name(isa: str) -> str:
-    """The build folder: a different one for everything that the build depends on."""
+    """The build folder: a different one for everything that the build depends on.
+
+    The path of the sources, too: ninja builds anew what another installation has built.
+    """
     sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
+    sources += str(FOLDER).encode()
     digest = hashlib.sha256(sources).hexdigest()[:12]
     return as_file_name(f"native {torch.__version__} {processor()} {isa} {digest}")
 

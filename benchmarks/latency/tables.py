@@ -1,4 +1,4 @@
-"""docs/engines.md, from the file of results."""
+"""docs/latency.md, from the file of results."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,10 +7,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.engines.results import read
-from benchmarks.engines.variants import BY_GROUPS, CHANNELS, DENSE, RIVAL
+from benchmarks.latency.results import read
+from benchmarks.latency.variants import BY_GROUPS, CHANNELS, DENSE, RIVAL
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "engines.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "latency.md"
 SHORT = {"onnxruntime": "ORT", "openvino": "OV", "inductor": "ind.", "own": "own"}
 HEADER = (
     *("network", "batch", "kept", "dense", "channel-pruned", "dspfx, channels", "dspfx, groups"),
@@ -32,12 +32,12 @@ def write(page: Path = PAGE) -> None:
 
 def heading() -> str:
     """What all tables have in common."""
-    return """# Engines
+    return """# Latency
 
 Milliseconds of a call, each network in the engine that `dspfx.compile` finds to be its fastest:
 *OV* OpenVINO, *ORT* ONNX Runtime, *ind.* inductor, *own* the project's kernel. Written by
-`python -m benchmarks.engines tables` from benchmarks/results/engines.jsonl, which
-`python -m benchmarks.engines run` fills; medians of blocks, in turns.
+`python -m benchmarks.latency tables` from benchmarks/results/latency.jsonl, which
+`python -m benchmarks.latency run` fills; medians of blocks, in turns.
 
 - *kept*: the MACs that dspfx leaves by whole channels, counted by torch;
 - *channel-pruned*: Torch-Pruning by magnitude, in multiples of 8, to as many MACs;

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import dspfx
-from benchmarks.engines.variants import DENSE, macs_of, variants
-from benchmarks.engines.zoo import Network
+from benchmarks.latency.variants import DENSE, macs_of, variants
+from benchmarks.latency.zoo import Network
 from dspfx.utils.cache import processor
 from dspfx.utils.timing import in_blocks
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).resolve().parents[1] / "results" / "engines.jsonl"
+FILE = Path(__file__).resolve().parents[1] / "results" / "latency.jsonl"
 KEY = ("network", "batch", "precision", "keep", "threads", "processor")
 
 

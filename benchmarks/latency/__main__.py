@@ -10,9 +10,9 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.engines import results, tables
-from benchmarks.engines.measure import Case, measure
-from benchmarks.engines.zoo import networks
+from benchmarks.latency import results, tables
+from benchmarks.latency.measure import Case, measure
+from benchmarks.latency.zoo import networks
 
 BATCHES, PRECISIONS, KEEP = (1, 8), ("fp32", "bf16", "int8"), (0.5, 0.3)
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -43,7 +43,7 @@ def run(
         case = Case(network, size, type_, kept)
         if fnmatch.fnmatchcase(network.name, only) and results.key_of(case.key) not in done:
             words = [network.name, str(size), type_, str(kept), str(threads), *(engine or ())]
-            command = [sys.executable, "-m", "benchmarks.engines", "one", *words]
+            command = [sys.executable, "-m", "benchmarks.latency", "one", *words]
             try:
                 subprocess.run(command, check=False, timeout=TimeLimit, env=dict(os.environ))
             except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ def one(
 
 @app.command(name="tables")
 def write_tables() -> None:
-    """Write docs/engines.md."""
+    """Write docs/latency.md."""
     tables.write()
 
 

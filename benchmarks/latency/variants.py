@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dspfx
-from benchmarks.engines.zoo import Network, prepared
+from benchmarks.latency.zoo import Network, prepared
 
 MULTIPLES = 8  # of channels, as processors like them
 GROUPS = 2
