@@ -26,7 +26,7 @@ from random_networks import (
 )
 from random_positions import LENGTH, sequences
 
-COUNT = int(os.environ.get("DSPFX_EXAMPLES", "200"))
+COUNT = int(os.environ.get("DSPFX_EXAMPLES", "120"))
 EXAMPLES = settings(
     max_examples=COUNT,
     deadline=None,
