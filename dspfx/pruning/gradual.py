@@ -276,14 +276,14 @@ class GradualPruning:
             return WholeTimes(self.budget, modules).fraction(modules)
 
         measured = self.processes.of_first(measure)
-        self.latency = self.latency.corrected(self.report.achieved, measured)
+        self.latency = self.latency.corrected(modules, measured)
 
 
 def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """`state`, also where it was saved before whole networks were measured."""
     if "times" not in state:
         return state
-    latency = {"times": state["times"], "own_inputs": [{} for _ in state["times"]], "saved": 1.0}
+    latency = {"times": state["times"], "own_inputs": [{} for _ in state["times"]], "measured": []}
     others = {name: value for name, value in state.items() if name != "times"}
     return {**others, "latency": latency if state["times"] else None}
 

@@ -2,9 +2,9 @@
 
 Layers are timed whole and at smaller shares of their weights, see `dspfx.pruning.layer_times`.
 Between these shares times are interpolated; layers that are not timed are taken to need as long for
-a multiply-accumulate as the others. What is between the layers does not shrink as they do: a whole
-network that was measured, see `dspfx.pruning.whole_times`, says how much of what its layers save is
-saved.
+a multiply-accumulate as the others. What is between the layers does not shrink as they do: whole
+networks that were measured, see `dspfx.pruning.whole_times`, say what a model takes whose layers
+promise so much; between them it is interpolated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ import numpy as np
 from torch.fx.node import Node
 
 from dspfx.model.analysed import analyse_prepared
+from dspfx.model.liveness import present_liveness
 from dspfx.model.module import PreparedModule
 from dspfx.model.parts import Part
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis
@@ -27,6 +28,7 @@ from dspfx.utils.distributed import Processes
 
 MOST_BELOW = 10.0  # how much cheaper than on average a multiply-accumulate may seem
 LEAST_SAVED = 0.05  # of what layers save, a network is taken to save as much at least
+SAME = 0.01  # promises that are no further apart are averaged
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,11 @@ class Latency:
 
     Attributes:
         tables: of the parts.
-        saved: how much of what its layers save the whole model does.
+        measured: pairs: what fraction was left of the time of the layers, and of the whole model's.
     """
 
     tables: tuple[LatencyTable, ...]
-    saved: float = 1.0
+    measured: tuple[tuple[float, float], ...] = ()
 
     @staticmethod
     def of(parts: Sequence[Part], budget: Budget, processes: Processes) -> "Latency | None":
@@ -118,15 +120,32 @@ class Latency:
 
     def predict(self, lives: Sequence[Liveness]) -> float:
         """What fraction of the dense model's time is left under `lives` of all parts."""
-        dense = sum(table.predict() for table in self.tables)
-        pairs = zip(self.tables, lives, strict=True)
-        return 1 - self.saved * (1 - sum(table.predict(live) for table, live in pairs) / dense)
+        promised = self._promised(lives)
+        points = sorted([(1.0, 1.0), *self.measured])
+        lowest, fraction = points[0]
+        if promised >= lowest:
+            xs, ys = zip(*points, strict=True)
+            return float(np.interp(promised, xs, np.maximum.accumulate(ys)))
+        if lowest == 1.0:
+            return promised
+        slope = max(LEAST_SAVED, (1 - fraction) / (1 - lowest))
+        return fraction - slope * (lowest - promised)
 
-    def corrected(self, predicted: float, measured: float) -> "Latency":
-        """As it has to be where a fraction was `measured` that had been `predicted`."""
-        if predicted >= 1:
+    def corrected(self, modules: Sequence[PreparedModule], measured: float) -> "Latency":
+        """With what was `measured` of `modules`, the parts, as they are masked now."""
+        promised = self._promised([present_liveness(module)[1] for module in modules])
+        if promised >= 1 - SAME:
             return self
-        return replace(self, saved=max(LEAST_SAVED, self.saved * (1 - measured) / (1 - predicted)))
+        near = [point for point in self.measured if abs(point[0] - promised) <= SAME]
+        others = [point for point in self.measured if point not in near]
+        mean = np.mean([(promised, measured), *near], axis=0)
+        return replace(self, measured=(*others, (float(mean[0]), float(mean[1]))))
+
+    def _promised(self, lives: Sequence[Liveness]) -> float:
+        """The fraction that is left of the time of all layers."""
+        pairs = zip(self.tables, lives, strict=True)
+        dense = sum(table.predict() for table in self.tables)
+        return sum(table.predict(live) for table, live in pairs) / dense
 
     def on(self, parts: Sequence[Part]) -> "Latency":
         """The same for copies of the parts."""
@@ -140,11 +159,12 @@ class Latency:
         return {
             "times": [dict(table.times) for table in self.tables],
             "own_inputs": [dict(table.own_inputs) for table in self.tables],
-            "saved": self.saved,
+            "measured": [list(point) for point in self.measured],
         }
 
     def with_state(self, state: Mapping[str, Any]) -> "Latency":
         """As it was when `state` was taken."""
         kept = zip(self.tables, state["times"], state["own_inputs"], strict=True)
         tables = (replace(table, times=times, own_inputs=own) for table, times, own in kept)
-        return Latency(tuple(tables), state["saved"])
+        points = tuple((float(promised), float(own)) for promised, own in state["measured"])
+        return Latency(tuple(tables), points)

@@ -61,7 +61,7 @@ def _measured(
     hint: str,
     processes: Processes,
 ) -> PruneReport:
-    """`prune_by` the times of layers, corrected by what is measured."""
+    """`prune_by` the times of layers, corrected by what is measured; the closest is kept."""
     report = prune_by(latency, parts, budget, hint)
     modules = [part.module for part in parts]
     if report.threshold == 0:
@@ -73,17 +73,29 @@ def _measured(
         whole = whole or WholeTimes(budget, modules)
         return whole.fraction(modules)
 
+    tried: list[tuple[float, Latency, float]] = []
     for left in reversed(range(CORRECTIONS + 1)):
         measured = processes.of_first(measure)
-        report = replace(report, measured=measured)
+        tried.append((_miss(measured, budget), latency, measured))
         if not left or abs(measured - report.achieved) <= AS_PREDICTED:
             break
-        latency = latency.corrected(report.achieved, measured)
+        latency = latency.corrected(modules, measured)
         try:
             again = prune_by(latency, parts, budget, hint)
         except BudgetError as error:
-            return replace(report, note=f"by what was measured, {error}")
+            report = replace(report, note=f"by what was measured, {error}")
+            break
         if again.after == report.after:  # nothing comes closer
-            return replace(again, measured=measured)
+            report = again
+            break
         report = again
-    return report
+    _, best, measured = min(tried, key=lambda one: one[0])
+    if best is not tried[-1][1]:
+        report = prune_by(best, parts, budget, hint)
+    return replace(report, measured=measured)
+
+
+def _miss(measured: float, budget: Budget) -> float:
+    """How far off a network is; what takes longer than it may is worse than what takes less."""
+    over = measured - budget.fraction
+    return max(2 * over, -over)

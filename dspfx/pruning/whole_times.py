@@ -23,6 +23,7 @@ from dspfx.quantization.quantize import quantize
 from dspfx.utils.timing import in_blocks
 
 Call = Callable[[], object]
+ROUNDS = 7  # of blocks: what is measured decides what is pruned
 
 
 class WholeTimes:
@@ -46,7 +47,7 @@ class WholeTimes:
         calls: dict[tuple[bool, int], Call] = {}
         for number, (module, dense) in enumerate(zip(modules, self._dense, strict=True)):
             calls[False, number], calls[True, number] = dense, self._call(module)
-        times = in_blocks(calls)
+        times = in_blocks(calls, rounds=ROUNDS)
         pruned = sum(seconds for (is_pruned, _), seconds in times.items() if is_pruned)
         return pruned / (sum(times.values()) - pruned)
 

@@ -66,7 +66,8 @@ class Machine:
         analysis, live = present_liveness(module)
         times = self.layer_times(module, analysis, Budget(latency=0.5))
         table = replace(LatencyTable.blank(module), times=times.times)
-        return Latency((table,), self.saved).predict([live])
+        points = ((0.01, 1 - 0.99 * self.saved),)
+        return Latency((table,), points).predict([live])
 
 
 def in_openvino(fraction: float) -> Budget:
