@@ -40,9 +40,9 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="threads of every engine")] = 2,
     output: Annotated[Path, typer.Option(help="where the table is written")] = OUTPUT,
 ) -> None:
-    """Print the rows, and write them as Markdown."""
+    """Print the rows, and write them as Markdown; those of other cases stay."""
     torch.set_num_threads(threads)
-    rows = []
+    rows = _rows_of(output)
     chosen = [
         (name, kept, *place)
         for name, kept in CASES
@@ -50,9 +50,10 @@ def main(
         if fnmatch.fnmatchcase(name, only) and (engine is None or place[0] in engine)
     ]
     for case in tqdm(chosen, disable=None):
-        rows.append(row(*case))
-        tqdm.write(str(rows[-1]))
-    table = tabulate(rows, HEADER, "github", disable_numparse=True)
+        found = row(*case)
+        rows[found[:2]] = found
+        tqdm.write(str(found))
+    table = tabulate(rows.values(), HEADER, "github", disable_numparse=True)
     title = f"Written by `python -m benchmarks.budgets`; {processor()}, {threads} threads."
     says = (__doc__ or "").partition("\n\n    python")[2].partition("\n\n")[2]
     output.write_text("\n\n".join(["# Budgets of latency", title, says.strip(), table]) + "\n")
@@ -72,6 +73,15 @@ def row(name: str, kept: float, engine: str, precision: str) -> tuple[str, ...]:
     macs = report.emitted.macs / report.before.macs
     shares = (kept, report.achieved, report.measured, again, macs)
     return name, f"{engine}, {precision}", *(f"{share:.1%}" for share in shares), f"{seconds:.0f}"
+
+
+def _rows_of(page: Path) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """The rows of an earlier run, by network and engine."""
+    lines = page.read_text().splitlines() if page.is_file() else []
+    cells = [
+        tuple(c.strip() for c in line.strip("|").split("|")) for line in lines if line[:1] == "|"
+    ]
+    return {own[:2]: own for own in cells[2:]}
 
 
 def _network(name: str) -> nn.Module:

@@ -73,26 +73,27 @@ def _measured(
         whole = whole or WholeTimes(budget, modules)
         return whole.fraction(modules)
 
+    used, note = latency, ""  # by which the present masks were found
     tried: list[tuple[float, Latency, float]] = []
     for left in reversed(range(CORRECTIONS + 1)):
         measured = processes.of_first(measure)
-        tried.append((_miss(measured, budget), latency, measured))
+        tried.append((_miss(measured, budget), used, measured))
         if not left or abs(measured - report.achieved) <= AS_PREDICTED:
             break
         latency = latency.corrected(modules, measured)
         try:
             again = prune_by(latency, parts, budget, hint)
-        except BudgetError as error:
-            report = replace(report, note=f"by what was measured, {error}")
+        except BudgetError as error:  # a disturbance, perhaps: it is measured once more
+            note = f"by what was measured, {error}"
+            continue
+        alike = again.after == report.after
+        report, used, note = again, latency, ""
+        if alike:  # nothing comes closer
             break
-        if again.after == report.after:  # nothing comes closer
-            report = again
-            break
-        report = again
     _, best, measured = min(tried, key=lambda one: one[0])
-    if best is not tried[-1][1]:
+    if best is not used:
         report = prune_by(best, parts, budget, hint)
-    return replace(report, measured=measured)
+    return replace(report, measured=measured, note=note or report.note)
 
 
 def _miss(measured: float, budget: Budget) -> float:

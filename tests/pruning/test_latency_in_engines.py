@@ -152,7 +152,20 @@ def test_a_network_that_saves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     report = dspfx.prune_channels(prepared(), Budget(latency=0.5))
     assert "by what was measured, the budget of 50.00% cannot be reached" in report.note
     assert report.measured == pytest.approx(1.0, abs=0.01)
-    assert machine.timed == 1
+    assert machine.timed == 4
+
+
+def test_a_disturbance_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that seemed to save no time at all ended the search."""
+    machine = Machine(monkeypatch, own_inputs=1.0, saved=0.9)
+    fraction, disturbed = machine.fraction, iter([1.1])
+    monkeypatch.setattr(
+        machine, "fraction", lambda modules: next(disturbed, None) or fraction(modules)
+    )
+    model = prepared()
+    report = dspfx.prune_channels(model, Budget(latency=0.6))
+    assert report.note == ""
+    assert fraction([model]) == report.measured == pytest.approx(0.6, abs=0.1)
 
 
 def test_an_engine_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
