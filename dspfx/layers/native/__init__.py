@@ -119,12 +119,9 @@ def built() -> bool:
 
 
 def _build_name(isa: str) -> str:
-    """The build folder: a different one for everything that the build depends on.
-
-    The path of the sources, too: ninja builds anew what another installation has built.
-    """
+    """The build folder: one for all that the build depends on, and for where its sources are."""
     sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
-    sources += str(FOLDER).encode()
+    sources += str(FOLDER).encode()  # ninja builds anew what another installation has built
     digest = hashlib.sha256(sources).hexdigest()[:12]
     return as_file_name(f"native {torch.__version__} {processor()} {isa} {digest}")
 
