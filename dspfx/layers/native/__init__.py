@@ -121,8 +121,7 @@ def built() -> bool:
 def _build_name(isa: str) -> str:
     """The build folder: one for all that the build depends on, and for where its sources are."""
     sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
-    sources += str(FOLDER).encode()  # ninja builds anew what another installation has built
-    digest = hashlib.sha256(sources).hexdigest()[:12]
+    digest = hashlib.sha256(sources + str(FOLDER).encode()).hexdigest()[:12]
     return as_file_name(f"native {torch.__version__} {processor()} {isa} {digest}")
 
 
