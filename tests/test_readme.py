@@ -68,7 +68,7 @@ def test_figures_of_the_table_are_in_the_pages_that_benchmarks_write() -> None:
     for figures, page in rows:
         text = page.read_text()
         assert re.search(r"^Written by `python -m benchmarks\.", text, re.MULTILINE), page
-        assert len(figures) >= 3, figures
+        assert len(figures) >= 2, figures  # the times of both networks
         for figure in figures:
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", text), (figure, page.name)
 

@@ -35,16 +35,22 @@ def heading() -> str:
     return """# Latency
 
 Milliseconds of a call, each network in the engine that `dspfx.compile` finds to be its fastest:
-*OV* OpenVINO, *ORT* ONNX Runtime, *ind.* inductor, *own* the project's kernel. Written by
-`python -m benchmarks.latency tables` from benchmarks/results/latency.jsonl, which
-`python -m benchmarks.latency run` fills; medians of blocks, in turns.
+*OV* OpenVINO, *ORT* ONNX Runtime, *ind.* inductor, *own* the project's kernel; medians of blocks,
+in turns.
+
+Written by `python -m benchmarks.latency tables` from benchmarks/results/latency.jsonl, which
+`python -m benchmarks.latency run` fills.
 
 - *kept*: the MACs that dspfx leaves by whole channels, counted by torch;
 - *channel-pruned*: Torch-Pruning by magnitude, in multiples of 8, to as many MACs;
 - *dspfx, groups*: two clustered groups in random weights, the worst case of groups, or, of
   `resnet20_g4` and `resnet56_g2`, the masks that the method's authors learned;
 - *own kernel*: the faster of dspfx's two in it;
-- *dspfx over*: how many times as fast the faster of dspfx's two is."""
+- *dspfx over*: how many times as fast the faster of dspfx's two is;
+- *-*: nobody computes it close enough to the module, in integers perhaps due to random weights.
+
+The engines that raced are in the data: inductor, which takes a minute a network to compile and was
+the slowest wherever it was timed, did not take part in all cases."""
 
 
 def section(processor: str, precision: str, lines: list[dict[str, Any]]) -> str:
