@@ -34,14 +34,15 @@ from dspfx.utils.cache import processor
 SCENARIO, IMAGE = "resnet20", (3, 32, 32)
 RIVALS = ("channels, magnitude", "channels, magnitude, higher rate")
 WHOLE, GROUPS = "whole channels, gradually", "channels and groups, gradually"
-TWO_GROUPS = "channels and 2 groups, gradually"
-OURS = (WHOLE, GROUPS, TWO_GROUPS)
+TWO_GROUPS, OWN_INPUTS = "channels and 2 groups, gradually", "channels and own inputs, gradually"
+OURS = (WHOLE, OWN_INPUTS, GROUPS, TWO_GROUPS)
 NAMES = {
     DENSE: "dense",
     LONGER: "dense, trained as long as the others",
     RIVALS[0]: "Torch-Pruning",
     RIVALS[1]: "Torch-Pruning, higher rate",
     WHOLE: "dspfx, whole channels",
+    OWN_INPUTS: "dspfx, own inputs",
     GROUPS: "dspfx, 4 groups",
     TWO_GROUPS: "dspfx, 2 groups",
 }

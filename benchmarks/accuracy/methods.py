@@ -90,6 +90,7 @@ STARTS = {
     "gated": Start(functools.partial(groups.prepared_for, groups=4)),
     "random": Start(groups.with_random_groups),
     "clustered": Start(groups.with_clustered_groups),
+    "clustered-1": Start(functools.partial(groups.with_clustered_groups, groups=1)),
     "clustered-2": Start(functools.partial(groups.with_clustered_groups, groups=2)),
     "first-order": Start(
         functools.partial(groups.with_learned_groups, learner=groups.FirstOrderLearner), trains=True
@@ -118,6 +119,7 @@ METHODS = {
     ),
     "channels and random groups, gradually": Method("random", pruning.gradually, learns=True),
     "channels and groups, gradually": Method("clustered", pruning.gradually, learns=True),
+    "channels and own inputs, gradually": Method("clustered-1", pruning.gradually, learns=True),
     "channels and 2 groups, gradually": Method("clustered-2", pruning.gradually, learns=True),
     "channels and groups, gradually, distilled": Method(
         "clustered", functools.partial(pruning.gradually, distil=True), learns=True, distil=True

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -21,6 +22,7 @@ class Scenario:
         build: the untrained network; seeds are set before.
         images: training images.
         stretch: all schedules are so many times as long.
+        rate: the learning rate of the dense network.
     """
 
     name: str
@@ -28,16 +30,17 @@ class Scenario:
     build: Callable[[], nn.Module]
     images: int = 20_000
     stretch: int = 1
+    rate: float = 0.1
 
     @property
     def dense(self) -> Schedule:
         """Of the dense network that all pruning starts from."""
-        return Schedule((10 * self.stretch,), lr=0.1, weight_decay=5e-4)
+        return Schedule((10 * self.stretch,), lr=self.rate, weight_decay=5e-4)
 
     @property
     def longer(self) -> Schedule:
         """Of a dense network trained for as long as the pruned ones are in all."""
-        return Schedule((28 * self.stretch,), lr=0.1, weight_decay=5e-4)
+        return Schedule((28 * self.stretch,), lr=self.rate, weight_decay=5e-4)
 
     @property
     def learn(self) -> Schedule:
@@ -64,6 +67,13 @@ def _mobile() -> nn.Module:
     return network
 
 
+def _vit() -> nn.Module:
+    """A small vision transformer for 32x32 images: 64 tokens, 6 blocks, 1.2 million parameters."""
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=4, num_classes=10, embed_dim=128, depth=6, num_heads=4
+    )
+
+
 SCENARIOS = {
     s.name: s
     for s in (
@@ -75,6 +85,7 @@ SCENARIOS = {
         ),
         Scenario("few", "ResNet-20, 2,000 images", lambda: CifarResNet(20), 2_000, 4),
         Scenario("mobile", "MobileNetV2 (small), 20,000 images", _mobile),
+        Scenario("vit", "ViT (small), 20,000 images", _vit, rate=0.03),
     )
 }
 IMAGE = torch.zeros(1, 3, 32, 32)

@@ -6,7 +6,8 @@ but what is used here asks nothing of an operator: every edge that is to be roun
 node of its own, which does nothing, is all that is annotated, and is removed at the end.
 
 Activations are unsigned, with one scale for each tensor, chosen by the least error over a
-histogram. Weights are signed and symmetric, from -127 to 127, with one scale for each filter.
+histogram. Weights are signed and symmetric, from -127 to 127, or -63 to 63, with one scale for
+each filter.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +39,6 @@ from torchao.quantization.pt2e.quantizer import (
 from dspfx.quantization.places import Edge, Places
 from dspfx.quantization.record import LARGEST, Scale
 
-LARGEST_WEIGHT = 127
 __all__ = ["Observed", "disable_fake_quant", "enable_fake_quant", "observed", "rounded"]
 SMALLEST_SCALE = 2.0**-10  # of a filter, relative to that of the largest one of its layer
 _KINDS = ("_int8", "_scale", "_zero_point")
@@ -76,6 +76,7 @@ def observed(
     scales: Iterable[Scale] | None = None,
     *,
     training: bool = False,
+    weight_bits: int = 8,
 ) -> Observed:
     """`root` with observers at `places`; it is changed, and is of no more use.
 
@@ -84,6 +85,7 @@ def observed(
         scales: if they are known already.
         training: the observers round as well, with gradients as if they did not (Jacob et al.,
             2018), and ranges of activations follow the batches.
+        weight_bits: of weights, the sign included.
 
     Raises:
         ValueError: `places` names other nodes than there are.
@@ -104,7 +106,7 @@ def observed(
         (weight,) = node.all_input_nodes
         name = str(weight.target)
         weights[name] = node.name
-        _annotate(node, _of_weight(attrgetter(name)(root), training))
+        _annotate(node, _of_weight(attrgetter(name)(root), training, weight_bits))
     prepared = prepare_pt2e(root, _Annotated())
     for method in ("train", "eval"):  # of its own, which refuse, and cannot be copied
         vars(prepared).pop(method, None)
@@ -232,13 +234,13 @@ def _fixed(scale: Scale) -> Any:
     )
 
 
-def _of_weight(weight: Tensor, training: bool) -> Any:
+def _of_weight(weight: Tensor, training: bool, bits: int) -> Any:
     """No filter has a scale much smaller than others of its layer, see `_scale_of_nothing`."""
-    smallest = float(weight.detach().abs().max()) / LARGEST_WEIGHT * SMALLEST_SCALE
+    largest = 2 ** (bits - 1) - 1
+    smallest = float(weight.detach().abs().max()) / largest * SMALLEST_SCALE
     eps = max(smallest, torch.finfo().tiny)
     observer = PerChannelMinMaxObserver.with_args(eps=eps)
     if training:  # the range is that of the present weight, always
         present = MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1.0, eps=eps)
         observer = FakeQuantize.with_args(observer=present)
-    limits = -LARGEST_WEIGHT, LARGEST_WEIGHT
-    return QuantizationSpec(torch.int8, observer, *limits, torch.per_channel_symmetric, 0)
+    return QuantizationSpec(torch.int8, observer, -largest, largest, torch.per_channel_symmetric, 0)

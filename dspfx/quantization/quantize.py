@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -27,6 +27,7 @@ def quantize(
     batches: Iterable[Any] | None = None,
     *,
     call: Callable[[Any], object] | None = None,
+    weight_bits: Literal[7, 8] = 8,
 ) -> nn.Module:
     """Round the weights and activations of a compact model to 8 bits, after training.
 
@@ -47,15 +48,17 @@ def quantize(
             tuple or list of positional inputs, or a dict of inputs by name. Of a tuple that is
             longer than the model has inputs, such as `(images, labels)`, the first ones are taken.
         call: what to do with a batch instead, such as `lambda b: compact(b["image"])`.
+        weight_bits: 8, or 7 for x86 processors without VNNI, on which ONNX Runtime and OpenVINO add
+            pairs of products in 16 bits: products with weights of 8 bits may exceed these.
 
     Returns:
         A module like `compact` that shares nothing with it, for batches of any size. The weights
         take a quarter of the memory.
 
     Raises:
-        QuantizeError: torchao is missing; `compact` is not compact, is quantised already, or is not
-            in float32; or the batches are no good: there is none, one does not run, holds NaN or
-            infinity, or all hold a single value.
+        QuantizeError: torchao is missing; `weight_bits` is another number; `compact` is not
+            compact, is quantised already, or is not in float32; or the batches are no good: there
+            is none, one does not run, holds NaN or infinity, or all hold a single value.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -79,7 +82,9 @@ def quantize(
     with torch.inference_mode(mode=False):
         if batches is None:
             return exchanged(compact, {own: _finished(own, pt2e) for own in trained})
-        found = {part: watched(part, pt2e) for part in checked_parts(compact)}
+        found = {
+            part: watched(part, pt2e, weight_bits=weight_bits) for part in checked_parts(compact)
+        }
         seen = {part: (own.root, dict(own.observers())) for part, (_, own) in found.items()}
         calibrate(compact, seen, batches, call)
         forms = {part: _rounded(part, *own, pt2e) for part, own in found.items()}

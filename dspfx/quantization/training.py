@@ -1,7 +1,7 @@
 """`fake_quantize`: a compact model that trains with the rounding that it will be used with."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -63,6 +63,7 @@ def fake_quantize(
     batches: Iterable[Any],
     *,
     call: Callable[[Any], object] | None = None,
+    weight_bits: Literal[7, 8] = 8,
 ) -> nn.Module:
     """A copy of a compact model to be trained as it will be rounded (Jacob et al., 2018).
 
@@ -78,7 +79,7 @@ def fake_quantize(
     Args:
         compact: from `dspfx.convert`, in float32; it is left as it is.
         batches: a few to begin with, see `dspfx.quantize`.
-        call: see `dspfx.quantize`.
+        call, weight_bits: see `dspfx.quantize`.
 
     Returns:
         A module with the inputs and outputs of `compact`, in evaluation mode, whose parameters take
@@ -102,7 +103,10 @@ def fake_quantize(
     pt2e = imported()
     compact = unwrapped(compact)
     with torch.inference_mode(mode=False):
-        found = {part: watched(part, pt2e, training=True) for part in checked_parts(compact)}
+        found = {
+            part: watched(part, pt2e, training=True, weight_bits=weight_bits)
+            for part in checked_parts(compact)
+        }
         for where, own in found.values():
             add_norms(own.root, [layer for _, layer in where.weights])
             own.root.apply(pt2e.disable_fake_quant)

@@ -32,12 +32,17 @@ def checked_parts(compact: nn.Module) -> list[CompactModule]:
     return parts
 
 
-def watched(part: CompactModule, pt2e: Any, *, training: bool = False) -> tuple[Places, Any]:
+def watched(
+    part: CompactModule, pt2e: Any, *, training: bool = False, weight_bits: int = 8
+) -> tuple[Places, Any]:
     """Where `part` is quantised, and a copy of it with observers there, see `pt2e.observed`.
 
     Raises:
-        QuantizeError: it is quantised already, not in float32, or has nothing to be quantised.
+        QuantizeError: `weight_bits` is neither 7 nor 8; or `part` is quantised already, not in
+            float32, or has nothing to be quantised.
     """
+    if weight_bits not in (7, 8):
+        raise QuantizeError(f"weights are of 8 bits, or of 7, not of {weight_bits!r}")
     if part.quantization is not None:
         raise QuantizeError("the model is quantised already; quantize what dspfx.convert returned")
     others = {p.dtype for p in part.parameters() if p.is_floating_point()} - {torch.float32}
@@ -55,7 +60,7 @@ def watched(part: CompactModule, pt2e: Any, *, training: bool = False) -> tuple[
             "the model has no layer that could compute with integers: "
             + "; ".join(f"'{name}': {why}" for name, why in where.kept.items())
         )
-    return where, pt2e.observed(root, where, training=training)
+    return where, pt2e.observed(root, where, training=training, weight_bits=weight_bits)
 
 
 class _Recorder(fx.Interpreter):

@@ -51,6 +51,35 @@ def assert_close(expected: Tensor, actual: Tensor, share: float) -> None:
     assert float((expected - actual).abs().max()) < share * float(expected.abs().max())
 
 
+def integers(quantized: nn.Module) -> list[Tensor]:
+    return [b for name, b in quantized.named_buffers() if name.endswith("_int8")]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_pairs_of_products_with_weights_of_7_bits_fit_into_16(trained: bool) -> None:
+    compact = compact_of(Net(), 2)
+    if trained:
+        trainable = dspfx.fake_quantize(compact, BATCHES, weight_bits=7).train()
+        trainable(BATCHES[0]).square().mean().backward()
+        quantized = dspfx.quantize(trainable.eval())
+    else:
+        quantized = dspfx.quantize(compact, BATCHES, weight_bits=7)
+        assert_close(compact(IMAGES_SEEN), quantized(IMAGES_SEEN), 0.1)
+    weights = integers(quantized)
+    assert weights
+    for weight in weights:
+        assert int(weight.abs().max()) == 63
+        assert 2 * 255 * int(weight.abs().max()) < 2**15
+    assert any(int(w.abs().max()) > 63 for w in integers(dspfx.quantize(compact, BATCHES)))
+
+
+@pytest.mark.parametrize("bits", [4, 9])
+def test_weights_of_another_number_of_bits(bits: Any) -> None:
+    compact = compact_of(Net())
+    with unchanged(compact), pytest.raises(dspfx.QuantizeError, match="8 bits, or of 7"):
+        dspfx.quantize(compact, BATCHES, weight_bits=bits)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", [Small, Net])
 def test_close_to_float32(kind: type[nn.Module], groups: int) -> None:
