@@ -55,6 +55,7 @@ from dspfx.training.moments import input_moments
 from dspfx.training.narrow.narrow import narrow
 from dspfx.training.narrow.widen import widen
 from dspfx.training.recalibrate import recalibrate
+from dspfx.training.repair.compensate import Compensation, compensate
 
 __all__ = [
     "FEWEST_WEIGHTS",
@@ -62,6 +63,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "CompactModule",
+    "Compensation",
     "CompileError",
     "Compressed",
     "ConvertError",
@@ -91,6 +93,7 @@ __all__ = [
     "TraceError",
     "channel_graph",
     "cluster_groups",
+    "compensate",
     "compile",
     "compress",
     "convert",

@@ -454,6 +454,32 @@ def case_recalibrated_by_unequal_shares() -> Any:
     return state(model)
 
 
+def halved() -> nn.Module:
+    model = normed()
+    dspfx.prune(model, dspfx.Budget(macs=0.5))
+    return model
+
+
+def case_compensated_by_unequal_shares() -> Any:
+    model = halved()
+    batches = list(X.flatten(0, 1).split([5, 1, 10, 8]))
+    mine = batches[:1] if dist.get_rank() == 0 else batches[1:]
+    done = dspfx.compensate(wrap(model), mine)
+    return state(model), dict(done.before), dict(done.after)
+
+
+def case_compensated_by_one() -> Any:
+    """The other process has no batches; without any, and with bad ones, all fail."""
+    model, errors = halved(), []
+    for batches in ([], [X[0] * float("nan")]):
+        try:
+            dspfx.compensate(model, batches if dist.get_rank() == 0 else [])
+        except dspfx.DataError as error:
+            errors.append(str(error))
+    dspfx.compensate(model, [X.flatten(0, 1)] if dist.get_rank() == 1 else [])
+    return state(model), errors
+
+
 def case_checkpoint(folder: Path) -> Any:
     """The first process saves, all load; random numbers differ before and afterwards."""
     ddp = wrap(plain())

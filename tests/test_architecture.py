@@ -40,6 +40,7 @@ ROOMS = (
     "dspfx.pruning",
     "dspfx.training.groups",
     "dspfx.training.narrow",
+    "dspfx.training.repair",
     "dspfx.training",
     "dspfx.compress",
     "dspfx.lightning",

@@ -94,6 +94,7 @@ def test_public_names() -> None:
         "input_moments",
         "narrow",
         "recalibrate",
+        "compensate",
         "report",
         "save",
         "save_checkpoint",
@@ -103,7 +104,7 @@ def test_public_names() -> None:
     values = ["Budget", "CompactModule", "GroupLearner", "NarrowModule", "PrepareConfig"]
     values += ["CostModel", "CyclicFinetune", "DspfxWarning", "FEWEST_WEIGHTS", "GradualPruning"]
     values += ["PreparedModule"]
-    reports = ["Compressed", "PruneReport", "Report"]
+    reports = ["Compensation", "Compressed", "PruneReport", "Report"]
     errors = [name for name in dir(dspfx.errors) if name.endswith("Error")]
     assert sorted(dspfx.__all__) == sorted(verbs + values + reports + errors)
     for name in dspfx.__all__:

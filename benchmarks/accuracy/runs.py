@@ -65,11 +65,11 @@ def _run(job: Job) -> results.Result:
     data = fashion_mnist(scenario.images)
     rng = generator(*job.key)
     if job.method in (DENSE, LONGER):
-        model = _dense(scenario, data, job.seed, longer=job.method == LONGER)
+        model = dense_network(scenario, data, job.seed, longer=job.method == LONGER)
         untuned = 0.0
     else:
         model, untuned = _pruned(job, scenario, data, rng)
-    macs, _ = dense_macs(_dense(scenario, data, job.seed))
+    macs, _ = dense_macs(dense_network(scenario, data, job.seed))
     result = results.Result(
         *job.key,
         accuracy=accuracy(model, data),
@@ -93,7 +93,7 @@ def network(job: Job) -> nn.Module:
     scenario = SCENARIOS[job.scenario]
     data = fashion_mnist(scenario.images)
     if job.method in (DENSE, LONGER):
-        return _dense(scenario, data, job.seed, longer=job.method == LONGER).eval()
+        return dense_network(scenario, data, job.seed, longer=job.method == LONGER).eval()
     model, _ = _pruned(job, scenario, data, generator(*job.key))
     return model.eval()
 
@@ -103,7 +103,7 @@ def _pruned(
 ) -> tuple[nn.Module, float]:
     """The pruned and fine-tuned network, and its accuracy before fine-tuning."""
     method = METHODS[job.method]
-    dense = _dense(scenario, data, job.seed)
+    dense = dense_network(scenario, data, job.seed)
     start = _kept(
         f"{job.scenario}-{job.seed}-{method.start}.pt",
         lambda: STARTS[method.start].make(
@@ -121,7 +121,9 @@ def _pruned(
     return model, untuned
 
 
-def _dense(scenario: Scenario, data: Data, seed: int, longer: bool = False) -> nn.Module:
+def dense_network(scenario: Scenario, data: Data, seed: int, longer: bool = False) -> nn.Module:
+    """The trained network that pruning starts from; from the cache, if it is there."""
+
     def make() -> nn.Module:
         torch.manual_seed(seed)
         model = scenario.build()

@@ -208,6 +208,23 @@ def test_statistics_are_those_of_all_shares(outcomes: list[dict[str, Any]]) -> N
         assert_equal(tensor.double(), one[name].double(), 1e-12)
 
 
+def test_layers_are_fitted_to_all_shares(outcomes: list[dict[str, Any]]) -> None:
+    model = work.halved()
+    done = dspfx.compensate(model, [work.X.flatten(0, 1)])
+    assert done.after
+    for case in ("compensated_by_unequal_shares", "compensated_by_one"):
+        one, other = (outcome[case] for outcome in outcomes)
+        assert_same(one, other)
+        for name, tensor in work.state(model).items():
+            assert_equal(tensor.double(), one[0][name].double(), 1e-9)
+    _, before, after = outcomes[0]["compensated_by_unequal_shares"]
+    assert before == pytest.approx(done.before)
+    assert after == pytest.approx(done.after)
+    _, (none, bad) = outcomes[0]["compensated_by_one"]
+    assert "no batch" in none
+    assert "not finite" in bad
+
+
 def test_checkpoints(outcomes: list[dict[str, Any]]) -> None:
     """Random numbers go on where they were in the process that saved, and differ in the others."""
     one, other = (outcome["checkpoint"] for outcome in outcomes)
