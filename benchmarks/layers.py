@@ -21,7 +21,8 @@ import dspfx
 from benchmarks.grouped import cases
 from benchmarks.reference import DEFAULT_FOLDER
 from dspfx.layers import native
-from dspfx.layers.group_conv import GroupConv2d, GroupConvRun
+from dspfx.layers.group_conv import GroupConv2d
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.passes.lowering.forms import dense
 from dspfx.passes.lowering.fuse import fuse
 from dspfx.passes.lowering.measure import Measured

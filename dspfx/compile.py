@@ -21,7 +21,7 @@ from dspfx.engines.forms import Forms, forms_of
 from dspfx.engines.race import Entry, Race
 from dspfx.engines.report import Candidate, CompileReport
 from dspfx.errors import CompileError
-from dspfx.layers.group_conv import GroupConvRun
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.model.deployable import check_deployable
 from dspfx.model.parts import compact_parts_of
 from dspfx.passes.sandbox.calls import (

@@ -13,7 +13,7 @@ import dspfx
 from dspfx.engines import race
 from dspfx.engines.report import Candidate, CompileReport, worded
 from dspfx.layers.branches import Branches
-from dspfx.layers.group_conv import GroupConvRun
+from dspfx.layers.group_conv_run import GroupConvRun
 from helpers import assert_equal, random_masks, randomise
 
 NAMES = ("as converted", "dense", "the fastest form of each layer", "native")

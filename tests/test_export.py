@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from unusual import CountsCalls
 
 import dspfx
-from dspfx.layers.group_conv import GroupConvRun, group_conv_like
+from dspfx.layers.group_conv import group_conv_like
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.utils.pytree import leaves
 from helpers import assert_equal, random_masks, randomise, unchanged
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from dspfx.errors import ExportError, PrepareError
-from dspfx.layers.group_conv import GroupConv2d, GroupConvRun
+from dspfx.layers.group_conv import GroupConv2d
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.model.absent import Withheld, made_of_values, withholding
 from dspfx.passes.sandbox.calls import Call, choose_inputs, evaluate
 from dspfx.passes.transforms.verify import difference

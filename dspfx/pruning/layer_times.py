@@ -22,7 +22,7 @@ from dspfx.engines.on_files import OnFiles
 from dspfx.engines.one_layer import INPUT, OneLayer
 from dspfx.errors import BudgetError
 from dspfx.layers.gated import gated_layers
-from dspfx.layers.group_conv import GroupConvRun
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.layers.parametrised import weight_of
 from dspfx.layers.weights import TRANSPOSED
 from dspfx.model.module import PreparedModule

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.layers.branches import Branches
-from dspfx.layers.group_conv import GroupConv2d, GroupConvRun
+from dspfx.layers.group_conv import GroupConv2d
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.utils.cache import as_file_name, cache_folder, processor
 from dspfx.utils.timing import ROUNDS as LAYER_ROUNDS
 from dspfx.utils.timing import WARM_UP_CALLS, medians

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node
 
-from dspfx.layers.group_conv import GroupConv2d, GroupConvRun, pool_numbers
+from dspfx.layers.group_conv import GroupConv2d
+from dspfx.layers.group_conv_run import GroupConvRun, pool_numbers
 from dspfx.passes.analysis import operators
 
 

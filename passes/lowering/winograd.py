@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dspfx.layers.group_conv import GroupConvRun
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.passes.lowering.measure import layer_medians
 
 Choice = Mapping[str, tuple[int, ...]]

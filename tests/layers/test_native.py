@@ -18,6 +18,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import (
+    added_to,
+    any_lists,
+    calls,
+    expected,
+    for_winograd,
+    laid_out,
+    layer,
+    moved,
+    runs,
+    with_weight,
+)
 from torch import Tensor, nn
 
 import dspfx
@@ -29,17 +41,15 @@ from dspfx.layers.group_conv import (
     Added,
     FilterGroup,
     GroupConv2d,
-    GroupConvRun,
     group_conv_like,
-    pool_numbers,
 )
+from dspfx.layers.group_conv_run import GroupConvRun, pool_numbers
+from dspfx.layers.native import packing, reference
 from dspfx.passes.lowering.classifier import join_classifiers
 from dspfx.passes.lowering.fuse import fuse
 from dspfx.passes.lowering.runs import join_runs
 from dspfx.passes.lowering.sites import relowered, sites
 from helpers import assert_equal
-
-X = torch.empty(0)  # instead of a weight that is not drawn yet
 
 TESTS = Path(__file__).parents[1]
 
@@ -49,65 +59,11 @@ def _built() -> None:
     assert native.built()
 
 
-def layer(
-    conv: nn.Conv2d, groups: int, seed: int, keep: float = 0.6
-) -> tuple[GroupConv2d, nn.Conv2d]:
-    """`conv` with random groups of filters that read random channels, in both forms."""
-    rng = np.random.default_rng(seed)
-    conv = conv.eval().requires_grad_(False)
-    mask = rng.random((groups, conv.in_channels)) < keep
-    row = rng.integers(groups, size=conv.out_channels)
-    conv.weight.mul_(torch.from_numpy(mask[row])[:, :, None, None])
-    lists = [(np.flatnonzero(row == g), np.flatnonzero(mask[g])) for g in range(groups)]
-    return group_conv_like(conv, lists, conv.weight, conv.bias), conv
-
-
-def expected(conv: nn.Conv2d, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    y = conv.double()(x.double())
-    y = y if residual is None else y + residual.double()
-    return native._FUNCTIONS[native.ACTIVATIONS.index(activation)](y).float()
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> dict[str, Any]:
-    pair = st.tuples(st.integers(1, 4), st.integers(1, 4))
-    kernel, stride, dilation = draw(pair), draw(pair), draw(pair)
-    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
-    size = [
-        max(1, draw(st.integers(1, 24)), d * (k - 1) + 1 - 2 * p)
-        for k, d, p in zip(kernel, dilation, padding, strict=True)
-    ]
-    return {
-        "conv": nn.Conv2d(
-            *(draw(st.integers(1, 20)), draw(st.integers(1, 20)), kernel, stride, padding),
-            dilation=dilation,
-            bias=draw(st.booleans()),
-        ),
-        "size": size,
-        "groups": draw(st.integers(1, 4)),
-        "seed": draw(st.integers(0, 999)),
-        "batch": draw(st.integers(1, 3)),
-        "residual": draw(st.integers(0, 9)),
-        "activation": draw(st.sampled_from(native.ACTIVATIONS)),
-        "threads": draw(st.integers(1, 3)),
-    }
-
-
 @pytest.fixture(scope="module")
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def added_to(count: int, channels: int, seed: int) -> Added:
-    return Added(channels, np.random.default_rng(seed).integers(-1, channels, count))
-
-
-def moved(residual: Tensor, added: Added) -> Tensor:
-    """The channels of `residual` that are `added`, zeros for -1."""
-    index = torch.from_numpy(added.places)
-    return torch.where(index.reshape(-1, 1, 1) >= 0, residual[:, index.clamp(min=0)], 0)
 
 
 @settings(max_examples=300, deadline=None)
@@ -130,69 +86,9 @@ def test_equal_to_convolutions(call: dict[str, Any]) -> None:
     assert_equal(wanted, own(*given_too), 1e-5)
     assert torch.equal(own.whole(), conv.weight.float())
     buffers: Any = (own.weight, own.bias, own.indices)
-    numbers = native.as_text([own.numbers(0, len(given_too) * 2 - 3)])
-    (portable,) = native._run(given_too, *buffers, numbers, [len(given_too)])
+    numbers = packing.as_text([own.numbers(0, len(given_too) * 2 - 3)])
+    (portable,) = reference.run(given_too, *buffers, numbers, [len(given_too)])
     assert_equal(wanted, portable, 1e-5)
-
-
-@st.composite
-def any_lists(draw: st.DrawFn) -> dict[str, Any]:
-    """Groups that read whatever they like: nothing, or a channel twice, in any order."""
-    channels, filters = draw(st.integers(1, 130)), draw(st.integers(1, 130))
-    rng = np.random.default_rng(draw(st.integers(0, 999)))
-    cuts = np.sort(rng.integers(0, filters + 1, draw(st.integers(0, 3))))
-    groups = [
-        FilterGroup(own, rng.integers(0, channels, int(rng.integers(0, 2 * channels + 1))), X)
-        for own in np.split(rng.permutation(filters), cuts)
-    ]
-    kernel, stride, dilation = (
-        [draw(st.integers(1, 3)) for _ in range(2)] for _ in ("kernel", "stride", "dilation")
-    )
-    padding = [draw(st.integers(0, 4)) for _ in range(2)]
-    size = [
-        max(1, draw(st.integers(1, 67)), d * (k - 1) + 1 - 2 * p)
-        for k, d, p in zip(kernel, dilation, padding, strict=True)
-    ]
-    return {
-        "settings": (kernel, stride, padding, dilation),
-        "groups": groups,
-        "filters": filters,
-        "size": (draw(st.integers(0, 3)), channels, *size),
-        "layout": draw(st.sampled_from(["plain", "channels last", "slice", "every second row"])),
-        "threads": draw(st.integers(1, 4)),
-    }
-
-
-@st.composite
-def for_winograd(draw: st.DrawFn) -> dict[str, Any]:
-    """Three rows of taps and strides of 1, else anything."""
-    call = draw(any_lists())
-    kernel, _, padding, dilation = call["settings"]
-    settings = ([3, kernel[1]], [1, 1], padding, [1, dilation[1]])
-    count, channels, *size = call["size"]
-    size[0] = max(size[0], 3 - 2 * padding[0])
-    residual = draw(st.integers(0, 9))
-    return call | {
-        "settings": settings,
-        "size": (count, channels, *size),
-        "activation": draw(st.sampled_from(native.ACTIVATIONS)),
-        "added": added_to(call["filters"], residual, 0) if residual else None,
-        "residual": residual,
-    }
-
-
-def with_weight(group: FilterGroup, kernel: list[int], generator: torch.Generator) -> FilterGroup:
-    size = (len(group.filters), len(group.inputs), *kernel)
-    return FilterGroup(group.filters, group.inputs, torch.randn(size, generator=generator))
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """`x` with other strides."""
-    if layout == "channels last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "slice":
-        return torch.cat([x, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]]
-    return x.repeat_interleave(2, 2)[:, :, ::2] if layout == "every second row" else x
 
 
 @settings(max_examples=150, deadline=None)
@@ -206,7 +102,7 @@ def test_equal_to_the_reference_for_any_lists(call: dict[str, Any]) -> None:
     own = GroupConv2d(call["settings"], groups, call["size"][1], call["filters"], bias)
     x = torch.randn(call["size"], generator=generator)
     buffers: Any = (own.weight.double(), own.bias.double(), own.indices)
-    (wanted,) = native._run([x.double()], *buffers, native.as_text([own.numbers(0, -1)]), [1])
+    (wanted,) = reference.run([x.double()], *buffers, packing.as_text([own.numbers(0, -1)]), [1])
     assert_equal(wanted.float(), own(laid_out(x, call["layout"])), 1e-5)
 
 
@@ -228,69 +124,20 @@ def test_winograd_is_equal_to_the_reference(call: dict[str, Any]) -> None:
     x = torch.randn(call["size"], generator=generator)
     inputs = [x]
     if call["added"] is not None:
-        size = native._out_size(x.shape[2:], *call["settings"])
+        size = reference.out_size(x.shape[2:], *call["settings"])
         inputs.append(torch.randn(len(x), call["residual"], *size, generator=generator))
     last = len(inputs)
     run = GroupConvRun([own], [(0, 2 * last - 3)], last, [last])
     buffers: Any = (run.weight.double(), run.bias.double(), run.indices)
     doubles = [given.double() for given in inputs]
-    (wanted,) = native._run(doubles, *buffers, run.layers, run.outputs)
+    (wanted,) = reference.run(doubles, *buffers, run.layers, run.outputs)
     assert run.transformable() == [0]
     fast = run.transformed([0])
     for _ in range(2):  # the second call finds the memory of the first
         (result,) = fast(*(laid_out(given, call["layout"]) for given in inputs))
         assert_equal(wanted.float(), result, 1e-5)
-    (portable,) = native._run(inputs, fast.weight, fast.bias, fast.indices, fast.layers, [last])
+    (portable,) = reference.run(inputs, fast.weight, fast.bias, fast.indices, fast.layers, [last])
     assert_equal(wanted.float(), portable, 1e-5)
-
-
-@st.composite
-def runs(draw: st.DrawFn) -> dict[str, Any]:
-    """Layers that read what was there before them, and add it where it is of their size."""
-    inputs = [(draw(st.integers(1, 9)), draw(st.integers(1, 20)), draw(st.integers(1, 20)))]
-    values, layers = list(inputs), []
-    for seed in range(draw(st.integers(1, 6))):
-        source = draw(st.integers(0, len(values) - 1))
-        channels, *size = values[source]
-        if seed and draw(st.integers(0, 3)) == 0:
-            pool = draw(st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]))(
-                *(draw(st.integers(1, 3)) for _ in range(2)), padding=0
-            )
-            kernel, stride = pool.kernel_size, pool.stride
-            pool.padding = draw(st.integers(0, kernel // 2))
-            out = [(n + 2 * pool.padding - kernel) // stride + 1 for n in size]
-            if min(out) > 0:
-                layers.append((pool, source, -1))
-                values.append((channels, *out))
-                continue
-        if seed and draw(st.integers(0, 5)) == 0:
-            layers.append((nn.AdaptiveAvgPool2d(1), source, -1))
-            values.append((channels, 1, 1))
-            continue
-        kernel = [draw(st.integers(1, min(3, n))) for n in size]
-        same = draw(st.booleans()) and all(k % 2 for k in kernel)
-        padding = [k // 2 if same else draw(st.integers(0, 2)) for k in kernel]
-        stride = [1 if same else draw(st.integers(1, 2)) for _ in size]
-        filters = draw(st.integers(1, 20))
-        conv = nn.Conv2d(channels, filters, kernel, stride, padding, bias=draw(st.booleans()))
-        out = list(conv(torch.zeros(1, *values[source])).shape[2:])
-        like = [i for i, (_, *other) in enumerate(values) if other == out]
-        residual = draw(st.sampled_from([-1, *like]))
-        own, _ = layer(conv, draw(st.integers(1, 3)), seed)
-        if residual >= 0:
-            own = own.remade(added=added_to(filters, values[residual][0], seed))
-        own = own.remade(activation=draw(st.sampled_from(native.ACTIVATIONS)))
-        layers.append((own, source, residual))
-        values.append((filters, *out))
-    results = range(len(inputs), len(values))
-    return {
-        "layers": layers,
-        "inputs": inputs,
-        "outputs": draw(st.lists(st.sampled_from(results), min_size=1, unique=True)),
-        "winograd": draw(st.sets(st.integers(0, len(layers) - 1))),
-        "batch": draw(st.integers(0, 5) | st.integers(9, 13)),
-        "threads": draw(st.integers(1, 4)),
-    }
 
 
 @settings(max_examples=300, deadline=None)
@@ -310,14 +157,15 @@ def test_runs_are_equal_to_their_layers(case: dict[str, Any]) -> None:
     for _ in range(2):  # the second call finds the memory of the first
         assert_equal(wanted, run(*inputs), 1e-5)
     buffers: Any = (run.weight, run.bias, run.indices)
-    assert_equal(wanted, native._run(inputs, *buffers, run.layers, run.outputs), 1e-5)
+    assert_equal(wanted, reference.run(inputs, *buffers, run.layers, run.outputs), 1e-5)
 
 
 ABSENT = """
 import torch
 from torch import nn
-from dspfx.layers.group_conv import Added, GroupConvRun
-from test_native import layer
+from dspfx.layers.group_conv import Added
+from dspfx.layers.group_conv_run import GroupConvRun
+from kernel_cases import layer
 torch.set_num_threads(4)
 own, convs = zip(*(layer(nn.Conv2d(8, 8, 3, padding=1), 3, seed) for seed in range(3)))
 first, *others = own
@@ -473,11 +321,11 @@ def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> Non
         [own, own.remade(added=Added(9, np.arange(9)))], [(0, -1), (0, 1)], 1, [1, 2]
     )
     run = run.transformed(data.draw(st.sets(st.sampled_from([0, 1]))))
-    layers = native.as_numbers(run.layers)
+    layers = packing.as_numbers(run.layers)
     numbers: Any = data.draw(st.sampled_from([run.indices, *layers, run.outputs]))
     place = data.draw(st.integers(0, len(numbers) - 1))
     numbers[place] = data.draw(st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62]))
-    run.layers = native.as_text(layers)
+    run.layers = packing.as_text(layers)
     with contextlib.suppress(RuntimeError):
         for result in run(torch.randn(2, 6, 8, 8)):
             assert result.shape[:2] in {(2, 6), (2, 9), (2, layers[0][4]), (2, layers[1][4])}
@@ -526,16 +374,19 @@ def test_an_input_that_does_not_fit_raises() -> None:
     for x in (torch.randn(2, 3, 8, 8), torch.randn(6, 8, 8), torch.randn(2, 6, 8, 8).double()):
         with pytest.raises(RuntimeError):
             own(x)
-    wide, numbers = torch.randn(2, 7, 8, 8), native.as_text([own.numbers(0, -1)])
-    for call in (own, lambda x: native._run([x], own.weight, own.bias, own.indices, numbers, [1])):
+    wide, numbers = torch.randn(2, 7, 8, 8), packing.as_text([own.numbers(0, -1)])
+    for call in (
+        own,
+        lambda x: reference.run([x], own.weight, own.bias, own.indices, numbers, [1]),
+    ):
         with pytest.raises(RuntimeError, match="an input of 6 channels, got 7"):
             call(wide)
     adding, x = own.remade(added=Added(5, np.arange(5))), torch.randn(2, 6, 8, 8)
     with pytest.raises(RuntimeError, match="residual"):
         adding(x, torch.randn(2, 5, 7, 8))
-    numbers = native.as_text([adding.numbers(0, 1)])
-    buffers: Any = (adding.weight, adding.bias, adding.indices, numbers, [2])
-    for call in (adding, lambda *inputs: native._run(list(inputs), *buffers)):
+    numbers = packing.as_text([adding.numbers(0, 1)])
+    buffers = (adding.weight, adding.bias, adding.indices, numbers, [2])
+    for call in (adding, lambda *inputs: reference.run(list(inputs), *buffers)):
         with pytest.raises(RuntimeError, match="a residual of 5 channels, got 9"):
             call(x, torch.randn(2, 9, 8, 8))  # its first ones were added
 
@@ -557,7 +408,7 @@ with warnings.catch_warnings(record=True) as caught:
     assert not native.built() and not native.built()
 (warning,) = [w for w in caught if "cannot be built" in str(w.message)]
 print(warning.message)
-from test_native import expected, layer
+from kernel_cases import expected, layer
 own, conv = layer(nn.Conv2d(6, 5, 3, padding=1), 2, seed=0)
 x = torch.randn(2, 6, 8, 8)
 torch.testing.assert_close(own(x), expected(conv, x, None, "none"))

@@ -29,12 +29,12 @@ inline void choose_zeros(Program& p) {
 inline void find_late_layers(Program& p) {
   const auto pixels = [&](int64_t number) {
     const Value& v = p.values[number];
-    return v.channels * v.height * v.width;
+    return v.planes * v.height * v.width;
   };
   p.late = static_cast<int64_t>(p.layers.size());
   while (p.late > 0) {
     const Layer& l = p.layers[p.late - 1];
-    if (l.weights() <= pixels(l.source) + pixels(l.result)) break;
+    if (l.kind != UNPACK && l.weights() <= pixels(l.source) + pixels(l.result)) break;
     --p.late;
   }
   for (size_t i = p.late; i < p.layers.size(); ++i) {
@@ -48,7 +48,7 @@ inline void find_late_layers(Program& p) {
 // of the same size only: so its padding stays zero.
 inline void assign_slots(Program& p) {
   struct Slot {
-    int64_t height, width, free_from, channels;
+    int64_t height, width, free_from, planes;
     bool late;
     std::vector<int64_t> values;
   };
@@ -68,14 +68,14 @@ inline void assign_slots(Program& p) {
     });
     if (slot == slots.end()) slot = slots.insert(slot, {v.height, v.width, 0, 0, v.late, {}});
     slot->free_from = last[number];
-    slot->channels = std::max(slot->channels, v.channels);
+    slot->planes = std::max(slot->planes, v.planes);
     slot->values.push_back(number);
   }
   for (const Slot& slot : slots) {
     const Value& like = p.values[slot.values[0]];
     int64_t& end = slot.late ? p.late_arena : p.early_arena;
     for (const int64_t number : slot.values) p.values[number].at = end + like.before();
-    const int64_t floats = like.before() + slot.channels * like.plane() + like.after();
+    const int64_t floats = like.before() + slot.planes * like.plane() + like.after();
     end += (floats + LINE - 1) / LINE * LINE;
   }
 }

@@ -8,6 +8,8 @@
 
 #include <chrono>
 
+#include "convert.h"
+#include "kernels.h"
 #include "padding.h"
 #include "memory.h"
 #include "build_program.h"
@@ -73,9 +75,14 @@ class Prefetch {
 
 constexpr int64_t BLOCKS_TOGETHER = 8, PART = 128, A_LONG_LIST = 32;
 
+template <typename W>
+const OfRows<Compute>& kernels(const Layer& l, const Block& block) {
+  if (l.kind == MAX_POOL) return Kernels<W>::MAXIMUM;
+  return l.kind == AVERAGE_POOL ? Kernels<W>::AVERAGE : Kernels<W>::CONVOLUTION[block.rows];
+}
+
 inline const OfRows<Compute>& kernels(const Layer& l, const Block& block) {
-  if (l.kind == MAX_POOL) return POOL<false>;
-  return l.kind == AVERAGE_POOL ? POOL<true> : COMPUTE[block.rows];
+  return l.per_word == 1 ? kernels<Fp32>(l, block) : kernels<Bf16>(l, block);
 }
 
 // Blocks of filters that read the same pixels, tile by tile and chunk by chunk of the sum: so the
@@ -142,12 +149,13 @@ inline void compute_winograd(const Call& call, const Layer& l, const Cut& cut, i
   }
 }
 
-// The average of all pixels of some channels: zeros, or nothing, lie between their rows.
-inline void average_all(const Value& size, const Planes<const float>& source, const Planes<float>& y,
-                        int64_t from, int64_t until) {
-  const int64_t count = (size.height - 1) * source.row + size.width;
-  for (int64_t c = from; c < until; ++c)
-    y.data[c * y.plane] = mean(source.data + c * source.plane, count, size.height * size.width);
+// What works on whole planes: conversions and averages of all pixels.
+inline void compute_planes(const Layer& l, const Value& size, const Planes<const float>& x,
+                           const Planes<float>& y, int64_t from, int64_t until) {
+  if (l.kind == PACK) return pack<Bf16>(size, x, y, from, until);
+  if (l.kind == UNPACK) return unpack<Bf16>(size, x, y, from, until);
+  const auto average = l.per_word == 1 ? average_all<Fp32> : average_all<Bf16>;
+  average(size.height, size.width, x, y, from, until);
 }
 
 // One task of a layer, a strip or a share of its filters, for images from `image` on, at most
@@ -158,10 +166,10 @@ inline void compute_task(const Call& call, const Layer& l, const Cut& cut, int64
   const int64_t number = task / cut.shares(), share = task % cut.shares();
   const int64_t first = number * cut.rows, from = cut.splits[share], until = cut.splits[share + 1];
   const Value& size = p.values[l.source];
-  if (l.averages_all_of(size)) {
+  if (l.converts() || l.averages_all_of(size)) {
     for (int64_t i = 0; i < images; ++i)
-      average_all(size, call.source(l.source, image + i, nth + i, arena),
-                  call.target(l.result, image + i, nth + i, arena), from, until);
+      compute_planes(l, size, call.source(l.source, image + i, nth + i, arena),
+                     call.target(l.result, image + i, nth + i, arena), from, until);
     return;
   }
   Strip strips[TOGETHER];
@@ -173,6 +181,7 @@ inline void compute_task(const Call& call, const Layer& l, const Cut& cut, int64
     else if (!cut.in_place) fill(l, cut, size, source, first, frame);
     Target& target = strips[i].target;
     target.bias = call.bias + l.bias;
+    target.channels = p.values[l.result].channels;
     target.activation = l.activation;
     target.y = call.target(l.result, image + i, nth + i, arena);
     target.residual = {};
@@ -196,7 +205,7 @@ class Stopwatch {
   Stopwatch(const Call& call, const Layer& l, int64_t member)
       : to_(call.seconds == nullptr || member != 0
                 ? nullptr
-                : call.seconds + (&l - call.program.layers.data())) {
+                : call.seconds + l.number) {
     if (to_ != nullptr) started_ = std::chrono::steady_clock::now();
   }
   ~Stopwatch() {

@@ -38,8 +38,11 @@ std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
                                 double* seconds) {
   TORCH_CHECK(indices.scalar_type() == at::kLong && indices.is_contiguous() && indices.is_cpu(),
               "group_conv2d: the indices must be a contiguous int64 tensor");
-  TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.is_cpu(),
-              "group_conv2d: the packed weight must be contiguous float32");
+  const int64_t per_word = weight.scalar_type() == at::kBFloat16 ? Bf16::CHANNELS : 1;
+  TORCH_CHECK((per_word > 1 || weight.scalar_type() == at::kFloat) && weight.is_contiguous() &&
+                  weight.is_cpu() && weight.numel() % per_word == 0,
+              "group_conv2d: the packed weight must be contiguous float32 or bfloat16");
+  const int64_t words = weight.numel() / per_word;
   TORCH_CHECK(!inputs.empty(), "group_conv2d: an image is needed");
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->is_cpu()),
               "group_conv2d: the bias must be contiguous float32");
@@ -54,14 +57,14 @@ std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
     key.numbers.insert(key.numbers.end(), sizes.back().begin(), sizes.back().end());
   }
   const int64_t biases = bias ? bias->numel() : -1;
-  key.numbers.insert(key.numbers.end(), {static_cast<int64_t>(outputs.size()), weight.numel(), biases, threads});
+  key.numbers.insert(key.numbers.end(), {static_cast<int64_t>(outputs.size()), words, biases, per_word, threads});
   const auto entry = Programs::instance().get(indices, std::move(key), [&] {
     const c10::ArrayRef<int64_t> numbers(indices.const_data_ptr<int64_t>(), indices.numel());
-    return read_program(sizes, as_numbers(layers), outputs, numbers, weight.numel(), biases, threads);
+    return read_program(sizes, as_numbers(layers), outputs, numbers, words, biases, per_word, threads);
   });
   const Program& p = entry->program;
-  const float* weights = weight.const_data_ptr<float>();
-  Call call{p, weights, weights + weight.numel(),
+  const float* weights = static_cast<const float*>(weight.const_data_ptr());
+  Call call{p, weights, weights + words,
             bias ? bias->const_data_ptr<float>() : p.no_bias.data(), {}, {}, {}, seconds};
   call.given.resize(p.values.size()), call.returned.resize(p.values.size());
   call.strides.resize(p.values.size());
@@ -70,7 +73,7 @@ std::vector<at::Tensor> compute(at::TensorList inputs, const at::Tensor& weight,
     call.strides[i] = given[i].stride(0);
   }
   std::vector<at::Tensor> results;
-  for (const int64_t number : outputs) {
+  for (const int64_t number : p.outputs) {
     const Value& v = p.values[number];
     results.push_back(Pool::instance().empty({images, v.channels, v.height, v.width},
                                              given[0].options()));
@@ -118,6 +121,8 @@ at::Tensor group_conv2d(const at::Tensor& x, const at::Tensor& weight,
 
 int64_t filters_in_a_block() { return MOST_ROWS; }
 
+bool multiplies_bf16() { return Bf16::INSTRUCTIONS; }
+
 void refuse_gradient(const at::Tensor& x) {
   TORCH_CHECK(!at::GradMode::is_enabled() || !x.requires_grad(),
               "dspfx's own convolutions are for inference; train the prepared model instead");
@@ -164,6 +169,7 @@ TORCH_LIBRARY_IMPL(dspfx, Autograd, m) {
 
 TORCH_LIBRARY_FRAGMENT(dspfx, m) {
   m.def("filters_in_a_block() -> int", &filters_in_a_block);
+  m.def("multiplies_bf16() -> bool", &multiplies_bf16);
   m.def("group_conv_run_seconds(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor indices, "
         "str layers, int[] outputs) -> Tensor", &group_conv_run_seconds);
 }

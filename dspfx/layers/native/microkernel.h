@@ -1,10 +1,11 @@
 // Register-blocked microkernel: some filters times some vectors of pixels, sums held in registers:
 //
 //     y[o, p] = clamp(bias[o] + sum_k w[k, o] * pixels[offset[k] + p] + residual[o, p])
+//
+// Pixels and weights are words of one channel or of several, whose products are added up.
 
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
 #include <c10/macros/Macros.h>
 
 #include <algorithm>
@@ -12,10 +13,10 @@
 #include <utility>
 #include <vector>
 
+#include "words.h"
+
 namespace dspfx {
 
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t LANES = Vec::size();
 constexpr int64_t LINE = 16;  // floats of a line of the caches
 // as many accumulators as leave registers for the operands: of 32 registers, or of 16
 constexpr bool MANY_REGISTERS = LANES >= 16;
@@ -56,6 +57,7 @@ struct Planes {
 // Where filters are written to, and what is added to them.
 struct Target {
   const int64_t* filter;
+  int64_t channels;      // of the value that is written
   const int64_t* added;  // channels of the residual, -1 for none
   const float* bias;
   int64_t activation;
@@ -100,9 +102,10 @@ C10_ALWAYS_INLINE void finish(Vec (&sum)[V], int64_t activation, const float* ad
       smooth(activation, Vec::loadu(to + v * LANES)).store(to + v * LANES);
 }
 
-inline const float* added_plane(const Target& t, int64_t r) {
+template <typename W = Fp32>
+const float* added_plane(const Target& t, int64_t r) {
   if (t.residual.data == nullptr || t.added[r] < 0) return nullptr;
-  return t.residual.data + t.added[r] * t.residual.plane;
+  return t.residual.data + t.added[r] / W::CHANNELS * t.residual.plane;
 }
 
 template <int64_t V>
@@ -124,7 +127,7 @@ C10_NOINLINE void finish_by_segments(const float* sums, const Tile& tile, const 
 // Adds one product of the sum; `pixels(v)` is where a vector lies. Of weights and pixels the fewer are
 // held in registers, so that with the sums there are at most 16. The loops over rows must be unrolled,
 // or the sums would be in memory.
-template <int64_t R, int64_t V, typename Pixels>
+template <typename W, int64_t R, int64_t V, typename Pixels>
 C10_ALWAYS_INLINE void accumulate(const float* weight, const Pixels& pixels, Vec (&sum)[R][V]) {
   if constexpr (R < V) {
     Vec w[R];
@@ -133,7 +136,7 @@ C10_ALWAYS_INLINE void accumulate(const float* weight, const Pixels& pixels, Vec
     for (int64_t v = 0; v < V; ++v) {
       const Vec x = Vec::loadu(pixels(v));
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < R; ++r) sum[r][v] = at::vec::fmadd(w[r], x, sum[r][v]);
+      for (int64_t r = 0; r < R; ++r) sum[r][v] = W::multiply_add(w[r], x, sum[r][v]);
     }
   } else {
     Vec x[V];
@@ -141,20 +144,21 @@ C10_ALWAYS_INLINE void accumulate(const float* weight, const Pixels& pixels, Vec
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r) {
       const Vec w(weight[r]);
-      for (int64_t v = 0; v < V; ++v) sum[r][v] = at::vec::fmadd(w, x[v], sum[r][v]);
+      for (int64_t v = 0; v < V; ++v) sum[r][v] = W::multiply_add(w, x[v], sum[r][v]);
     }
   }
 }
 
 // Prefetches the residual and the output of a tile, both in memory, while its products are summed.
-template <int64_t R, int64_t V>
+template <typename W, int64_t R, int64_t V>
 C10_ALWAYS_INLINE void ask_for(const Tile& tile, const Target& target) {
   constexpr int64_t last = V * LANES - 1;
   for (int64_t r = 0; r < R; ++r) {
-    const float* to = target.y.data + target.filter[r] * target.y.plane + tile.to;
+    const float* to =
+        target.y.data + target.filter[r] / W::CHANNELS * target.y.plane + tile.to;
     for (int64_t i = 0; i < last; i += LINE) __builtin_prefetch(to + i, 1);
     __builtin_prefetch(to + last, 1);
-    const float* added = added_plane(target, r);
+    const float* added = added_plane<W>(target, r);
     if (added == nullptr) continue;
     for (int64_t i = 0; i < last; i += LINE) __builtin_prefetch(added + tile.to + i);
     __builtin_prefetch(added + tile.to + last);
@@ -168,76 +172,22 @@ struct PartialSums {
   float* sums;  // [filter][vector]
 };
 
+// The epilogue of all filters of a block, where each has words of its own.
 template <int64_t R, int64_t V>
-struct Direct {
-  static void compute(const float* weight, const int64_t* offset, int64_t count,
-                      const float* pixels, const Tile& tile, const Target& target, PartialSums part) {
-    Vec sum[R][V];
+C10_ALWAYS_INLINE void finish_rows(Vec (&sum)[R][V], const Tile& tile, const Target& target) {
+  const float* mask = tile.mask < 0 ? nullptr : target.masks + tile.mask;
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < R; ++r)
-      for (int64_t v = 0; v < V; ++v)
-        sum[r][v] = part.first ? Vec(target.bias[target.filter[r]])
-                               : Vec::loadu(part.sums + (r * V + v) * LANES);
-    if (part.last && tile.direct) ask_for<R, V>(tile, target);
-    for (int64_t k = 0; k < count; ++k, weight += R) {
-      const float* from = pixels + offset[k];
-      accumulate<R, V>(weight, [from](int64_t v) { return from + v * LANES; }, sum);
-    }
-    const float* mask = tile.mask < 0 ? nullptr : target.masks + tile.mask;
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < R; ++r) {
-      if (!part.last) {
-        for (int64_t v = 0; v < V; ++v) sum[r][v].store(part.sums + (r * V + v) * LANES);
-      } else if (tile.direct) {
-        const float* added = added_plane(target, r);
-        finish<V>(sum[r], target.activation, added == nullptr ? nullptr : added + tile.to, mask,
-                  target.y.data + target.filter[r] * target.y.plane + tile.to);
-      } else {
-        alignas(64) float sums[V * LANES];
-        for (int64_t v = 0; v < V; ++v) sum[r][v].store(sums + v * LANES);
-        finish_by_segments<V>(sums, tile, target, r);
-      }
+  for (int64_t r = 0; r < R; ++r) {
+    if (tile.direct) {
+      const float* added = added_plane(target, r);
+      finish<V>(sum[r], target.activation, added == nullptr ? nullptr : added + tile.to, mask,
+                target.y.data + target.filter[r] * target.y.plane + tile.to);
+    } else {
+      alignas(64) float sums[V * LANES];
+      for (int64_t v = 0; v < V; ++v) sum[r][v].store(sums + v * LANES);
+      finish_by_segments<V>(sums, tile, target, r);
     }
   }
-};
-
-// The largest of all taps, or their average, for one channel; there is no weight.
-template <bool AVERAGE, int64_t V>
-void pool_tile(const float*, const int64_t* offset, int64_t count, const float* pixels,
-               const Tile& tile, const Target& target, PartialSums) {
-  Vec sum[V];
-  for (int64_t v = 0; v < V; ++v) sum[v] = Vec::loadu(pixels + offset[0] + v * LANES);
-  for (int64_t k = 1; k < count; ++k)
-    for (int64_t v = 0; v < V; ++v) {
-      const Vec x = Vec::loadu(pixels + offset[k] + v * LANES);
-      sum[v] = AVERAGE ? sum[v] + x : at::vec::maximum(sum[v], x);
-    }
-  if (AVERAGE)
-    for (int64_t v = 0; v < V; ++v) sum[v] = sum[v] / Vec(static_cast<float>(count));
-  if (tile.direct) {
-    finish<V>(sum, NONE, nullptr, tile.mask < 0 ? nullptr : target.masks + tile.mask,
-              target.y.data + target.filter[0] * target.y.plane + tile.to);
-  } else {
-    alignas(64) float result[V * LANES];
-    for (int64_t v = 0; v < V; ++v) sum[v].store(result + v * LANES);
-    finish_by_segments<V>(result, tile, target, 0);
-  }
-}
-
-// The mean of `of` pixels, which lie among `count` floats; the others are zero.
-inline float mean(const float* pixels, int64_t count, int64_t of) {
-  constexpr int64_t SUMS = 4;
-  Vec sum[SUMS] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
-  int64_t at = 0;
-  for (; at + SUMS * LANES <= count; at += SUMS * LANES)
-    for (int64_t i = 0; i < SUMS; ++i) sum[i] = sum[i] + Vec::loadu(pixels + at + i * LANES);
-  for (; at < count; at += LANES)
-    sum[0] = sum[0] + Vec::loadu(pixels + at, std::min(LANES, count - at));
-  alignas(64) float lanes[LANES];
-  ((sum[0] + sum[1]) + (sum[2] + sum[3])).store(lanes);
-  float whole = 0.f;
-  for (const float lane : lanes) whole += lane;
-  return whole / static_cast<float>(of);
 }
 
 template <typename Function>
@@ -260,17 +210,5 @@ template <typename Function, template <int64_t, int64_t> class Kernel>
 constexpr std::array<OfRows<Function>, MOST_ROWS + 1> all_rows() {
   return all_rows<Function, Kernel>(std::make_integer_sequence<int64_t, MOST_ROWS>());
 }
-
-using Compute = decltype(&Direct<1, 1>::compute);
-constexpr auto COMPUTE = all_rows<Compute, Direct>();
-
-template <bool AVERAGE, int64_t... V>
-constexpr OfRows<Compute> pools(std::integer_sequence<int64_t, V...>) {
-  return {nullptr, pool_tile<AVERAGE, V + 1>...};
-}
-
-template <bool AVERAGE>
-constexpr OfRows<Compute> POOL =
-    pools<AVERAGE>(std::make_integer_sequence<int64_t, vectors_for(1)>());
 
 }  // namespace dspfx

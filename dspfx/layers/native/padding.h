@@ -38,13 +38,17 @@ inline void copy(float* to, const float* from, int64_t count, int64_t step, int6
   else std::get<1>(pairs(from + 2 * last - 1)).store(to + last);
 }
 
+// A word of the lowest numbers.
+inline float lowest_word(int64_t per_word) {
+  return c10::bit_cast<float>(per_word == 1 ? Fp32::LOWEST : Bf16::LOWEST);
+}
+
 // Copies the rows that the output rows from `first` on need, padded where the image ends.
 inline void fill(const Layer& l, const Cut& cut, const Value& size, Planes<const float> from,
           int64_t first, float* to) {
   const Frame& f = cut.frame;
   const int64_t step = l.stride[1];
-  const float padding =
-      l.kind == MAX_POOL ? -std::numeric_limits<float>::infinity() : 0.f;
+  const float padding = l.kind == MAX_POOL ? lowest_word(l.per_word) : 0.f;
   for (const int64_t channel : l.used) {
     const float* plane = from.data + channel * from.plane;
     for (int64_t py = 0; py < f.phases[0]; ++py) {

@@ -51,46 +51,51 @@ inline void read_groups(Layer& l, const Value& source, int64_t groups, int64_t f
     const int64_t start = static_cast<int64_t>(l.inputs.size());
     l.inputs.insert(l.inputs.end(), inputs.begin(), inputs.end());
     const int64_t blocks = (count + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t words = (count + l.per_word - 1) / l.per_word;
     for (int64_t b = 0, at = first; b < blocks; ++b) {
-      const int64_t rows = count / blocks + (b < count % blocks ? 1 : 0);
+      const int64_t own = words / blocks + (b < words % blocks ? 1 : 0);
+      const int64_t rows = std::min(own * l.per_word, first + count - at);
       l.blocks.push_back({rows, at, weights, reads * l.taps(), start * l.taps()});
       at += rows, weights += l.weights(l.blocks.back());
     }
     first += count;
   }
   TORCH_CHECK(first == filters, "group_conv2d: the indices have more filters than its groups");
-  std::vector<int64_t> place(source.channels, -1);
+  std::vector<int64_t> place(source.planes, -1);
   for (const int64_t c : l.inputs) {
-    TORCH_CHECK(c >= 0 && c < source.channels, "group_conv2d: input channel ", c,
+    TORCH_CHECK(c >= 0 && c < source.planes, "group_conv2d: input channel ", c,
                 " is out of range");
     place[c] = 0;
   }
-  for (int64_t c = 0; c < source.channels; ++c)
+  for (int64_t c = 0; c < source.planes; ++c)
     if (place[c] == 0) place[c] = static_cast<int64_t>(l.used.size()), l.used.push_back(c);
   for (int64_t& c : l.inputs) c = place[c];
 }
 
-// Every channel is a block of its own.
-inline void pool_channels(Layer& l, int64_t channels) {
-  l.used.resize(channels);
+// Every plane is a block of its own.
+inline void pool_planes(Layer& l, int64_t planes) {
+  l.used.resize(planes);
   std::iota(l.used.begin(), l.used.end(), 0);
   l.filters = l.inputs = l.used;
-  for (int64_t c = 0; c < channels; ++c) l.blocks.push_back({1, c, 0, l.taps(), c * l.taps()});
+  for (int64_t c = 0; c < planes; ++c) l.blocks.push_back({1, c, 0, l.taps(), c * l.taps()});
 }
 
 // Parses a layer, and appends it and its result; every number is validated.
-inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& indices, int64_t& weights,
-                       int64_t& biases) {
+inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, int64_t number, Reader& indices,
+                       int64_t& weights, int64_t& biases) {
   Layer l;
   TORCH_CHECK(numbers[0] >= CONVOLUTION && numbers[0] <= AVERAGE_POOL,
               "group_conv2d: unknown kind of layer ", numbers[0]);
   l.kind = static_cast<Kind>(numbers[0]);
-  l.source = numbers[1], l.residual = numbers[2], l.result = p.values.size();
+  l.per_word = p.per_word, l.number = number;
   const int64_t groups = numbers[3];
   int64_t filters = numbers[4];
-  TORCH_CHECK(l.source >= 0 && l.source < l.result && l.residual >= -1 && l.residual < l.result &&
+  const int64_t known = p.described.size();
+  TORCH_CHECK(numbers[1] >= 0 && numbers[1] < known && numbers[2] >= -1 && numbers[2] < known &&
                   groups >= 0 && filters >= 0,
               "group_conv2d: a layer reads what is not there");
+  l.source = p.described[numbers[1]], l.residual = numbers[2] < 0 ? -1 : p.described[numbers[2]];
+  l.result = p.values.size();
   const Value source = p.values[l.source];
   const int64_t size[2] = {source.height, source.width};
   int64_t out[2];
@@ -106,9 +111,9 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& indic
     TORCH_CHECK(room >= 0, "group_conv2d: the kernel is larger than the padded image");
     out[axis] = room / l.stride[axis] + 1;
   }
-  TORCH_CHECK(l.kind != WINOGRAD || (l.kernel[0] == 3 && l.stride[0] == 1 && l.stride[1] == 1 &&
+  TORCH_CHECK(l.kind != WINOGRAD || (p.per_word == 1 && l.kernel[0] == 3 && l.stride[0] == 1 && l.stride[1] == 1 &&
                                      l.dilation[0] == 1),
-              "group_conv2d: Winograd's algorithm is for 3 rows of taps and strides of 1");
+              "group_conv2d: Winograd's algorithm is for 3 rows of taps and strides of 1, in fp32");
   l.activation = numbers[13];
   TORCH_CHECK(l.activation >= 0 && l.activation < ACTIVATIONS, "group_conv2d: unknown activation ",
               l.activation);
@@ -116,7 +121,7 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& indic
   if (l.pools()) {
     TORCH_CHECK(l.residual < 0 && l.activation == NONE, "group_conv2d: a pool only pools");
     filters = source.channels;
-    pool_channels(l, filters);
+    pool_planes(l, source.planes);
   } else {
     biases += filters;
     read_groups(l, source, groups, filters, indices, weights);
@@ -134,7 +139,8 @@ inline void read_layer(Program& p, c10::ArrayRef<int64_t> numbers, Reader& indic
                   " of the residual is out of range");
     for (const int64_t o : l.filters) l.added.push_back(added[o]);
   }
-  p.values.push_back({Value::INSIDE, filters, out[0], out[1]});
+  p.described.push_back(l.result);
+  p.values.push_back(p.inside(filters, out[0], out[1]));
   p.layers.push_back(std::move(l));
 }
 

@@ -12,12 +12,16 @@ namespace dspfx {
 constexpr int64_t TOGETHER = 4;        // images, in late layers
 constexpr int64_t LAYER_NUMBERS = 14;  // that describe a layer
 
-enum Kind : int64_t { CONVOLUTION = 0, MAX_POOL = 1, WINOGRAD = 2, AVERAGE_POOL = 3 };
+// The last two convert values of fp32 that are given or returned: they are in no description.
+enum Kind : int64_t {
+  CONVOLUTION = 0, MAX_POOL = 1, WINOGRAD = 2, AVERAGE_POOL = 3, PACK = 4, UNPACK = 5
+};
 
 // A value: an input, an output, or an image between layers.
 struct Value {
   enum Place { GIVEN, INSIDE, RETURNED } place;
   int64_t channels, height, width;
+  int64_t planes;             // of words
   int64_t zeros[2] = {0, 0};  // rows before a plane, pixels after a row
   int64_t at = 0;             // of pixel 0 of channel 0, in the arena
   bool late = false;          // read or written by late layers: one for each image of a batch
@@ -60,23 +64,28 @@ struct Cut {
 
 struct Layer {
   Kind kind;
+  int64_t number;    // in the description; that of the layer for which this one converts
+  int64_t per_word;  // channels in a word
   int64_t source, residual, result;  // values; residual: -1 for none
   int64_t kernel[2], stride[2], padding[2], dilation[2], activation;
   int64_t bias;
   std::vector<int64_t> filters, added;  // channels of the result; of the residual
-  std::vector<int64_t> used, inputs;    // channels that are read; lists, as positions in `used`
+  std::vector<int64_t> used, inputs;    // planes that are read; lists, as positions in `used`
   std::vector<Block> blocks;
   Cut alone, together;                  // for one thread, for all
   int64_t weights() const {
     int64_t sum = 0;
-    for (const Block& b : blocks) sum += pools() ? 0 : weights(b);
+    for (const Block& b : blocks) sum += convolves() ? weights(b) : 0;
     return sum;
   }
   bool pools() const { return kind == MAX_POOL || kind == AVERAGE_POOL; }
+  bool convolves() const { return kind == CONVOLUTION || kind == WINOGRAD; }
+  bool converts() const { return kind == PACK || kind == UNPACK; }
   bool averages_all_of(const Value& v) const {
     return kind == AVERAGE_POOL && kernel[0] == v.height && kernel[1] == v.width &&
            padding[0] == 0 && padding[1] == 0 && dilation[0] == 1 && dilation[1] == 1;
   }
+  // in words
   int64_t weights(const Block& b) const { return b.rows * b.count * points(); }
   // sums of products, and how many products of a channel each has
   int64_t points() const { return kind == WINOGRAD ? POINTS : 1; }
@@ -87,13 +96,18 @@ struct Layer {
 // The last layers, those that all have more weights than pixels, are late: a thread computes each for
 // several images before the next one, so that it reads the weights once for all of them.
 struct Program {
+  int64_t per_word;                // channels in a word of values that lie inside
   std::vector<Value> values;
+  std::vector<int64_t> described;  // the values that descriptions of layers number
   std::vector<Layer> layers;
   std::vector<int64_t> outputs;
   std::vector<float> no_bias, zeros;  // zeros: a row
   int64_t late;               // the first late layer
   int64_t early_arena = 0, late_arena = 0;  // floats for values, the late ones for one image
   int64_t early_scratch = 0, late_scratch = 0;
+  Value inside(int64_t channels, int64_t height, int64_t width) const {
+    return {Value::INSIDE, channels, height, width, (channels + per_word - 1) / per_word};
+  }
   int64_t floats() const {
     return early_arena + TOGETHER * late_arena + std::max(early_scratch, TOGETHER * late_scratch);
   }

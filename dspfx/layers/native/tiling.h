@@ -138,7 +138,16 @@ inline std::vector<Spot> spots_of(const Cut& cut, const Value& to, int64_t first
   return spots;
 }
 
+// Whole planes, shared by threads.
+inline Cut cut_planes(const Program& p, const Layer& l, int64_t threads) {
+  Cut cut{};
+  cut.rows = p.values[l.result].height, cut.strips = 1, cut.in_place = true;
+  cut.splits = split_blocks(l, std::min<int64_t>(threads, std::max<size_t>(1, l.blocks.size())));
+  return cut;
+}
+
 inline Cut cut_for(const Program& p, const Layer& l, int64_t threads) {
+  if (l.converts()) return cut_planes(p, l, threads);
   if (l.kind == WINOGRAD) return cut_bands(p, l, threads);
   const Value &from = p.values[l.source], &to = p.values[l.result];
   Cut cut{};
@@ -193,6 +202,7 @@ inline void find_offsets(const Layer& l, const Value& from, Cut& cut) {
 
 inline void finish_cut(Program& p, const Layer& l, Cut& cut) {
   const Value &from = p.values[l.source], &to = p.values[l.result];
+  if (l.converts()) return;
   find_offsets(l, from, cut);
   const Value* residual = l.residual < 0 ? nullptr : &p.values[l.residual];
   cut.tiles.resize(cut.strips);

@@ -80,7 +80,7 @@ struct Products {
       for (int64_t r = 0; r < R; ++r)
         for (int64_t v = 0; v < V; ++v) sum[r][v] = Vec(0.f);
       for (int64_t k = 0; k < count; ++k, weight += R)
-        accumulate<R, V>(weight, [&](int64_t v) { return from[v] + offset[k]; }, sum);
+        accumulate<Fp32, R, V>(weight, [&](int64_t v) { return from[v] + offset[k]; }, sum);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; ++r)
         for (int64_t v = 0; v < V; ++v) sum[r][v].store(to + (v * R + r) * LANES);

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from dspfx.layers import native
-from dspfx.layers.group_conv import GroupConvRun, group_conv_like
+from dspfx.layers.group_conv import group_conv_like
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.passes.lowering.runs import join_runs
 from dspfx.passes.lowering.winograd import choose, measured_choice
 from helpers import assert_equal
