@@ -163,6 +163,8 @@ def _at_precisions(
     if any(part.quantization is not None for _, part in compact_parts_of(model)):
         return {"int8": found.all[:1]}
     forms: dict[Precision, Sequence[Form]] = dict.fromkeys(precisions, found.all)
+    if "bf16" in forms:
+        forms["bf16"] = found.in_bf16
     if "int8" in forms:
         if batches is None:
             raise CompileError("int8 has to be calibrated: give batches=, some inputs")

@@ -5,6 +5,7 @@ each layer in the form that is fastest by itself, is tried where the own kernel 
 layer whose filters read different channels; else the own kernel is faster.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from torch import nn
 
 from dspfx.engines.form import AS_CONVERTED, DENSE, MIXED, NATIVE, NATIVE_ALONE, Form
 from dspfx.engines.report import LayerChoice
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.model.analysed import fitting_inputs
 from dspfx.model.parts import compact_parts_of
 from dspfx.passes.lowering.classifier import join_classifiers
@@ -30,9 +32,17 @@ MOST_FORMS = 6
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms of one network, and the layers that were timed for them so far."""
+    """The forms of one network, and the layers that were timed for them so far.
+
+    Attributes:
+        all: in the precision of the network.
+        in_bf16: the same ones with what the own kernel computes in bfloat16; the rest is left to
+            the engine.
+        choices: of layers.
+    """
 
     all: tuple[Form, ...]
+    in_bf16: tuple[Form, ...]
     choices: list[LayerChoice]
 
 
@@ -46,7 +56,7 @@ def forms_of(model: nn.Module, inputs: tuple[Any, ...]) -> Forms:
     choices: list[LayerChoice] = []
     found = [Form(AS_CONVERTED, lambda: model, inputs)]
     if not compact_parts_of(model):  # nobody's kernel is built for it
-        return Forms(tuple(found), choices)
+        return Forms(tuple(found), tuple(found), choices)
     layers = sites(model, inputs)
     grouped = [site for site in layers if len(site.groups) > 1 and site.structural_groups == 1]
     own = {site: made for site in layers if (made := site.emit_native()) is not None}
@@ -56,25 +66,53 @@ def forms_of(model: nn.Module, inputs: tuple[Any, ...]) -> Forms:
 
     def mixed() -> nn.Module:
         fastest = _fastest_forms(grouped, choices)
-        return _joined(relowered(model, fastest), inputs)
+        return _by_faster_algorithm(_joined(relowered(model, fastest)), inputs)
+
+    def native() -> nn.Module:
+        return _by_faster_algorithm(_joined(relowered(model, own)), inputs)
 
     if grouped:
         found.append(Form(DENSE, whole, inputs))
+    in_bf16 = list(found)
     if any(site not in own for site in grouped):
-        found.append(Form(MIXED, mixed, inputs))
+        mixture = Form(MIXED, mixed, inputs)
+        rounded = Form(MIXED, lambda: _in_bf16(copy.deepcopy(mixture.model)), inputs)
+        found, in_bf16 = [*found, mixture], [*in_bf16, rounded]
     if own:
-        native = Form(NATIVE, lambda: _joined(relowered(model, own), inputs), inputs)
-        found += [native, Form(NATIVE_ALONE, lambda: native.model, inputs)]
-    return Forms(tuple(found), choices)
+        found += _with_and_without_inductor(native, inputs)
+        in_bf16 += _with_and_without_inductor(
+            lambda: _in_bf16(_joined(relowered(model, own))), inputs
+        )
+    return Forms(tuple(found), tuple(in_bf16), choices)
 
 
-def _joined(network: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
-    """`network` with its layers on the own kernel joined into runs, by the faster algorithm."""
+def _with_and_without_inductor(
+    make: Callable[[], nn.Module], inputs: tuple[Any, ...]
+) -> tuple[Form, Form]:
+    native = Form(NATIVE, make, inputs)
+    return native, Form(NATIVE_ALONE, lambda: native.model, inputs)
+
+
+def _joined(network: nn.Module) -> nn.Module:
+    """`network`, which is changed, with its layers on the own kernel joined into runs."""
     for _, part in compact_parts_of(network):
         fuse(part, fitting_inputs(part))
         join_classifiers(part)
         join_runs(part)
+    return network
+
+
+def _by_faster_algorithm(network: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    """`network`, which is changed, with the algorithms of its runs chosen by measuring them."""
     choose(network, measured_choice(network, inputs))
+    return network
+
+
+def _in_bf16(network: nn.Module) -> nn.Module:
+    """`network`, which is changed, with its runs in bfloat16."""
+    for path, module in list(network.named_modules()):
+        if isinstance(module, GroupConvRun):
+            network.set_submodule(path, module.in_bf16())
     return network
 
 

@@ -52,16 +52,22 @@ class OwnKernel:
         return "" if native.built() else "could not be built: is there a C++ compiler?"
 
     def precisions(self, device: torch.device) -> tuple[Precision, ...]:
-        """float32."""
-        return ("fp32",)
+        """bfloat16 where there are instructions for it."""
+        return ("fp32", "bf16") if native.multiplies_bf16() else ("fp32",)
 
     def takes(self, form: Form) -> bool:
         """Those that are made for it."""
         return form.native
 
     def load(self, form: Form, precision: Precision) -> Executable:
-        """Compile what lies between its runs, unless the form is to be called as it is."""
-        return compiled(form) if form.name == NATIVE else TorchCall(form.model, inductor=False)
+        """Compile what lies between its runs, unless the form is to be called as it is.
+
+        The runs of a form are in one precision: for bfloat16 it is one of `Forms.in_bf16`.
+        """
+        bf16 = precision == "bf16"
+        if form.name == NATIVE:
+            return compiled(form, bf16=bf16)
+        return TorchCall(form.model, inductor=False, bf16=bf16)
 
 
 def compiled(form: Form, *, bf16: bool = False) -> TorchCall:

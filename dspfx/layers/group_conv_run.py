@@ -146,8 +146,9 @@ class GroupConvRun(nn.Module):
     def extra_repr(self) -> str:
         """A line for each layer, in `print`."""
         own = self.by_winograd()
+        precision = "" if self._weight_type() == torch.float32 else ", bfloat16"
         return "\n".join(
-            f"({name}): {description}" + (", Winograd" if name in own else "")
+            f"({name}): {description}{', Winograd' if name in own else ''}{precision}"
             for name, description in zip(self.names, self.descriptions, strict=True)
         )
 

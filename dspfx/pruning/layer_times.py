@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dspfx.engines.engine import Engine, Precision
-from dspfx.engines.engines import engines_named
+from dspfx.engines.engines import OWN, engines_named
 from dspfx.engines.on_files import OnFiles
 from dspfx.engines.one_layer import INPUT, OneLayer
 from dspfx.errors import BudgetError
@@ -83,7 +83,7 @@ def layer_times(module: PreparedModule, analysis: ChannelAnalysis, budget: Budge
         if isinstance(engine, OnFiles):
             found = _InEngine(module, analysis, engine, budget.precision, measured).all()
         else:
-            found = LayerTimes(_in_torch(module, analysis, measured, engine is None), {})
+            found = LayerTimes(_in_torch(module, analysis, measured, budget), {})
     measured.save()
     return found
 
@@ -92,14 +92,14 @@ def layer_times(module: PreparedModule, analysis: ChannelAnalysis, budget: Budge
 
 
 def _in_torch(
-    module: PreparedModule, analysis: ChannelAnalysis, measured: Measured, own: bool
+    module: PreparedModule, analysis: ChannelAnalysis, measured: Measured, budget: Budget
 ) -> dict[str, tuple[float, ...]]:
     seconds = {}
     for node, op in analysis.ops.items():
         if isinstance(op, Mix) and _can_be_timed(module, op):
             shape = analysis.values[op.operands[0]].shape
             sites = [_site(module, op, torch.Size(shape), share) for share in SHARES]
-            seconds[node.name] = tuple(_fastest(site, measured, own) for site in sites)
+            seconds[node.name] = tuple(_fastest(site, measured, budget) for site in sites)
     return seconds
 
 
@@ -132,12 +132,15 @@ def _site(module: PreparedModule, op: Mix, shape: torch.Size, share: float) -> S
     return Site(op.layer, plain, weight, None, tuple(groups), torch.Size(size), output)
 
 
-def _fastest(site: Site, measured: Measured, own: bool) -> float:
+def _fastest(site: Site, measured: Measured, budget: Budget) -> float:
     modules = {"dense": site.emit(dense(site.groups))}
-    native = site.emit_native() if own else None
+    native = site.emit_native() if budget.engine == OWN else None
     if native is not None:
         run = GroupConvRun([native], [(0, -1)], 1, [1])
-        modules |= {"native": run, "Winograd": run.transformed(run.transformable())}
+        if budget.precision == "bf16":
+            modules = {"native": run.in_bf16()}
+        else:
+            modules |= {"native": run, "Winograd": run.transformed(run.transformable())}
     return min(measured(modules, site.example()).values())
 
 

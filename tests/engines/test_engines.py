@@ -15,6 +15,8 @@ from dspfx.engines import child, onnx_call
 from dspfx.engines.agreement import agreement, worst_difference
 from dspfx.engines.engines import ENGINES, NAMES
 from dspfx.engines.onnx_network import OnnxNetwork
+from dspfx.layers import native
+from dspfx.layers.group_conv_run import GroupConvRun
 from helpers import assert_equal, random_masks, randomise
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -200,6 +202,32 @@ def test_bfloat16_where_there_is_any(compact: nn.Module) -> None:
         assert 1e-6 < worst_difference(compact(X), fast(X)) < 0.05
 
 
+@pytest.mark.skipif(not native.multiplies_bf16(), reason="no instructions for bfloat16")
+def test_the_own_kernel_in_bfloat16(compact: nn.Module) -> None:
+    """Nothing between its runs is in float32 either; other batches are computed as well."""
+    fast = dspfx.compile(compact, X, engines=["own"], precision="bf16")
+    forms = {c.form: c for c in fast.report.candidates}
+    assert set(forms) == {"native", "native, without inductor"}
+    assert {c.precision for c in forms.values()} == {"bf16"}
+    assert all(0 < (c.difference or 0.0) < 0.05 for c in forms.values())
+    runs = [m for m in fast.model.modules() if isinstance(m, GroupConvRun)]
+    assert runs
+    assert all(run.weight.dtype == torch.bfloat16 for run in runs)
+    assert "bfloat16" in str(fast.model)
+    for x in (X, X[:1]):
+        assert fast(x).dtype == torch.float32
+        assert worst_difference(compact(x), fast(x)) < 0.05
+    assert all(b.dtype != torch.bfloat16 for b in compact.buffers())
+
+
+def test_without_instructions_the_own_kernel_computes_in_float32(
+    compact: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "multiplies_bf16", lambda: False)
+    with pytest.raises(dspfx.CompileError, match='computes in precision="bf16"'):
+        dspfx.compile(compact, X, engines=["own"], precision="bf16")
+
+
 def test_auto_returns_what_agrees(compact: nn.Module) -> None:
     batches = [torch.randn(8, 3, 12, 12), torch.randn(5, 3, 12, 12)]
     engines = ("openvino", "onnxruntime")
@@ -250,7 +278,7 @@ def test_what_is_asked_wrongly(compact: nn.Module) -> None:
         ({"precision": "int8"}, "give batches="),
         ({"precision": "auto", "batches": []}, "fewer than the 4 samples"),
         ({"precision": "auto", "batches": [X[:, :2]]}, "does not accept"),
-        ({"precision": "bf16", "engines": ["own"]}, 'computes in precision="bf16"'),
+        ({"precision": "bf16", "engines": ["onnxruntime"]}, 'computes in precision="bf16"'),
     ]
     for asked, words in cases:
         with pytest.raises(dspfx.CompileError, match=words):

@@ -11,18 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import dspfx
 from dspfx import Budget
 from dspfx.engines.one_layer import INPUT, OneLayer
 from dspfx.engines.onnx_runtime import OnnxRuntime
+from dspfx.layers import native
 from dspfx.layers.gated import gated_layers
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.model.liveness import present_liveness
 from dspfx.passes.analysis.channel_ops import ChannelAnalysis
 from dspfx.passes.analysis.cost import layer_costs
+from dspfx.passes.lowering.measure import Measured
 from dspfx.pruning.latency import Latency, LatencyTable
-from dspfx.pruning.layer_times import SHARES, LayerTimes
+from dspfx.pruning.layer_times import SHARES, LayerTimes, layer_times
 from dspfx.pruning.multiples import multiple_of
 from helpers import randomise
 
@@ -183,6 +186,23 @@ def test_a_precision_that_an_engine_lacks() -> None:
         dspfx.prune(prepared(), Budget(latency=0.5, engine="onnxruntime", precision="bf16"))
     with pytest.raises(dspfx.BudgetError, match=r"own does not compute in int8"):
         dspfx.prune(prepared(), Budget(latency=0.5, precision="int8"))
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.skipif(not native.multiplies_bf16(), reason="no instructions for bfloat16")
+def test_layers_on_the_own_kernel_are_timed_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[nn.Module] = []
+
+    def measured(_: Measured, modules: Mapping[str, nn.Module], __: Tensor) -> dict[str, float]:
+        timed.extend(modules.values())
+        return dict.fromkeys(modules, 1e-3)
+
+    monkeypatch.setattr(Measured, "__call__", measured)
+    model = prepared()
+    layer_times(model, present_liveness(model)[0], Budget(latency=0.5, precision="bf16"))
+    runs = [module for module in timed if isinstance(module, GroupConvRun)]
+    assert len(runs) == len(timed) == 4 * len(SHARES)
+    assert all(run.weight.dtype == torch.bfloat16 for run in runs)
 
 
 @pytest.mark.usefixtures("own_cache")
