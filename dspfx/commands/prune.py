@@ -30,9 +30,10 @@ from dspfx.recipe.settings import Recipe
 from dspfx.reporting.report import report
 from dspfx.training.groups.cluster import cluster_groups
 from dspfx.training.recalibrate import recalibrate
+from dspfx.training.repair.compensate import compensate
 from dspfx.utils.typed_json import to_json
 
-BATCH = 64  # images to recalibrate with at a time
+BATCH = 64  # images to repair with at a time
 
 
 def prune(
@@ -63,9 +64,9 @@ def prune(
     """Prune a trained network without training it.
 
     Filters are grouped by clustering. With --data, the gradients of the loss on training images
-    decide which channels and inputs of groups go, batch norms are recalibrated, and the accuracy is
-    measured; without, inputs of groups go by the weights alone. For a file that other programs run,
-    and with --quantize, whole channels go, unless --groups is given.
+    decide which channels and inputs of groups go, layers are fitted to what they gave before, and
+    the accuracy is measured; without, inputs of groups go by the weights alone. For a file that
+    other programs run, and with --quantize, whole channels go, unless --groups is given.
     """
     with session(debug=debug, as_json=as_json, threads=threads) as own:
         subjects.check_dense(model, output)
@@ -107,8 +108,7 @@ def prune(
             accuracies["dense"] = _accuracy(subject.dense, source)
             pruned = _by_gradients(prepared, budget, source, some, count, whole)
             accuracies["pruned"] = _accuracy(prepared, source)
-            recalibrate(prepared, source.batches("train", in_batches(some, BATCH)))
-            accuracies["recalibrated"] = _accuracy(prepared, source)
+            accuracies |= _repaired(prepared, source, some)
         say(str(pruned))
         compact = convert(prepared)
         if quantize and source is not None:
@@ -231,6 +231,22 @@ def _by_gradients(
     prepared.eval()
     assert pruning.report is not None  # the last pruning is due at the last step
     return pruning.report
+
+
+def _repaired(prepared: nn.Module, source: Source, numbers: Tensor) -> dict[str, float]:
+    """Fit layers to what they gave before, on the images `numbers`; the accuracies afterwards.
+
+    Batch norms are recalibrated only where there are layers that cannot be fitted.
+    """
+    some = in_batches(numbers[: options.IMAGES], BATCH)  # they stay in memory
+    say("fitting layers to what they gave before")
+    done = compensate(prepared, source.batches("train", some))
+    accuracies = {"compensated": _accuracy(prepared, source)}
+    if done.left_alone:
+        say("\n".join(f"{name} stays: {why}" for name, why in done.left_alone.items()))
+        recalibrate(prepared, source.batches("train", in_batches(numbers, BATCH)))
+        accuracies["recalibrated"] = _accuracy(prepared, source)
+    return accuracies
 
 
 def _accuracy(model: Any, source: Source) -> float:

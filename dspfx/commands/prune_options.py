@@ -49,9 +49,8 @@ Output = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Images whose loss decides what goes, batch norms are recalibrated on, and the "
-        "accuracy is measured with: digits, fashion-mnist, cifar10 or a folder with train and "
-        "val."
+        help="Images whose loss decides what goes, layers are fitted on, and the accuracy is "
+        "measured with: digits, fashion-mnist, cifar10 or a folder with train and val."
     ),
 ]
 Images = Annotated[

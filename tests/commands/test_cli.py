@@ -227,12 +227,12 @@ def test_prune_writes_what_it_says(saved: Path, tmp_path: Path, passes: int) -> 
     found = json.loads(text)
     assert found["file"] == str(path)
     assert found["pruned"]["achieved"] <= 0.6
-    assert found["accuracy"].keys() == {"dense", "pruned", "recalibrated"}
+    assert found["accuracy"].keys() == {"dense", "pruned", "compensated"}
     compact = dspfx.load(path, Architecture.beside(path).build())
     data = dspfx.recipe.images.datasets.load("digits")
     with torch.no_grad():
         right = (compact(data.test_x).argmax(1) == data.test_y).float().mean()
-    assert float(right) == pytest.approx(found["accuracy"]["recalibrated"])
+    assert float(right) == pytest.approx(found["accuracy"]["compensated"])
 
 
 def test_a_folder_called_as_a_preset_is_a_folder() -> None:
