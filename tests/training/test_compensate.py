@@ -17,6 +17,7 @@ import dspfx
 from dspfx.layers.gated import gated_layers
 from dspfx.layers.weights import spread
 from dspfx.training.repair import compensate as own
+from dspfx.training.repair.least_squares import NormalEquations
 from helpers import assert_equal, random_masks, randomise, unchanged
 from random_networks import MaskRecipe, Mirrored, Twice, mask_recipes, networks
 
@@ -311,6 +312,11 @@ class Opaque(Mirrored):
     """It is not traced."""
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
 def with_a_hook() -> nn.Module:
     layer = nn.Conv2d(6, 6, 1)
     layer.register_forward_hook(lambda _, __, y: y * 2)
@@ -329,16 +335,19 @@ def with_a_hook() -> nn.Module:
             {"step": "a parametrisation computes its weight"},
         ),
         (with_a_hook, set(), {"step": "hooks"}),
+        (lambda: Doubled(6, 6, 1), set(), {"step": "Doubled may compute something else"}),
         (lambda: Opaque(6, "silu"), set(), {"step.body.conv": "called as a whole"}),
     ],
-    ids=["two calls", "again", "tied", "computed", "hook", "opaque"],
+    ids=["two calls", "again", "tied", "computed", "hook", "own class", "opaque"],
 )
 def test_layers_that_cannot_be_fitted_stay_and_say_why(
     step: Callable[[], nn.Module], fitted: set[str], left_alone: dict[str, str]
 ) -> None:
     torch.manual_seed(0)
     model = Around(randomise(step())).double().eval()
-    prepared: Any = pruned(model, opaque=("step",) if isinstance(model.step, Opaque) else ())
+    prepared: Any = pruned(
+        model, opaque=("step",) if isinstance(model.step, Opaque | Doubled) else ()
+    )
     before = weights_of(prepared)
     done = dspfx.compensate(prepared, [X])
     assert done.after.keys() == {"second", "last"} | fitted
@@ -449,7 +458,15 @@ def test_errors_change_nothing() -> None:
         dspfx.compensate(network(), [X])
 
 
-def test_wrapped_and_compiled_models() -> None:
+def test_outputs_of_other_shapes_cannot_be_compared() -> None:
+    layer = nn.Conv2d(3, 4, 1).double()
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    system = NormalEquations("layer", layer, mask, None, intercept=True)
+    with pytest.raises(dspfx.DataError, match=r"layer gives \(12, 4, 9, 9\), and \(5, 4, 9, 9\)"):
+        system.see(X, layer(X[:5]), layer(X))
+
+
+def test_wrapped_models() -> None:
     plain = pruned(network())
     wrapped = torch.nn.DataParallel(copy.deepcopy(plain))
     dspfx.compensate(plain, [X])

@@ -73,7 +73,16 @@ class NormalEquations:
         self.rr, self.y, self.yy = (zeros.repeat(filters) for _ in range(3))
 
     def see(self, x: Tensor, wanted: Tensor, given: Tensor) -> None:
-        """Take an input into account, the output that is wanted, and the one that is given."""
+        """Take an input into account, the output that is wanted, and the one that is given.
+
+        Raises:
+            DataError: they are not of one shape.
+        """
+        if wanted.shape != given.shape:
+            raise DataError(
+                f"{self.name} gives {tuple(given.shape)}, and {tuple(wanted.shape)} without masks: "
+                "how much it reads depends on values, which cannot be compared"
+            )
         wanted = wanted.double()
         residual = wanted - given.double()
         positions = [d for d in range(wanted.dim()) if d != wanted.dim() - 1 - len(self.taps)]

@@ -5,7 +5,8 @@
 2. A layer follows all others that it depends on; layers that do not depend on each other are of
    one stage, and can be fitted at once.
 3. Left alone, with a reason: layers that share a parameter, whose weight is computed, whose hooks
-   change what they compute, that are called again on what they give, or that no graph calls.
+   or class change what they compute, that are called again on what they give, or inside of a module
+   that is called as a whole.
 4. A layer without a bias has its intercept in the running mean of the batch norm that reads it, if
    nothing else reads it.
 """
@@ -22,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dspfx.layers.computed_weight import is_weighted
 from dspfx.layers.gated import LAYERS, GatedLayer
 from dspfx.layers.gates import ChannelGate
-from dspfx.layers.parametrised import why_computed
+from dspfx.layers.parametrised import kind_of, why_computed
 from dspfx.model.parts import Part
 from dspfx.passes.sandbox.state import is_altered
 
@@ -116,6 +117,8 @@ class _Walk:
                 self.repairable[name] = Repairable(name, inner, *self._shift(inner, node, read))
 
     def _why_not(self, layer: nn.Module, read: "_Read") -> str:
+        if kind_of(layer) not in LAYERS:
+            return f"{type(layer).__name__} may compute something else than its base does"
         own = list(layer.parameters(recurse=False))
         others = {m for p in own for m in self.owners.get(id(p), ())} - {layer}
         if others:
