@@ -84,11 +84,13 @@ def compensate(
 
     Call it once, when pruning is done and before anything is trained: the dense model is
     `prepared` without its masks. Each part of a model that was prepared in parts is compared with
-    its own dense form, given the same inputs. The batches are gone through once for every layer
-    that waits for another, each time with and without the masks; an iterator is kept in memory for
-    that. Sums are in float64, their memory that of the largest layer: `(inputs * taps)^2` numbers.
-    A layer with more than 8192 inputs is fitted block by block of its input channels, each to
-    what the blocks before it have left, in a pass of its own.
+    its own dense form, given the same inputs.
+
+    The batches are gone through once for every layer that waits for another, each time with and
+    without the masks: what is fitted to inputs that are not repaired yet is of no use. An iterator
+    is kept in memory for that. Sums are in float64 and need the memory of the largest layer alone,
+    `n^2` numbers for n inputs times taps. A layer with n above 8192 is fitted block by block of
+    its input channels, each to what the blocks before it have left, in a pass of its own.
 
     Args:
         prepared: from `dspfx.prepare`, pruned. Weights and biases of layers, and running means, are
