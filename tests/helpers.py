@@ -66,9 +66,11 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             nn.init.normal_(module.weight, 0, module.weight[0].numel() ** -0.5, generator=generator)
             if module.bias is not None:
                 nn.init.normal_(module.bias, 0, 0.5, generator=generator)
-        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.normal_(module.bias, 0, 0.5, generator=generator)
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+            if module.weight is not None:
+                nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            if getattr(module, "bias", None) is not None:
+                nn.init.normal_(module.bias, 0, 0.5, generator=generator)
     return model
 
 

@@ -16,7 +16,15 @@ from torch.nn.utils import parametrizations
 from dspfx import PreparedModule
 from dspfx.layers.gated import gated_layers
 from helpers import randomise
-from random_positions import ALIKE, Along, FromLast, Tokens
+from random_positions import (
+    ALIKE,
+    NORMS,
+    Along,
+    ClassToken,
+    FromLast,
+    NextBlock,
+    Tokens,
+)
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -519,6 +527,15 @@ def _tokens(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return Tokens(c, draw(WIDTH), draw(st.sampled_from(["linear", "spelt", "fused"]))), c, size
 
 
+def _next_block(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    return NextBlock(c, draw(WIDTH), draw(st.sampled_from(NORMS)), draw(FLAG)), c, size
+
+
+def _class_token(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
+    norm = draw(st.sampled_from(NORMS))
+    return ClassToken(c, draw(WIDTH), norm, draw(FLAG), draw(FLAG)), c, size
+
+
 def _overwrites(draw: st.DrawFn, c: int, size: int, act: Any) -> Step:
     return Overwrites(c, draw(st.sampled_from(["value", "given"]))), c, size
 
@@ -562,6 +579,8 @@ STEPS = {
     "opaque": _opaque,
     "along": _along,
     "tokens": _tokens,
+    "next block": _next_block,
+    "class token": _class_token,
 }
 
 

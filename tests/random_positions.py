@@ -159,6 +159,66 @@ class Mapped(nn.Module):
         return self.norm(self.fc(x)).relu()
 
 
+class NextBlock(nn.Module):
+    """As in ConvNeXt: a depthwise layer, a norm over channels at the end, two layers, a scale."""
+
+    def __init__(self, c: int, inner: int, how: str, scaled: bool) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, 3, padding=1, groups=c)
+        self.norm = ChannelNorm(c, how)
+        self.up, self.down = nn.Linear(c, inner), nn.Linear(inner, c)
+        self.gamma = nn.Parameter(torch.rand(c)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.down(F.gelu(self.up(y)))
+        y = y if self.gamma is None else self.gamma * y
+        return x + y.permute(0, 3, 1, 2)
+
+
+NORMS = ("module", "function", "plain", "rms", "rms function")
+
+
+class ChannelNorm(nn.Module):
+    """A norm over the last dimension, in one of the ways in which they are written."""
+
+    def __init__(self, c: int, how: str) -> None:
+        super().__init__()
+        self.how = how
+        kind = nn.RMSNorm if how.startswith("rms") else nn.LayerNorm
+        self.norm = kind(c, elementwise_affine=how != "plain", eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "function":
+            return F.layer_norm(x, (x.shape[-1],), self.norm.weight, self.norm.bias)
+        if self.how == "rms function":
+            return F.rms_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.eps)
+        return self.norm(x)
+
+
+class ClassToken(nn.Module):
+    """As in ViT: tokens with one more, which is a parameter, an embedding, and a block of layers.
+
+    The token is read by every position, or forgotten.
+    """
+
+    def __init__(self, c: int, inner: int, how: str, repeat: bool, embedded: bool) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, c))
+        self.embedding = nn.Parameter(torch.randn(1, 1, c)) if embedded else None
+        self.repeat, self.norm = repeat, ChannelNorm(c, how)
+        self.up, self.down = nn.Linear(c, inner), nn.Linear(inner, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        token = self.token.repeat(n, 1, 1) if self.repeat else self.token.expand(n, -1, -1)
+        y = torch.cat([token, x.flatten(2).transpose(1, 2)], 1)
+        y = y if self.embedding is None else y + self.embedding
+        y = y + self.down(self.up(self.norm(y)).relu())
+        y = y[:, 1:] + y[:, :1]
+        return y.transpose(1, 2).reshape(n, -1, h, w)
+
+
 LENGTH = 12  # of the example; what is left of it after three halvings is 2
 
 

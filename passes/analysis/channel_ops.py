@@ -1,7 +1,7 @@
 """The value types of the channel analysis: what a graph does to channels, operator by operator.
 
-A traced graph has hundreds of operators. For channels they do one of ten things, the subclasses of
-`Op` below; liveness, cost and compaction know these ten and nothing else.
+A traced graph has hundreds of operators. For channels they do one of eleven things, the subclasses
+of `Op` below; liveness, cost and compaction know these eleven and nothing else.
 """
 
 from collections.abc import Mapping
@@ -91,11 +91,21 @@ class Channelwise(Op):
 
 
 @dataclass(frozen=True)
+class Statistics(Channelwise):
+    """A norm over the channels: channel c of the result is made of channel c and of sums over all.
+
+    A zero channel adds nothing to the sums: where it is not read, it may be left out, as long as
+    the sums are divided by as many as there were. All that are not zero have to be there. The
+    operands after the first are its weight and its bias.
+    """
+
+
+@dataclass(frozen=True)
 class Gate(Op):
-    """A `ChannelGate`: zero where `alive` says so; `normalised` is what its norm reads."""
+    """A `ChannelGate`: zero where `alive` says so, once all that it `follows` are zero."""
 
     gate: str
-    normalised: Node
+    follows: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -104,13 +114,27 @@ class Elementwise(Op):
 
     The other operands are broadcast whole.
     `keeps_zero`: all-zero operands give zero. `absorbing`: one zero operand is enough.
-    `skips_zero` says for each operand whether it may be left out where it is all zero.
+    `skips_zero` says for each operand whether it may be left out where it is all zero,
+    `parameters` which are made of parameters alone. A gate follows where these shift the others.
     """
 
     spans: tuple[bool, ...]
     keeps_zero: bool
     absorbing: bool
     skips_zero: tuple[bool, ...]
+    parameters: tuple[bool, ...]
+
+    @property
+    def follows(self) -> tuple[Node, ...]:
+        """The operands that have the channels and are no parameters."""
+        own = zip(self.operands, self.spans, self.parameters, strict=True)
+        return tuple(operand for operand, spans, parameter in own if spans and not parameter)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether parameters make of a zero channel one that is not."""
+        own = zip(self.spans, self.parameters, strict=True)
+        return bool(self.follows) and not self.absorbing and (True, True) in own
 
 
 @dataclass(frozen=True)

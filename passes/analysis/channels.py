@@ -10,10 +10,11 @@ once, with the record of its run on the example inputs; labels are carried along
    new atoms.
 2. **Channelwise operators** (norms, pooling, depthwise convolution) and **elementwise** ones pass
    atoms on; atoms that meet in an elementwise operator are coupled, by union-find.
-3. **Data movement** is executed for real, on a tensor that numbers the elements of its inputs.
+3. **Norms over the channels** pass them on, too, and read all that are not zero.
+4. **Data movement** is executed for real, on a tensor that numbers the elements of its inputs.
    What comes out says which element went where; where whole channels moved, the operator is a
    gather of channels or does the same within every channel.
-4. **Anything else** is opaque: it gets its inputs at full width and makes new atoms.
+5. **Anything else** is opaque: it gets its inputs at full width and makes new atoms.
 
 Whether a zero channel stays zero is found by running the operator on zeros.
 """
@@ -45,6 +46,7 @@ from dspfx.passes.analysis.channel_ops import (
 from dspfx.passes.analysis.execution import Execution, execute
 from dspfx.passes.analysis.fixed import fixed
 from dspfx.passes.analysis.moves import move, opaque, split_items
+from dspfx.passes.analysis.parameters import joined, repeated
 from dspfx.passes.analysis.positions import operands_of
 from dspfx.passes.analysis.queries import asked_of_inputs, size, size_or_nothing
 from dspfx.passes.analysis.rules import (
@@ -57,6 +59,7 @@ from dspfx.passes.analysis.rules import (
     relayout,
 )
 from dspfx.passes.analysis.state import Findings, State
+from dspfx.passes.analysis.statistics import statistics
 from dspfx.passes.sandbox.calls import Call, samples_of
 
 
@@ -175,15 +178,15 @@ class _Analyser(fx.Interpreter):
             return FullWidth(operands, why)
         if operators.writes_input(node):
             return FullWidth(operands, "it is written into an input of the model", effect=True)
-        rule = self._rule(node)
-        found = None if rule is None else rule(self.state, node, operands, result)
-        return found or opaque(self.state, node, operands)
+        found = (rule(self.state, node, operands, result) for rule in self._rules(node))
+        return next(filter(None, found), None) or opaque(self.state, node, operands)
 
-    def _rule(self, node: Node) -> "_Rule | None":
+    def _rules(self, node: Node) -> "list[_Rule]":
         key = operators.key(node, self.state.root)
         if key in self.state.rules:
-            return _TAUGHT.get(self.state.rules[key])
-        return next((rule for keys, rule in _RULES if key in keys), None)
+            taught = _TAUGHT.get(self.state.rules[key])
+            return [] if taught is None else [taught]
+        return [rule for keys, rule in _RULES if key in keys]
 
     def _is_input(self, node: Node) -> bool:
         """Whether a node is an input of the model, or an item of a container that is."""
@@ -217,10 +220,13 @@ _RULES: tuple[tuple[frozenset[Any], _Rule], ...] = (
     (LAYERS, mix),
     (frozenset((ChannelGate,)), gate),
     (operators.CHANNELWISE, channelwise),
+    (operators.LAYER_NORMS | operators.RMS_NORMS, statistics),
     (operators.REDUCTIONS, reduction),
     (operators.PIXEL_SHUFFLES | operators.GLUS, merge),
     (operators.RELAYOUTS, relayout),
     (operators.ELEMENTWISE, elementwise),
+    (operators.REPEATED, repeated),
+    (operators.CONCATENATIONS, joined),
     (operators.MOVEMENT, move),
 )
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import numpy as np
 from torch.fx.node import Node
 
-from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Channelwise, Constant, Mix
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Channelwise, Constant, Mix, Op
 from dspfx.passes.analysis.liveness import Liveness
 
 
@@ -97,9 +97,7 @@ def summed(
     for node, count in fixed.macs.items():
         computed_once = live is not None and isinstance(ops.get(node), Constant)
         macs += count if there(node) and not computed_once else 0
-    owners = {
-        (getattr(ops[node], "layer", None) or node.target, forms.get(node)): node for node in costs
-    }
+    owners = {(_owner(node, ops[node]), forms.get(node)): node for node in costs}
     parameters = sum(costs[node].parameters for node in owners.values())
     for node, count in fixed.parameters.items():
         # what the weight of a layer was computed from is gone where the layer is a plain one
@@ -110,6 +108,12 @@ def summed(
         broken = not there(tie.owner) or not cut.isdisjoint((tie.node, tie.owner))
         parameters += tie.count if there(tie.node) and broken else 0
     return Cost(macs, parameters)
+
+
+def _owner(node: Node, op: Op) -> object:
+    """What has the parameters of a call."""
+    called = node.target if node.op == "call_module" else node
+    return getattr(op, "layer", None) or called
 
 
 def _cut(costs: Mapping[Node, Cost], analysis: ChannelAnalysis) -> set[Node]:

@@ -39,6 +39,9 @@ def fixed(
                 owners[id(parameter)] = node, name
                 new += parameter.numel()
         parameters[node] = new - (dense[node].parameters if node in dense else 0)
+    for node, cost in dense.items():  # functions, whose parameters were counted where they are read
+        if node not in parameters and node.op == "call_function":
+            parameters[node] = -cost.parameters
     unused = sum(p.numel() for p in whole.parameters() if id(p) not in owners)
     macs = {node: count for node, count in counted.items() if count and node not in dense}
     return Fixed(macs, {n: count for n, count in parameters.items() if count}, unused, tuple(ties))

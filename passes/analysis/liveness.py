@@ -5,14 +5,15 @@ Two passes over the graph. It has no cycles, so one of each reaches the fixed po
 Forward, `zero[v][c]` (lattice: zero < unknown):
 1. A filter that reads nothing, or only zeros, is zero unless it has a bias; a gated one always is.
 2. A channelwise operator keeps a zero where running it on zeros gave exactly zero.
-3. A gate makes zero what it holds dead, and everything whose norm reads a zero.
+3. A gate makes zero what it holds dead, and everything of which what is shifted is zero.
 4. A sum is zero where all its terms are, a product where any factor is.
 5. A channel made of several is zero where all of them are, or the first one if it is absorbing.
    Moved channels stay what they were; padding with zeros is zero. All else is unknown.
 
 Backward, `kept[v][c] = needed and not zero`:
 6. A kept filter needs the live channels that it reads; other operators need the channels their
-   kept channels are made of; an opaque operator and the outputs of the model need every channel.
+   kept channels are made of; an opaque operator and the outputs of the model need every channel,
+   a norm over the channels every one that is not zero.
 7. A value that something needed asks the shape of, but all of whose channels are zero, keeps one.
 8. Widths that shall be multiples of n are rounded up with channels that are not zero; of a layer
    with groups of its own, those of the groups, to the widest.
@@ -37,6 +38,7 @@ from dspfx.passes.analysis.channel_ops import (
     Op,
     Query,
     Source,
+    Statistics,
     is_wanted,
 )
 from dspfx.utils.arrays import BoolArray, IntArray, any_along, equal_rows
@@ -175,7 +177,8 @@ def _zero(
         case Channelwise():
             return np.repeat(zero[op.operands[0]], op.repeat) & op.keeps_zero
         case Gate():
-            held = zero[op.normalised] if alive is None else ~alive[op.gate]
+            follows = np.stack([zero[node] for node in op.follows])
+            held = ~any_along(~follows, 0) if alive is None else ~alive[op.gate]
             return held | zero[op.operands[0]]
         case Elementwise():
             terms = [
@@ -278,7 +281,7 @@ class _Backward:
 
     def _need_operands(self, node: Node, op: Op, kept: BoolArray) -> None:
         match op:
-            case Mix(full_width=True) | FullWidth():
+            case Mix(full_width=True) | FullWidth() | Statistics():
                 for operand in op.operands:
                     self._demand(operand, slice(None))
             case Mix():

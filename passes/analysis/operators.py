@@ -105,6 +105,9 @@ NORMS: frozenset[Key] = frozenset(
 BATCH_NORMS: frozenset[Key] = frozenset(
     {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FROZEN_BATCH_NORM}
 )
+# norms over the channels of a value, which are its last dimension
+LAYER_NORMS: frozenset[Key] = frozenset(_functions("layer_norm") | {nn.LayerNorm})
+RMS_NORMS: frozenset[Key] = frozenset(_functions("rms_norm") | {nn.RMSNorm})
 # modules outside torch.nn that are known whole
 LEAVES: frozenset[Key] = frozenset({FROZEN_BATCH_NORM})
 
@@ -168,6 +171,8 @@ SPLITS: frozenset[Key] = frozenset(
 )
 ALONG_ONE: frozenset[Key] = frozenset(SPLITS | _functions("narrow", "index_select"))
 REPEATS: frozenset[Key] = frozenset(_functions("repeat", "tile"))
+REPEATED: frozenset[Key] = frozenset(REPEATS | _functions("expand"))
+CONCATENATIONS: frozenset[Key] = frozenset(_functions("cat", "concat", "concatenate"))
 FLATTENS: frozenset[Key] = frozenset(_functions("flatten") | {nn.Flatten})
 FIXED_POOLS: frozenset[Key] = frozenset(
     _functions(

@@ -105,13 +105,16 @@ def channelwise(a: State, node: Node, operands: tuple[Node, ...], result: Tensor
 
 
 def gate(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
-    """A `ChannelGate`, after a norm."""
-    norm = a.ops[operands[0]]
-    value = a.values[operands[0]]
+    """A `ChannelGate`, after what shifts channels."""
+    shifted, value = a.ops[operands[0]], a.values[operands[0]]
     assert value.dim is not None
     a.pass_atoms(node, result, value.dim, value.atoms)
-    normalised = norm.operands[0] if isinstance(norm, Channelwise) else operands[0]
-    return Gate(operands, str(node.target), normalised)
+    follows = operands
+    if isinstance(shifted, Channelwise):
+        follows = shifted.operands[:1]
+    elif isinstance(shifted, Elementwise):
+        follows = shifted.follows
+    return Gate(operands, str(node.target), follows)
 
 
 def reduction(a: State, node: Node, operands: tuple[Node, ...], result: Tensor) -> Op | None:
@@ -177,7 +180,14 @@ def elementwise(a: State, node: Node, operands: tuple[Node, ...], result: Tensor
         zero_of_zeros(a, node),
         key in operators.MULTIPLICATIONS,
         skips,
+        tuple(is_parameter(a, operand) for operand in operands),
     )
+
+
+def is_parameter(a: State, operand: Node) -> bool:
+    """Whether a value is made of parameters and buffers alone, for batches of any size."""
+    op = a.ops[operand]
+    return isinstance(op, Constant) or (isinstance(op, Elementwise) and all(op.parameters))
 
 
 def is_whole(a: State, operand: Node, result: Tensor, dim: int) -> bool:

@@ -3,8 +3,8 @@
 1. A convolution or linear layer becomes a `GatedLayer`, sharing its parameters. Left alone: frozen
    layers, layers that read the model's inputs, convolutions whose groups have one channel each,
    and the linear layers that come last, whose outputs are the model's.
-2. A `ChannelGate` follows every norm whose channels lie along one dimension, and every depthwise
-   layer with a bias, in every graph.
+2. A `ChannelGate` follows every norm whose channels lie along one dimension, every depthwise layer
+   with a bias, and what adds a parameter to a value, in every graph.
 """
 
 from collections import defaultdict
@@ -18,7 +18,14 @@ from torch.fx.node import Node
 from dspfx.layers.gated import GATED
 from dspfx.layers.gates import ChannelGate, FilterGate
 from dspfx.layers.parametrised import kind_of
-from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Channelwise, Mix, Source
+from dspfx.passes.analysis import operators
+from dspfx.passes.analysis.channel_ops import (
+    ChannelAnalysis,
+    Channelwise,
+    Elementwise,
+    Mix,
+    Source,
+)
 
 CONTAINER = "channel_gates"
 
@@ -29,9 +36,9 @@ class GatePlan:
 
     Attributes:
         layers: the convolutions to gate, with the elements of their input for one sample.
-        norms: the norms, and what else has a bias, to follow by a gate: (module name, number of the
-            call), channels, dim.
-        calls: by the name of a module, what each of its calls reads.
+        norms: the norms, and what else has a bias, to follow by a gate: (name of a module or
+            parameter, number of the call), channels, dim.
+        calls: by such a name, what each of the calls reads.
         left_alone: the layers that are not gated, and why.
     """
 
@@ -65,9 +72,9 @@ def plan_gates(
     calls: dict[str, list[str]] = defaultdict(list)
     last = _last_linear_layers(root, analysis) - followed
     for node, op in analysis.ops.items():
-        if node.op != "call_module":
+        name = _called(node)
+        if name is None:
             continue
-        name = str(node.target)
         if isinstance(op, Mix):
             why_not = _why_not(root, analysis, op, kinds, gate_first)
             if op.layer in frozen:
@@ -78,7 +85,7 @@ def plan_gates(
                 left_alone.setdefault(op.layer, why_not)
             else:
                 layers.setdefault(name, prod(analysis.values[op.operands[0]].shape[1:]))
-        if isinstance(op, Channelwise) and op.shifts:
+        if isinstance(op, Channelwise | Elementwise) and op.shifts:
             value = analysis.values[node]
             assert value.dim is not None
             norms[name, len(calls[name])] = value.channels, value.dim
@@ -150,9 +157,31 @@ def insert_gates(root: nn.Module, graphs: set[fx.Graph], plan: GatePlan, groups:
 
 
 def _norm_gate(root: nn.Module, name: str, channels: int, dim: int) -> ChannelGate:
-    norm = root.get_submodule(name)
+    norm = dict(root.named_modules()).get(name, root)
     tensor = next((t for t in (*norm.parameters(), *norm.buffers())), torch.empty(0))
     return ChannelGate(channels, dim, tensor.device).train(norm.training)
+
+
+def _called(node: Node) -> str | None:
+    """What identifies a module, or a function that reads a parameter; None of other nodes."""
+    if node.op == "call_module":
+        return str(node.target)
+    if node.op not in ("call_function", "call_method") or operators.overwrites(
+        node.op, node.target
+    ):
+        return None
+    read = [found for n in node.all_input_nodes if (found := _parameter(n)) is not None]
+    if not read and node.target not in operators.LAYER_NORMS:
+        return None
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return ".".join([*read[:1], name])
+
+
+def _parameter(node: Node) -> str | None:
+    """The parameter or buffer that a value comes from, by its first operands."""
+    while node.op in ("call_function", "call_method") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return str(node.target) if node.op == "get_attr" else None
 
 
 def _gate_names(plan: GatePlan) -> dict[tuple[str, int], str]:
@@ -182,8 +211,8 @@ def _follow_norms(graph: fx.Graph, plan: GatePlan, gates: dict[tuple[str, int], 
     """
     calls: dict[str, list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)].append(node)
+        if (name := _called(node)) is not None:
+            calls[name].append(node)
     gate_after: dict[Node, str] = {}
     for name in dict.fromkeys(name for name, _ in gates):
         here, there = [_what_it_reads(node) for node in calls[name]], plan.calls[name]

@@ -35,6 +35,7 @@ from dspfx.passes.analysis.channel_ops import (
     Mix,
     Op,
     Query,
+    Statistics,
     Value,
 )
 from dspfx.passes.lowering.emit import emit
@@ -46,6 +47,7 @@ from dspfx.passes.transforms.cutting import (
     device_of,
     folded_weight,
     is_whole,
+    narrow_call,
     private_copy,
     remove_unused,
 )
@@ -116,8 +118,6 @@ class _Emitter:
             case _:
                 if all(n in self.env for n in node.all_input_nodes):
                     self.env[node] = self._copy(node, self._operands(node, op))
-
-    # -- operands ----------------------------------------------------------------------------
 
     def _operands(self, node: Node, op: Op | None) -> dict[Node, Node]:
         """The operands of `node`, aligned to what it wants."""
@@ -224,8 +224,6 @@ class _Emitter:
             value: Tensor = getattr(self.interpreter, node.op)(node.target, args, kwargs)
         return value.detach()
 
-    # -- operators ---------------------------------------------------------------------------
-
     def _copy(
         self, node: Node, operands: dict[Node, Node], wanted: Order = None, channels: int = 0
     ) -> Node:
@@ -266,18 +264,15 @@ class _Emitter:
     def _channelwise(self, node: Node, op: Channelwise) -> Node:
         if node in self.plan.folded:
             return self.env[op.operands[0]]  # type: ignore[no-any-return]
-        (wanted,) = self.plan.wants[node]
+        wanted = self.plan.wants[node][0]
         assert wanted is not None
         channels = self.analysis.values[op.operands[0]].channels
         new = self._copy(node, self._operands(node, op), wanted, channels)
-        key = operators.key(node, self.source)
-        value = self.analysis.values[node]
-        if key in operators.SIZED:
-            sizes = [self.env[s] if isinstance(s, Node) else s for s in operators.sizes(node)]
-            assert value.dim is not None
-            sizes[value.dim] = len(wanted) * op.repeat
-            new.args, new.kwargs = (new.args[0], tuple(sizes)), {}
-        elif key in operators.SQUEEZES and len(node.args) == 1 and not node.kwargs:
+        if isinstance(op, Statistics) and node.op == "call_function" and len(wanted) < channels:
+            narrow_call(new, channels)
+        self._resize(new, node)
+        squeezes = operators.key(node, self.source) in operators.SQUEEZES
+        if squeezes and len(node.args) == 1 and not node.kwargs:
             before = self.analysis.values[op.operands[0]]
             ones = [d for d, n in enumerate(before.shape) if n == 1 and d != before.dim]
             new.args = (new.args[0], tuple(ones))
@@ -302,7 +297,19 @@ class _Emitter:
         if len(operands) < len(op.operands):
             (term,) = operands.values()
             return term
-        return self._copy(node, operands)
+        new = self._copy(node, operands)
+        self._resize(new, node)
+        return new
+
+    def _resize(self, new: Node, node: Node) -> None:
+        """Where the sizes of a result are named, name that of the channels that it has."""
+        order, dim = self.plan.order[node], self.analysis.values[node].dim
+        if operators.key(node, self.source) in operators.SIZED:
+            assert order is not None
+            assert dim is not None
+            sizes = [self.env[s] if isinstance(s, Node) else s for s in operators.sizes(node)]
+            sizes[dim] = len(order)
+            new.args, new.kwargs = (new.args[0], tuple(sizes)), {}
 
     def _gather(self, node: Node, op: Gather) -> Node:
         dim = self.analysis.values[node].dim
@@ -312,8 +319,6 @@ class _Emitter:
             if wanted is not None and len(wanted)
         ]
         return pieces[0] if len(pieces) == 1 else self.graph.call_function(torch.cat, (pieces, dim))
-
-    # -- modules and buffers -----------------------------------------------------------------
 
     def _module(self, name: str, key: tuple[object, ...], make: Callable[[], nn.Module]) -> str:
         """The path of the module for `key`, which is made, under `name`, on its first use."""

@@ -1,6 +1,7 @@
 """Slice modules to their kept channels, fold masks and norms in, and remove what is unused."""
 
 import copy
+import inspect
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,15 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
 from dspfx.layers.gated import GatedLayer
+from dspfx.layers.narrow_norm import NARROW_FORM, narrow_norm
 from dspfx.layers.parametrised import make_plain
 from dspfx.layers.weights import filters_first, folded_batch_norm
 from dspfx.passes.analysis import operators
-from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Elementwise
+from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Elementwise, Statistics
 from dspfx.passes.transforms.plan import CompactionPlan, LayerPlan, Order
 from dspfx.utils.arrays import IntArray
+
+EPS = 1e-5  # the default of torch's layer norm
 
 
 def private_copy(module: nn.Module, kept: Order, channels: int) -> nn.Module:
@@ -22,12 +26,27 @@ def private_copy(module: nn.Module, kept: Order, channels: int) -> nn.Module:
     own = copy.deepcopy(module)
     make_plain(own)
     if kept is not None and len(kept):
+        narrow = narrow_norm(own, kept) if len(kept) < channels else None
+        if narrow is not None:
+            return narrow
         _cut(own, kept, channels)
     if operators.is_torchs(own) and hasattr(own, "inplace"):
         setattr(own, "inplace", False)  # noqa: B010 (activations do not declare it)
     for parameter in own.parameters():
         parameter.detach_()
     return own
+
+
+def narrow_call(norm: Node, width: int) -> None:
+    """Make the call of a norm one over `width` channels, of which its operand has some."""
+    target: Any = norm.target
+    given = inspect.signature(NARROW_FORM[target]).parameters
+    names = ["input", "normalized_shape", *list(given)[2:]]
+    arguments = dict(zip(names, norm.args, strict=False)) | norm.kwargs
+    x, _, *others = (arguments.get(name) for name in names)
+    if others[-1] is None and "bias" in names:
+        others[-1] = EPS
+    norm.target, norm.args, norm.kwargs = NARROW_FORM[target], (x, width, *others), {}
 
 
 def bytes_of(tensor: Tensor) -> bytes:
@@ -72,13 +91,15 @@ def folded_weight(
 
 
 def constant_dim(analysis: ChannelAnalysis, plan: CompactionPlan, node: Node, whole: Tensor) -> int:
-    """The dimension of a directly used parameter that its one elementwise reader cuts."""
+    """The dimension of a directly used parameter that its one reader cuts."""
     for reader, op in analysis.ops.items():
+        if isinstance(op, Statistics) and node in op.operands and reader in plan.order:
+            return 0
         if isinstance(op, Elementwise) and node in op.operands and reader in plan.order:
             value = analysis.values[reader]
             assert value.dim is not None
             return value.dim - len(value.shape) + whole.dim()
-    raise AssertionError(f"{node} is cut but has no elementwise reader")
+    raise AssertionError(f"{node} is cut but has no reader that cuts it")
 
 
 def device_of(root: nn.Module) -> torch.device:

@@ -10,7 +10,8 @@ unread. Every operator wants its operands aligned to certain lists of channels:
    Where those that do not would have more weights together than the layer had, all calls have the
    form of what any of them keeps, and fold no norm.
 2. A channelwise operator takes its input as it is, plus channels that are zero before it and a
-   constant after it. A depthwise convolution takes only what is kept.
+   constant after it. A depthwise convolution takes only what is kept. A norm over the channels
+   takes all that there are.
 3. An elementwise operator aligns its operands to the longest of them, without what is not kept.
 4. What merges channels takes those of which the kept ones are made, in the order it needs.
    A gather takes from each operand the channels that are kept; all of them, if it moves all.
@@ -39,6 +40,7 @@ from dspfx.passes.analysis.channel_ops import (
     Mix,
     Op,
     Query,
+    Statistics,
 )
 from dspfx.passes.analysis.liveness import Liveness
 from dspfx.passes.lowering.cost_model import CostModel
@@ -263,7 +265,9 @@ class _Planner:
             held = held[np.isin(held, needed)]
         wanted = np.concatenate([held, np.setdiff1d(needed, held)])
         blocks = wanted[:, None] * op.repeat + np.arange(op.repeat)
-        self._set(node, blocks.reshape(-1), (wanted,))
+        own = None if np.array_equal(wanted, np.arange(len(kept))) else wanted  # of its parameters
+        others = (own,) * (len(op.operands) - 1) if isinstance(op, Statistics) else ()
+        self._set(node, blocks.reshape(-1), (wanted, *others))
 
     def _place_elementwise(self, node: Node, op: Elementwise, kept: BoolArray) -> None:
         left_out = self.live.skipped[node]

@@ -1,0 +1,106 @@
+"""Norms over channels of which only some are there: the others are zero, and count all the same.
+
+A LayerNorm over `width` channels of which all but d are zero has the mean `sum(x) / width`, and
+the variance `(sum((x - mean)^2) + (width - d) mean^2) / width`, for every channel that is not there
+is as far from the mean as the mean is from zero. A LayerNorm over the d channels alone is another
+function.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspfx.utils.arrays import IntArray
+
+HALF = torch.float16, torch.bfloat16
+
+
+def layer_norm(
+    x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """`F.layer_norm` over `width` channels, of which `x`, `[..., d]`, are those that are not zero.
+
+    Args:
+        x: the channels that are there.
+        width: how many there were.
+        weight, bias: of those that are there, `[d]`.
+        eps: as of `F.layer_norm`.
+    """
+    wide = x.float() if x.dtype in HALF else x
+    mean = wide.sum(-1, keepdim=True) / width
+    centred = wide - mean
+    missing = (width - x.shape[-1]) * mean.square()
+    variance = (centred.square().sum(-1, keepdim=True) + missing) / width
+    normed = (centred * torch.rsqrt(variance + eps)).to(x.dtype)
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
+
+
+def rms_norm(x: Tensor, width: int, weight: Tensor | None, eps: float | None) -> Tensor:
+    """`F.rms_norm` over `width` channels, of which `x`, `[..., d]`, are those that are not zero.
+
+    It is one over d channels, by `mean_d(x^2) = mean(x^2) width / d`.
+    """
+    there = x.shape[-1]
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    normed = F.rms_norm(x, (there,), None, eps * width / there) * math.sqrt(width / there)
+    return normed if weight is None else normed * weight
+
+
+NARROW_FORM = {
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+}
+
+
+class NarrowLayerNorm(nn.Module):
+    """An `nn.LayerNorm` over channels of which only those `kept` are there."""
+
+    def __init__(self, norm: nn.LayerNorm, kept: IntArray) -> None:
+        super().__init__()
+        (self.width,), self.eps = norm.normalized_shape, norm.eps
+        self.weight = _cut(norm.weight, kept)
+        self.bias = _cut(norm.bias, kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of `x`, `[..., d]`."""
+        return layer_norm(x, self.width, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        """How many channels count."""
+        return f"of {self.width}, eps={self.eps}"
+
+
+class NarrowRMSNorm(nn.Module):
+    """An `nn.RMSNorm` over channels of which only those `kept` are there."""
+
+    def __init__(self, norm: nn.RMSNorm, kept: IntArray) -> None:
+        super().__init__()
+        (self.width,), self.eps = norm.normalized_shape, norm.eps
+        self.weight = _cut(norm.weight, kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of `x`, `[..., d]`."""
+        return rms_norm(x, self.width, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """How many channels count."""
+        return f"of {self.width}, eps={self.eps}"
+
+
+def narrow_norm(norm: nn.Module, kept: IntArray) -> nn.Module | None:
+    """`norm` for the channels `kept`; None if it is not a norm over channels."""
+    if type(norm) is nn.LayerNorm:
+        return NarrowLayerNorm(norm, kept)
+    return NarrowRMSNorm(norm, kept) if type(norm) is nn.RMSNorm else None
+
+
+def _cut(parameter: Tensor | None, kept: IntArray) -> nn.Parameter | None:
+    if parameter is None:
+        return None
+    own = parameter.detach()[torch.from_numpy(kept).to(parameter.device)].clone()
+    return nn.Parameter(own, False)
