@@ -7,6 +7,8 @@ function.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +51,7 @@ def rms_norm(x: Tensor, width: int, weight: Tensor | None, eps: float | None) ->
     return normed if weight is None else normed * weight
 
 
-NARROW_FORM = {
+NARROW_FORM: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
