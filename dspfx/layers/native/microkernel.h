@@ -154,6 +154,7 @@ template <typename W, int64_t R, int64_t V>
 C10_ALWAYS_INLINE void ask_for(const Tile& tile, const Target& target) {
   constexpr int64_t last = V * LANES - 1;
   for (int64_t r = 0; r < R; ++r) {
+    if (r > 0 && target.filter[r] / W::CHANNELS == target.filter[r - 1] / W::CHANNELS) continue;
     const float* to =
         target.y.data + target.filter[r] / W::CHANNELS * target.y.plane + tile.to;
     for (int64_t i = 0; i < last; i += LINE) __builtin_prefetch(to + i, 1);

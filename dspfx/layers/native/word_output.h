@@ -27,13 +27,32 @@ inline int64_t sharing(const Target& target, int64_t first, int64_t rows, Shared
   return r - first;
 }
 
-// A vector of sums of a filter, with the residual and the activation.
+// The sums of a filter, and words of which one channel is the residual, null for none.
+struct Addends {
+  const float *sums, *words;
+  int64_t channel;
+};
+
+// All activations keep it.
+alignas(64) constexpr float NO_SUMS[MOST_VECTORS * LANES] = {};
+
+// The residual is added, the activation taken and the channels joined.
 template <typename W, int64_t V>
-C10_ALWAYS_INLINE Vec finished(const float* sums, int64_t r, int64_t v, const float* added,
-                               int64_t added_channel, int64_t activation) {
-  Vec x = Vec::loadu(sums + (r * V + v) * LANES);
-  if (added != nullptr) x = x + W::channel(Vec::loadu(added + v * LANES), added_channel);
-  return activated(activation, x);
+C10_ALWAYS_INLINE void join(const Addends (&of)[W::CHANNELS], int64_t activation,
+                            const float* mask, float* to) {
+  const Vec low = lowest(activation), high = highest(activation);
+  for (int64_t v = 0; v < V; ++v) {
+    Vec channels[W::CHANNELS];
+    for (int64_t i = 0; i < W::CHANNELS; ++i) {
+      Vec x = Vec::loadu(of[i].sums + v * LANES);
+      if (of[i].words != nullptr)
+        x = x + W::channel(Vec::loadu(of[i].words + v * LANES), of[i].channel);
+      channels[i] = activation >= HARDSWISH ? smooth(activation, x) : at::vec::clamp(x, low, high);
+    }
+    Vec words = W::joined(channels);
+    if (mask != nullptr) words = words & Vec::loadu(mask + v * LANES);
+    words.store(to + v * LANES);
+  }
 }
 
 // The sums of `rows` filters, [filter][vector], to the words of a tile.
@@ -47,31 +66,21 @@ C10_NOINLINE void finish_words(const float* sums, int64_t rows, const Tile& tile
   for (int64_t r = 0; r < rows;) {
     const int64_t first = r;
     r += sharing<W>(target, first, rows, shared);
-    const float* added[W::CHANNELS] = {};
-    int64_t halves[W::CHANNELS] = {};
+    Addends addends[W::CHANNELS];
     for (int64_t i = 0; i < W::CHANNELS; ++i) {
       const int64_t own = shared.filters[i];
+      addends[i] = {own < 0 ? NO_SUMS : sums + own * V * LANES, nullptr, 0};
       const float* from = own < 0 ? nullptr : added_plane<W>(target, own);
       if (from == nullptr) continue;
-      halves[i] = target.added[own] % W::CHANNELS;
-      added[i] = tile.direct ? from + tile.to : gathered[i];
+      addends[i].channel = target.added[own] % W::CHANNELS;
+      addends[i].words = tile.direct ? from + tile.to : gathered[i];
       if (tile.direct) continue;
       for (const Segment& s : tile.segments)
         std::copy_n(from + s.row * target.residual.row + s.column, s.count, gathered[i] + s.from);
     }
     float* plane = target.y.data + target.filter[first] / W::CHANNELS * target.y.plane;
     const bool straight = tile.direct && shared.whole;
-    float* to = straight ? plane + tile.to : result;
-    for (int64_t v = 0; v < V; ++v) {
-      Vec channels[W::CHANNELS];
-      for (int64_t i = 0; i < W::CHANNELS; ++i)
-        channels[i] = shared.filters[i] < 0 ? Vec(0.f)
-                                            : finished<W, V>(sums, shared.filters[i], v, added[i],
-                                                             halves[i], target.activation);
-      Vec words = W::joined(channels);
-      if (mask != nullptr) words = words & Vec::loadu(mask + v * LANES);
-      words.store(to + v * LANES);
-    }
+    join<W, V>(addends, target.activation, mask, straight ? plane + tile.to : result);
     if (straight) continue;
     const auto put = [&](const float* from, int64_t count, float* at) {
       if (shared.whole) return static_cast<void>(std::copy_n(from, count, at));
