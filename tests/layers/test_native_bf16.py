@@ -1,7 +1,11 @@
 """The own kernel in bfloat16: each layer is rounded once, whatever shares words with what."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -240,3 +244,35 @@ def test_empty_batches_and_inputs_in_bfloat16() -> None:
     run, x = alone(own, 1).in_bf16(), torch.randn(2, 6, 8, 8)
     assert run(x[:0])[0].shape == (0, 5, 8, 8)
     assert torch.equal(run(x)[0], run(x.to(torch.bfloat16))[0])
+
+
+EMULATED = """
+import torch
+from torch import nn
+from dspfx.layers import native
+from dspfx.layers.group_conv_run import GroupConvRun
+from dspfx.layers.native import reference
+from kernel_cases import layer
+assert native.built() and not native.multiplies_bf16()
+own = [layer(nn.Conv2d(c, f, 3, padding=1), 3, seed=c)[0] for c, f in ((5, 9), (9, 7))]
+layers = [own[0], nn.MaxPool2d(3, 1, 1), own[1], nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)]
+run = GroupConvRun(layers, [(n, -1) for n in range(5)], 1, [1, 2, 3, 4, 5]).in_bf16()
+x = torch.randn(3, 5, 13, 21)
+wanted = reference.run([x], run.weight, run.bias, run.indices, run.layers, run.outputs)
+for a, b in zip(wanted, run(x), strict=True):
+    assert float((a - b).abs().max()) <= 1e-2 * float(a.abs().max())
+"""
+
+
+def test_without_instructions_for_bfloat16(tmp_path: Path) -> None:
+    """The kernel multiplies in float32 what is rounded all the same."""
+    if not native.multiplies_bf16():
+        pytest.skip("the kernel is built without the instructions anyway")
+    flags = f"{os.environ.get('DSPFX_NATIVE_FLAGS', '')} -mno-avx512bf16 -O0"  # quick to build
+    environment = {
+        **os.environ,
+        "DSPFX_CACHE_DIR": str(tmp_path),
+        "DSPFX_NATIVE_FLAGS": flags,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    subprocess.run([sys.executable, "-c", EMULATED], env=environment, check=True, timeout=600)

@@ -189,8 +189,9 @@ def test_a_precision_that_an_engine_lacks() -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.skipif(not native.multiplies_bf16(), reason="no instructions for bfloat16")
 def test_layers_on_the_own_kernel_are_timed_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.multiplies_bf16():
+        pytest.skip("the processor has no instructions for bfloat16")
     timed: list[nn.Module] = []
 
     def measured(_: Measured, modules: Mapping[str, nn.Module], __: Tensor) -> dict[str, float]:

@@ -34,7 +34,7 @@ inline void find_late_layers(Program& p) {
   p.late = static_cast<int64_t>(p.layers.size());
   while (p.late > 0) {
     const Layer& l = p.layers[p.late - 1];
-    if (l.kind != UNPACK && l.weights() <= pixels(l.source) + pixels(l.result)) break;
+    if (l.convolves() && l.weights() <= pixels(l.source) + pixels(l.result)) break;
     --p.late;
   }
   for (size_t i = p.late; i < p.layers.size(); ++i) {

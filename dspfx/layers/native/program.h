@@ -93,8 +93,8 @@ struct Layer {
   int64_t reach(int axis) const { return (kernel[axis] - 1) * dilation[axis]; }
 };
 
-// The last layers, those that all have more weights than pixels, are late: a thread computes each for
-// several images before the next one, so that it reads the weights once for all of them.
+// The last layers, those that all have more weights than pixels, or no weights, are late: a thread
+// computes each for several images before the next one, so that it reads the weights once for all.
 struct Program {
   int64_t per_word;                // channels in a word of values that lie inside
   std::vector<Value> values;
