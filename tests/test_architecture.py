@@ -7,6 +7,7 @@ room and from rooms that stand before it in the list, never from one after it.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,8 +92,9 @@ def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
                 yield whole if whole in modules else node.module
 
 
+@functools.cache
 def arrows() -> nx.DiGraph:
-    """Who imports whom."""
+    """Who imports whom; the files are read once."""
     modules = sources()
     graph = nx.DiGraph()
     graph.add_nodes_from(modules)

@@ -1,5 +1,6 @@
 """What `import dspfx` brings along; `python -m benchmarks.import_time` says how long it takes."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -17,17 +18,28 @@ HEAVY = {
 }
 
 
-def modules_after(statement: str) -> set[str]:
+@functools.cache
+def modules_after(statement: str) -> frozenset[str]:
     """The modules of a fresh process that ran `statement`."""
     code = f"import json, sys; {statement}; print(json.dumps(list(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(run.stdout))
+    return frozenset(json.loads(run.stdout))
 
 
 def test_nothing_heavy_is_imported() -> None:
     brought = modules_after("import torch, dspfx") - modules_after("import torch")
     assert "dspfx.prepare" in brought
     assert not brought & HEAVY
+
+
+def test_what_prepares_and_converts_imports_no_compiler() -> None:
+    brought = modules_after(
+        "import torch, dspfx; from torch.nn import Conv2d; "
+        "model = torch.nn.Sequential(Conv2d(3, 8, 3), Conv2d(8, 8, 3)); "
+        "prepared = dspfx.prepare(model, torch.rand(2, 3, 8, 8)); dspfx.convert(prepared.double())"
+    )
+    assert "dspfx.passes.transforms.verify" in brought
+    assert not brought & {"sympy", "torch._dynamo", "torch._inductor"}
 
 
 def test_heavy_modules_are_seen() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dspfx.passes.sandbox.dispatch import Dispatch
 
 
-class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Products(Dispatch):
     """Counts multiply-accumulates while it is entered.
 
     Attributes:
@@ -22,16 +23,13 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         from torch.utils.flop_counter import flop_registry  # noqa: PLC0415 (it takes long)
 
         self.known: Mapping[Any, Callable[..., int]] = flop_registry
         self.macs = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packet = getattr(func, "_overloadpacket", None)
         known = packet in _FUSED or packet in self.known
         if not known and hasattr(func, "decompose"):

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspfx.layers.computed_weight import is_weighted
 from dspfx.layers.gated import GatedLayer, gated_layers
 from dspfx.passes.sandbox.calls import fresh
+from dspfx.passes.sandbox.dispatch import Dispatch
 from dspfx.passes.sandbox.randomness import fixed_seeds
 from dspfx.passes.sandbox.state import buffers_written, runs_torch_alone, state_kept
 from dspfx.utils.pytree import leaves, map_leaves
@@ -121,17 +121,14 @@ def random_like(inputs: Any, generator: torch.Generator) -> Any:
     return map_leaves(draw, inputs)
 
 
-class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
+class InFloat64(Dispatch):
     """Replace narrower floating types by float64 where code asks for them, as some norms do."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.used = False  # anything was replaced
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("dtype") in FLOATS:
             self.used = self.used or kwargs["dtype"] != torch.float64
             kwargs = {**kwargs, "dtype": torch.float64}
