@@ -1,10 +1,8 @@
 // Execution: a run takes one image after the other through all its layers, so that intermediate
 // values stay in the cache. Threads compute images of their own; where there are too few images, they
-// share every layer of one, with a barrier between layers.
+// share every layer of one: a layer begins when all tasks of the one before are done.
 
 #pragma once
-
-#include <omp.h>
 
 #include <chrono>
 
@@ -13,7 +11,7 @@
 #include "padding.h"
 #include "memory.h"
 #include "build_program.h"
-#include "thread_team.h"
+#include "helpers.h"
 
 namespace dspfx {
 
@@ -235,31 +233,36 @@ inline void run_alone(const Call& call, int64_t image, int64_t images, float* ar
   }
 }
 
+// Step 0 is of images of one's own, a few in a task; then each layer of each image left is a step.
 inline void run(const Call& call, Arenas& arenas, int64_t images, int64_t threads) {
   const Program& p = call.program;
   const int64_t values = p.early_arena + TOGETHER * p.late_arena;
   const int64_t own = images / threads, parts = (own + TOGETHER - 1) / TOGETHER;
+  const int64_t layers = static_cast<int64_t>(p.layers.size());
   std::vector<Arenas::Block> arena;
   for (int64_t i = 0; i < threads; ++i) arena.push_back(arenas.take(p.floats()));
-  Team team(threads);
-  const auto work = [&](int64_t me) {
+  std::vector<int64_t> counts{threads * parts};
+  for (int64_t n = own * threads; n < images; ++n)
+    for (const Layer& l : p.layers) counts.push_back(l.together.tasks());
+  const auto compute = [&](int64_t step, int64_t task, int64_t me) {
     float* scratch = arena[me].get() + values;
-    Member member(team, me);
-    member.do_tasks(threads * parts, [&](int64_t task) {
-      const int64_t first = task % threads * own, part = task / threads * TOGETHER;
-      run_alone(call, first + part, std::min(TOGETHER, own - part), arena[me].get(), scratch,
-                task % threads);
-    });
-    for (int64_t n = own * threads; n < images; ++n)
-      for (const Layer& l : p.layers) {
-        const Stopwatch watch(call, l, me);
-        member.do_tasks(l.together.tasks(), [&](int64_t task) {
-          compute_task(call, l, l.together, n, 0, 1, arena[0].get(), scratch, task);
-        });
-      }
+    if (step > 0) {
+      const Layer& l = p.layers[(step - 1) % layers];
+      compute_task(call, l, l.together, own * threads + (step - 1) / layers, 0, 1, arena[0].get(),
+                   scratch, task);
+      return;
+    }
+    const int64_t first = task % threads * own, part = task / threads * TOGETHER;
+    run_alone(call, first + part, std::min(TOGETHER, own - part), arena[me].get(), scratch,
+              task % threads);
   };
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  work(omp_get_thread_num());
+  const auto team = std::make_shared<Team>(threads, counts, std::cref(compute));
+  if (threads > 1) Helpers::instance().ask(team);
+  team->do_step(0, 0);
+  for (int64_t step = 1; step < team->steps(); ++step) {
+    const Stopwatch watch(call, p.layers[(step - 1) % layers], 0);
+    team->do_step(step, 0);
+  }
   for (auto& block : arena) arenas.give(std::move(block));
 }
 
