@@ -1,13 +1,13 @@
-"""What a call takes on cores that other processes want as well.
+"""What a call takes on cores that others want as well.
 
     python -m benchmarks.busy [--output docs/busy.md]
 
-A ResNet-20 and what is left of it, in milliseconds a call, alone and beside one busy process for
-each thread; with threads that spin while they wait, as is the default, and with threads that sleep.
+What is left of a ResNet-20 in each engine, in float32: alone, beside one and two processes that
+compute without a pause, each engine in blocks of its own; and call by call in turns with the other
+engines in one process, whose threads may still spin.
 """
 
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -21,42 +21,48 @@ from typing import Annotated, Any
 import torch
 import typer
 from tabulate import tabulate
+from torch import nn
 
 import dspfx
 from dspfx.recipe.networks.cifar_resnet import CifarResNet
+from dspfx.utils.cache import processor
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "busy.md"
-BATCHES, KEPT = (1, 8), 0.36
-BLOCKS, SETTLE, CALLS = 5, 10, 60
-POLICY = "OMP_WAIT_POLICY"
-POLICIES = {"spin (the default)": {}, f"sleep ({POLICY}=PASSIVE)": {POLICY: "PASSIVE"}}
-SITUATIONS = ("alone", "busy")
+ENGINES, BATCHES, KEPT = ("own", "onnxruntime", "openvino"), (1, 8), 0.3
+BLOCKS, SETTLE, CALLS = 3, 20, 200
+BUSY = (0, 1, 2)  # other processes
+IN_TURNS = "in turns"
 COMPUTE = "print(flush=True)\nwhile True: pass"
+HEAD = (
+    "What is left of a ResNet-20 at {kept:.0%} of the MACs, by whole channels, in float32. "
+    "Milliseconds of a call: median, 99th percentile and mean of {calls}. *Alone*; beside *1 busy* "
+    "and *2 busy* processes that compute without a pause, each engine in blocks of its own, in "
+    "turns; and *in turns*: call by call after the other engines, in one process."
+)
 
 
-def measure(threads: int) -> dict[str, dict[str, list[float]]]:
-    """By network and situation, the milliseconds of every call with the policy of this process."""
-    torch.set_num_threads(threads)
+def compact_network() -> nn.Module:
+    """A ResNet-20 without what is pruned; its weights are random."""
     torch.manual_seed(0)
-    model = CifarResNet(20).eval()
-    calls: dict[str, Callable[[], Any]] = {}
-    for batch in BATCHES:
-        x = torch.randn(batch, 3, 32, 32)
-        prepared = dspfx.prepare(model, x)
-        dspfx.cluster_groups(prepared)
-        dspfx.prune(prepared, dspfx.Budget(macs=KEPT, count="masks"))
-        networks = {"dense": model, f"{KEPT:.0%} of the MACs": dspfx.convert(prepared)}
-        for name, network in networks.items():
-            fast = dspfx.compile(network, x)
-            calls[f"{name}, batch {batch} ({fast.report.chosen})"] = partial(fast, x)
-    times: dict[str, dict[str, list[float]]] = {
-        name: {situation: [] for situation in SITUATIONS} for name in calls
+    prepared = dspfx.prepare(CifarResNet(20).eval(), torch.randn(2, 3, 32, 32))
+    dspfx.prune_channels(prepared, dspfx.Budget(macs=KEPT))
+    return dspfx.convert(prepared)
+
+
+def measure(network: nn.Module, batch: int) -> dict[str, dict[str | int, list[float]]]:
+    """By engine and situation, the milliseconds of every call."""
+    x = torch.randn(batch, 3, 32, 32)
+    calls = {name: partial(dspfx.compile(network, x, engines=[name]), x) for name in ENGINES}
+    times: dict[str, dict[str | int, list[float]]] = {
+        name: {situation: [] for situation in (*BUSY, IN_TURNS)} for name in calls
     }
     for _ in range(BLOCKS):
-        for situation in SITUATIONS:
-            with _others(threads if situation == "busy" else 0):
+        for count in BUSY:
+            with _others(count):
                 for name, call in calls.items():
-                    times[name][situation] += _milliseconds(call)
+                    times[name][count] += _milliseconds({name: call})[name]
+        for name, found in _milliseconds(calls).items():
+            times[name][IN_TURNS] += found
     return times
 
 
@@ -76,53 +82,42 @@ def _others(count: int) -> Iterator[None]:
             process.communicate()
 
 
-def _milliseconds(call: Callable[[], Any]) -> list[float]:
-    times = []
+def _milliseconds(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Of each of `calls`, which are called in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(SETTLE + CALLS):
-        started = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - started))
-    return times[SETTLE:]
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - started))
+    return {name: found[SETTLE:] for name, found in times.items()}
 
 
 def _text(times: list[float]) -> str:
-    late = statistics.quantiles(times, n=10)[-1]
-    return f"{statistics.median(times):.2f} / {statistics.mean(times):.2f} / {late:.2f}"
+    late = statistics.quantiles(times, n=100)[-1]
+    return f"{statistics.median(times):.3f} / {late:.2f} / {statistics.mean(times):.3f}"
 
 
 def main(
     output: Annotated[Path, typer.Option(help="where the table is written")] = OUTPUT,
     threads: Annotated[int, typer.Option(min=1, help="of each network")] = 2,
-    one: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Print a table of all policies, and write it as Markdown; `one` prints this process's."""
-    if one:
-        print(json.dumps(measure(threads)))
-        return
-    command = [sys.executable, "-m", "benchmarks.busy", "--one", "--threads", str(threads)]
-    given = {name: value for name, value in os.environ.items() if name != POLICY}
-    rows = []
-    for policy, variables in POLICIES.items():
-        done = subprocess.run(
-            command, env=given | variables, stdout=subprocess.PIPE, text=True, check=True
-        )
-        for name, times in json.loads(done.stdout.splitlines()[-1]).items():
-            rows.append((name, policy, *(_text(times[situation]) for situation in SITUATIONS)))
-    header = ("network", "threads that wait", *SITUATIONS)
-    text = "\n".join(
-        [
-            "# On busy cores",
-            "",
-            f"Written by `python -m benchmarks.busy`; a ResNet-20, {threads} threads on "
-            f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch "
-            f"{torch.__version__}. Milliseconds of a call: median, mean and ninth decile of "
-            f"{BLOCKS * CALLS}; *alone* and, in turns with it, *busy*: beside {threads} other "
-            "processes that compute without a pause. What `dspfx.compile` chose is in brackets.",
-            "",
-            tabulate(sorted(rows), header, tablefmt="github", disable_numparse=True),
-            "",
-        ]
+    """Print a table, and write it as Markdown."""
+    torch.set_num_threads(threads)
+    network = compact_network()
+    rows = [
+        (name, batch, *map(_text, times.values()))
+        for batch in BATCHES
+        for name, times in measure(network, batch).items()
+    ]
+    header = ("engine", "batch", "alone", "1 busy", "2 busy", IN_TURNS)
+    title = (
+        f"Written by `python -m benchmarks.busy`; {processor()}, {threads} threads on "
+        f"{os.cpu_count()} cores."
     )
+    head = HEAD.format(kept=KEPT, calls=BLOCKS * CALLS)
+    table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
+    text = "\n\n".join(["# On busy cores", title, head, table]) + "\n"
     print(text)
     output.write_text(text)
 
