@@ -36,8 +36,8 @@ ACTIVATIONS = {
     "elu": nn.ELU,
 }
 SMOOTH = ("silu", "leaky", "elu")  # zero for nothing but zero
-# steps after which values may be zero that no rule can know to be
-BY_VALUE = ("assigned", "opaque", "mix", "instance", "pixels", "along", "tokens")
+# steps after which values may be zero that no rule can know to be, or are where no hook sees it
+BY_VALUE = ("assigned", "opaque", "mix", "instance", "pixels", "along", "tokens", "class token")
 
 
 class ConvNorm(nn.Module):

@@ -24,7 +24,7 @@ from random_networks import (
     mask_recipes,
     networks,
 )
-from random_positions import LENGTH, sequences
+from random_positions import LENGTH, ChannelNorm, sequences
 
 COUNT = int(os.environ.get("DSPFX_EXAMPLES", "120"))
 EXAMPLES = settings(
@@ -171,6 +171,8 @@ def test_masked_equals_an_oracle_that_watches_values(model: nn.Module, recipe: M
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) or is_biased_depthwise(module):
                 module.register_forward_hook(keep_zeros)
+            elif isinstance(module, nn.LayerNorm | ChannelNorm):
+                module.register_forward_hook(keep_last_zeros)
         x = inputs(model, 2)
         assert_equal(model(x), prepared(x))
 
@@ -203,6 +205,10 @@ def silence_dead_filters(layer: Any, args: tuple[Tensor, ...], out: Tensor) -> T
 
 def keep_zeros(norm: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     return torch.where(is_zero(args[0]), 0.0, out)
+
+
+def keep_last_zeros(norm: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return torch.where(is_zero(args[0], args[0].dim() - 1), 0.0, out)
 
 
 def is_biased_depthwise(module: nn.Module) -> bool:

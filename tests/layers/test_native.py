@@ -449,16 +449,6 @@ def test_processes_that_build_at_once_do_not_meet(tmp_path: Path) -> None:
     assert printed == {f"{native.filters_in_a_block()}\n".encode()}
 
 
-def test_a_build_that_was_killed_does_not_stop_the_next_one() -> None:
-    assert native.built()
-    folders = {Path(path).parent for path in torch.ops.loaded_libraries if "dspfx" in str(path)}
-    (folder,) = folders
-    (folder / "lock").touch()  # what torch leaves behind
-    program = "from dspfx.layers import native; assert native.built()"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
-    assert not (folder / "lock").exists()
-
-
 class Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not isinstance(m, Block | Shared)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from dspfx.layers.native import reference
 from dspfx.utils.cache import as_file_name, cache_folder, processor
@@ -79,9 +78,7 @@ def built() -> bool:
         more = os.environ.get("DSPFX_NATIVE_FLAGS", "").split()  # such as a sanitizer's
         folder = cache_folder() / _build_name(f"{isa} {' '.join(more)}".strip())
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "building"), _own_programs_on_path():
-            # torch's own lock outlives a process that is killed; whoever holds ours may remove it
-            (folder / "lock").unlink(missing_ok=True)
+        with _own_programs_on_path():
             cpp_extension.load(
                 "dspfx_group_conv",
                 str(SOURCE),
