@@ -1,9 +1,8 @@
 """Norms over channels of which only some are there: the others are zero, and count all the same.
 
-A LayerNorm over `width` channels of which all but d are zero has the mean `sum(x) / width`, and
-the variance `(sum((x - mean)^2) + (width - d) mean^2) / width`, for every channel that is not there
-is as far from the mean as the mean is from zero. A LayerNorm over the d channels alone is another
-function.
+A LayerNorm over `width` channels of which all but d are zero is not one over the d channels: its
+mean is `sum(x) / width`, and all that are zero are as far from it as it is from zero. So the zeros
+are filled in, and the norm is the one that engines know.
 """
 
 import math
@@ -15,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspfx.utils.arrays import IntArray
-
-HALF = torch.float16, torch.bfloat16
 
 
 def layer_norm(
@@ -30,14 +27,9 @@ def layer_norm(
         weight, bias: of those that are there, `[d]`.
         eps: as of `F.layer_norm`.
     """
-    wide = x.float() if x.dtype in HALF else x
-    mean = wide.sum(-1, keepdim=True) / width
-    centred = wide - mean
-    missing = (width - x.shape[-1]) * mean.square()
-    variance = (centred.square().sum(-1, keepdim=True) + missing) / width
-    normed = (centred * torch.rsqrt(variance + eps)).to(x.dtype)
-    normed = normed if weight is None else normed * weight
-    return normed if bias is None else normed + bias
+    there = x.shape[-1]
+    own = [None if t is None else F.pad(t, (0, width - there)) for t in (weight, bias)]
+    return F.layer_norm(F.pad(x, (0, width - there)), (width,), *own, eps)[..., :there]
 
 
 def rms_norm(x: Tensor, width: int, weight: Tensor | None, eps: float | None) -> Tensor:
