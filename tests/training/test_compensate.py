@@ -9,7 +9,7 @@ import torch
 from detector import IMAGES, Detector
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_properties import EXAMPLES, inputs, prepare
+from test_properties import COUNT, EXAMPLES, inputs, prepare
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -227,7 +227,7 @@ def test_stronger_ridges_stay_closer_to_the_weights() -> None:
     assert moved[-1] < 1e-4
 
 
-@settings(EXAMPLES)
+@settings(EXAMPLES, max_examples=max(1, COUNT // 4))
 @given(model=networks(), recipe=mask_recipes(), groups=st.integers(1, 4))
 def test_any_network(model: nn.Module, recipe: MaskRecipe, groups: int) -> None:
     """Masked equals compact, dead weights stay as they are, and no fit is worse."""
