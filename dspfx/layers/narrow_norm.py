@@ -28,8 +28,12 @@ def layer_norm(
         eps: as of `F.layer_norm`.
     """
     there = x.shape[-1]
-    own = [None if t is None else F.pad(t, (0, width - there)) for t in (weight, bias)]
-    return F.layer_norm(F.pad(x, (0, width - there)), (width,), *own, eps)[..., :there]
+
+    def filled(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, width - there))
+
+    own = None if weight is None else filled(weight), None if bias is None else filled(bias)
+    return F.layer_norm(filled(x), (width,), own[0], own[1], eps)[..., :there]
 
 
 def rms_norm(x: Tensor, width: int, weight: Tensor | None, eps: float | None) -> Tensor:
