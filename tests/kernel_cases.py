@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dspfx.layers.group_conv import Added, FilterGroup, GroupConv2d, group_conv_like
+from dspfx.layers.group_conv_run import GroupConvRun
 from dspfx.layers.native import packing, reference
 
 X = torch.empty(0)  # instead of a weight that is not drawn yet
@@ -24,6 +25,16 @@ def layer(
     conv.weight.mul_(torch.from_numpy(mask[row])[:, :, None, None])
     lists = [(np.flatnonzero(row == g), np.flatnonzero(mask[g])) for g in range(groups)]
     return group_conv_like(conv, lists, conv.weight, conv.bias), conv
+
+
+def damage(data: st.DataObject, run: GroupConvRun) -> list[list[int]]:
+    """Change one number of the plan of a run; the numbers of its layers as they are then."""
+    layers = packing.as_numbers(run.layers)
+    numbers: Any = data.draw(st.sampled_from([run.indices, *layers, run.outputs]))
+    place = data.draw(st.integers(0, len(numbers) - 1))
+    numbers[place] = data.draw(st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62]))
+    run.layers = packing.as_text(layers)
+    return layers
 
 
 def expected(conv: nn.Conv2d, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:

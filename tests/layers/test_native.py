@@ -22,6 +22,7 @@ from kernel_cases import (
     added_to,
     any_lists,
     calls,
+    damage,
     expected,
     for_winograd,
     laid_out,
@@ -321,11 +322,7 @@ def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> Non
         [own, own.remade(added=Added(9, np.arange(9)))], [(0, -1), (0, 1)], 1, [1, 2]
     )
     run = run.transformed(data.draw(st.sets(st.sampled_from([0, 1]))))
-    layers = packing.as_numbers(run.layers)
-    numbers: Any = data.draw(st.sampled_from([run.indices, *layers, run.outputs]))
-    place = data.draw(st.integers(0, len(numbers) - 1))
-    numbers[place] = data.draw(st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62]))
-    run.layers = packing.as_text(layers)
+    layers = damage(data, run)
     with contextlib.suppress(RuntimeError):
         for result in run(torch.randn(2, 6, 8, 8)):
             assert result.shape[:2] in {(2, 6), (2, 9), (2, layers[0][4]), (2, layers[1][4])}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import added_to, any_lists, laid_out, layer, runs
+from kernel_cases import added_to, any_lists, damage, laid_out, layer, runs
 from torch import Tensor, nn
 
 from dspfx.layers import native
@@ -203,11 +203,7 @@ def test_any_damage_to_a_plan_raises_or_stays_inside(data: st.DataObject) -> Non
     adding = own.remade(added=Added(9, np.arange(9)))
     reads = [(0, -1), (1, -1), (0, 2)]
     run = GroupConvRun([own, pool, adding], reads, 1, [1, 2, 3]).in_bf16()
-    layers = packing.as_numbers(run.layers)
-    numbers: Any = data.draw(st.sampled_from([run.indices, *layers, run.outputs]))
-    place = data.draw(st.integers(0, len(numbers) - 1))
-    numbers[place] = data.draw(st.sampled_from([-(2**62), -2, -1, 0, 1, 2, 5, 8, 9, 2**31, 2**62]))
-    run.layers = packing.as_text(layers)
+    damage(data, run)
     with contextlib.suppress(RuntimeError):
         for result in run(torch.randn(2, 6, 8, 8)):
             assert result.shape[0] == 2
