@@ -17,7 +17,11 @@ from dspfx.utils.arrays import IntArray
 
 
 def layer_norm(
-    x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    width: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """`F.layer_norm` over `width` channels, of which `x`, `[..., d]`, are those that are not zero.
 
@@ -25,7 +29,7 @@ def layer_norm(
         x: the channels that are there.
         width: how many there were.
         weight, bias: of those that are there, `[d]`.
-        eps: as of `F.layer_norm`.
+        eps: as of `F.layer_norm`, with its default.
     """
     there = x.shape[-1]
 
@@ -36,7 +40,9 @@ def layer_norm(
     return F.layer_norm(filled(x), (width,), own[0], own[1], eps)[..., :there]
 
 
-def rms_norm(x: Tensor, width: int, weight: Tensor | None, eps: float | None) -> Tensor:
+def rms_norm(
+    x: Tensor, width: int, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     """`F.rms_norm` over `width` channels, of which `x`, `[..., d]`, are those that are not zero.
 
     It is one over d channels, by `mean_d(x^2) = mean(x^2) width / d`.

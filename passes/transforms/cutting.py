@@ -18,8 +18,6 @@ from dspfx.passes.analysis.channel_ops import ChannelAnalysis, Elementwise, Stat
 from dspfx.passes.transforms.plan import CompactionPlan, LayerPlan, Order
 from dspfx.utils.arrays import IntArray
 
-EPS = 1e-5  # the default of torch's layer norm
-
 
 def private_copy(module: nn.Module, kept: Order, channels: int) -> nn.Module:
     """A frozen copy, of whose `channels` only those `kept` are left."""
@@ -39,14 +37,11 @@ def private_copy(module: nn.Module, kept: Order, channels: int) -> nn.Module:
 
 def narrow_call(norm: Node, width: int) -> None:
     """Make the call of a norm one over `width` channels, of which its operand has some."""
-    target: Any = norm.target
-    given = inspect.signature(NARROW_FORM[target]).parameters
-    names = ["input", "normalized_shape", *list(given)[2:]]
-    arguments = dict(zip(names, norm.args, strict=False)) | norm.kwargs
-    x, _, *others = (arguments.get(name) for name in names)
-    if others[-1] is None and "bias" in names:
-        others[-1] = EPS
-    norm.target, norm.args, norm.kwargs = NARROW_FORM[target], (x, width, *others), {}
+    form = NARROW_FORM[norm.target]
+    _, _, *names = inspect.signature(form).parameters
+    given = dict(zip(("input", "normalized_shape", *names), norm.args, strict=False)) | norm.kwargs
+    norm.target, norm.args = form, (given["input"], width)
+    norm.kwargs = {name: given[name] for name in names if name in given}
 
 
 def bytes_of(tensor: Tensor) -> bytes:
